@@ -1,0 +1,163 @@
+"""A torch model → a compiled module of tuned kernels, checked against torch before anything else is said of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from autocomp.compiler.importer import export_program, import_program
+from autocomp.compiler.layout import to_channels_last
+from autocomp.compiler.lower import lower
+from autocomp.devices.timing import median_and_spread, quiet_core
+from autocomp.errors import AutocompError, UsageError
+from autocomp.hardware import Profile
+from autocomp.kernels.tune import Tuner
+from autocomp.records import KernelTime, Latency
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Built:
+    """Everything a compiled module is made of before it is linked: the executable, and its kernels in order of calls."""
+
+    executable: Any
+    kernels: tuple[KernelTime, ...]
+
+
+class CompiledModel:
+    """A module of tuned kernels for one profile, run through TVM's virtual machine.
+
+    ``kernels`` lists each kernel call of one inference with the seconds it took alone when it was tuned.
+    """
+
+    def __init__(self, executable: Any, profile: Profile, kernels: Sequence[KernelTime] = ()) -> None:
+        import tvm
+        from tvm import relax
+
+        self.profile = profile
+        self.kernels = tuple(kernels)
+        self._executable = executable
+        self._device = tvm.cpu()
+        self._machine = relax.VirtualMachine(executable, self._device)
+        self._main = self._machine["main"]
+
+    @classmethod
+    def load(cls, path: str | Path, profile: Profile) -> CompiledModel:
+        """Load what ``save`` wrote. UsageError if the file is no compiled module."""
+        import tvm
+
+        try:
+            return cls(tvm.runtime.load_module(str(path)), profile)
+        except Exception as error:
+            raise UsageError(f"{path} is not a compiled model: {str(error).splitlines()[-1]}") from error
+
+    def run(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Compute the outputs for inputs of the shapes the module was compiled for."""
+        import torch
+
+        result = self._main(*self._arguments(inputs))
+        if hasattr(result, "numpy"):
+            return torch.from_numpy(result.numpy())
+        return tuple(torch.from_numpy(field.numpy()) for field in result)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a shared library that ``load`` (or TVM's C++ runtime) reads. Linked with the C compiler."""
+        path = Path(path)
+        try:
+            self._executable.export_library(str(path))
+        except Exception as error:
+            raise AutocompError(
+                f"the compiled model could not be linked to {path}: {str(error).splitlines()[-1]}; a C compiler (gcc or clang) must be "
+                "on the PATH"
+            ) from error
+        return path
+
+    def prepare(self, *inputs: torch.Tensor) -> Any:
+        """A call without arguments that runs the module once on these inputs, for timing side by side."""
+        arguments = self._arguments(inputs)
+        return lambda: self._main(*arguments)
+
+    def time(self, *inputs: torch.Tensor, repeats: int = 20, seconds: float = 0.01) -> Latency:
+        """Measure one inference: pinned, warmed up, ``repeats`` samples that each average over about ``seconds``."""
+        arguments = self._arguments(inputs)
+        with quiet_core():
+            warm = self._machine.time_evaluator("main", self._device, number=2, repeat=3)(*arguments)
+            number = int(min(max(seconds / max(min(warm.results), 1e-7), 1), 100_000))
+            result = self._machine.time_evaluator("main", self._device, number=number, repeat=repeats)(*arguments)
+        samples = [float(value) for value in result.results]
+        middle, spread = median_and_spread(samples)
+        return Latency(
+            middle, spread, "measured", self.profile.name, describe_device(self.profile), tuple(samples), self.kernels
+        )
+
+    def _arguments(self, inputs: Sequence[torch.Tensor]) -> list[Any]:
+        import tvm
+
+        return [tvm.runtime.tensor(np.ascontiguousarray(tensor.detach().numpy())) for tensor in inputs]
+
+
+def describe_device(profile: Profile) -> str:
+    """One line that says what a time was taken on."""
+    target = profile.target
+    return f"{target.get('mcpu', target.get('kind'))}, {profile.cores} thread{'s' if profile.cores > 1 else ''}"
+
+
+def build(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...], profile: Profile, tuner: Tuner) -> CompiledModel:
+    """Compile a model in evaluation mode for fixed input shapes, each kernel tuned or taken from the store.
+
+    BatchNorm is folded first. ExportError if the model cannot be exported; the caller compares with torch.
+    """
+    import tvm
+
+    from autocomp.compress.fold import fold_batchnorm
+
+    program = export_program(fold_batchnorm(model).eval(), example_inputs)
+    mod = lower(to_channels_last(import_program(program, profile)), profile, tuner.target)
+    calls = _kernel_calls(mod)
+    scheduled, records = {}, {}
+    for name, function in mod.functions.items():
+        if isinstance(function, tvm.tirx.PrimFunc):
+            tuned = tuner.tune(function)
+            scheduled[name] = tuned.function
+            records[name.name_hint] = tuned.record
+        else:
+            scheduled[name] = function
+    mod = tvm.IRModule(scheduled, attrs=mod.attrs, global_infos=mod.global_infos)
+    executable = tvm.compile(mod, tuner.target)
+    kernels = [
+        KernelTime(
+            name, records[name].key, records[name].operator, records[name].seconds, records[name].flops, "measured",
+            _peak_fraction(records[name], tuner),
+        )
+        for name in calls if name in records
+    ]  # fmt: skip
+    return CompiledModel(executable, profile, kernels)
+
+
+def _peak_fraction(record: Any, tuner: Tuner) -> float | None:
+    peak = tuner.peak(record.operator)
+    return record.flops / record.seconds / peak if peak and record.flops else None
+
+
+def _kernel_calls(mod: Any) -> list[str]:
+    """Names of the fused functions that one inference calls, in order, repeated as often as they are called."""
+    from tvm import ir, relax
+
+    names: list[str] = []
+    for block in mod["main"].body.blocks:
+        for binding in block.bindings:
+            value = binding.value
+            if isinstance(value, relax.Call) and isinstance(value.op, ir.Op) and value.op.name == "relax.call_tir":
+                names.append(value.args[0].name_hint)
+    return names
+
+
+def kernel_counts(kernels: Sequence[KernelTime]) -> Counter[str]:
+    return Counter(kernel.name for kernel in kernels)

@@ -1,0 +1,254 @@
+"""Channels-last, decided once: convolutions and pools run NHWC, and the transposes between them cancel.
+
+One walk over the function. Each value may be known as ``permute_dims(source, axes)`` without that transpose being emitted;
+elementwise operations, reductions, padding and concatenation are carried over to the source, and a transpose is made
+only for an operation that needs the original order. TVM's own ConvertLayout leaves transposes around ``clip`` (ReLU6).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from autocomp.compiler.expressions import array_of, is_constant, shape_of
+
+_TO_NHWC = (0, 2, 3, 1)
+_TO_NCHW = (0, 3, 1, 2)
+_ELEMENTWISE = {
+    f"relax.{name}"
+    for name in (
+        "add subtract multiply divide maximum minimum power nn.relu nn.relu6 nn.gelu nn.gelu_tanh nn.silu nn.leakyrelu sigmoid tanh "
+        "exp log sqrt rsqrt abs negative round floor ceil erf astype clip square less greater equal where"
+    ).split()
+}
+_POOLS = {"relax.nn.max_pool2d", "relax.nn.avg_pool2d", "relax.nn.adaptive_avg_pool2d"}
+_REDUCTIONS = {"relax.mean", "relax.sum", "relax.max", "relax.min"}
+
+
+def to_channels_last(mod: Any) -> Any:
+    """Rewrite ``main`` of a Relax module so that its 2-D convolutions and pools are NHWC. Results are unchanged."""
+    import tvm
+    from tvm import relax
+
+    function = mod["main"]
+    others = {name: body for name, body in mod.functions.items() if name.name_hint != "main"}
+    builder = relax.BlockBuilder(tvm.IRModule(others))
+    walk = _Walk(builder)
+    with builder.function("main", list(function.params)):
+        with builder.dataflow():
+            for block in function.body.blocks:
+                for binding in block.bindings:
+                    walk.bind(binding)
+            result = builder.emit_output(walk.rewrite(function.body.body))
+        builder.emit_func_output(result)
+    return relax.transform.DeadCodeElimination()(builder.finalize())
+
+
+@dataclass(frozen=True)
+class _Permuted:
+    """A value that equals ``permute_dims(source, axes)``."""
+
+    source: Any
+    axes: tuple[int, ...]
+
+
+class _Walk:
+    def __init__(self, builder: Any) -> None:
+        self.builder = builder
+        self.known: dict[Any, Any] = {}  # variable of the old function -> new expression or _Permuted
+        self.made: dict[Any, Any] = {}  # _Permuted key -> transposed value already emitted
+
+    def bind(self, binding: Any) -> None:
+        self.known[binding.var] = self._value(binding.value)
+
+    def rewrite(self, expression: Any) -> Any:
+        """The new value of an old expression, in its original order of axes."""
+        from tvm import relax
+
+        if isinstance(expression, relax.Tuple):
+            return relax.Tuple([self.rewrite(field) for field in expression.fields])
+        value = self.known.get(expression, expression) if isinstance(expression, relax.Var) else expression
+        return self._transpose(value.source, value.axes) if isinstance(value, _Permuted) else value
+
+    def _lookup(self, expression: Any) -> Any:
+        from tvm import relax
+
+        return self.known.get(expression, expression) if isinstance(expression, relax.Var) else expression
+
+    def _value(self, value: Any) -> Any:
+        from tvm import ir, relax
+
+        if isinstance(value, relax.Var):
+            return self._lookup(value)
+        if not isinstance(value, relax.Call) or not isinstance(value.op, ir.Op):
+            return self._emit(value)
+        name = value.op.name
+        if name == "relax.permute_dims":
+            return self._permute(value)
+        if name == "relax.nn.conv2d" and value.attrs.data_layout == "NCHW" and is_constant(value.args[1]):
+            return self._conv2d(value)
+        if name in _POOLS and value.attrs.layout == "NCHW":
+            return self._pool(value)
+        if name in _ELEMENTWISE:
+            return self._elementwise(value)
+        if name in _REDUCTIONS:
+            return self._reduce(value)
+        if name == "relax.concat":
+            return self._concat(value)
+        if name == "relax.reshape":
+            return self._reshape(value)
+        return self._emit(value)
+
+    def _emit(self, value: Any) -> Any:
+        """Emit an operation that wants its inputs in their original order."""
+        from tvm import relax
+
+        if isinstance(value, relax.Call):
+            arguments = [self.rewrite(argument) for argument in value.args]
+            value = relax.Call(value.op, arguments, value.attrs, value.ty_args)
+        elif isinstance(value, relax.Tuple):
+            value = self.rewrite(value)
+        elif isinstance(value, relax.TupleGetItem):
+            value = relax.TupleGetItem(self.rewrite(value.tuple_value), value.index)
+        return self.builder.emit(value)
+
+    def _transpose(self, source: Any, axes: tuple[int, ...]) -> Any:
+        from tvm import relax
+
+        if axes == tuple(range(len(axes))):
+            return source
+        key = (source, axes)
+        if key not in self.made:
+            shape = shape_of(source)
+            target = [shape[axis] for axis in axes]
+            moved = [axis for axis in axes if shape[axis] != 1]
+            free = moved == sorted(moved)  # only axes of size 1 move: the data stay where they are
+            op = relax.op.reshape(source, target) if free else relax.op.permute_dims(source, list(axes))
+            self.made[key] = self.builder.emit(op)
+        return self.made[key]
+
+    def _as(self, expression: Any, axes: tuple[int, ...]) -> Any:
+        """The value ``v`` such that ``permute_dims(v, axes)`` is the old expression."""
+        value = self._lookup(expression)
+        if isinstance(value, _Permuted):
+            if value.axes == axes:
+                return value.source
+            composed = tuple(value.axes[axis] for axis in _inverse(axes))
+            return self._transpose(value.source, composed)
+        return self._transpose(value, _inverse(axes))
+
+    def _permute(self, call: Any) -> Any:
+        value = self._lookup(call.args[0])
+        rank = len(shape_of(call.args[0]))
+        axes = tuple(int(axis) for axis in call.attrs.axes) if call.attrs.axes else tuple(reversed(range(rank)))
+        if not isinstance(value, _Permuted):
+            return _Permuted(value, axes)
+        composed = tuple(value.axes[axis] for axis in axes)
+        return value.source if composed == tuple(range(rank)) else _Permuted(value.source, composed)
+
+    def _conv2d(self, call: Any) -> Any:
+        from tvm import relax
+
+        attrs = call.attrs
+        weight = relax.const(np.ascontiguousarray(array_of(call.args[1]).transpose(0, 2, 3, 1)))
+        out = self.builder.emit(
+            relax.op.nn.conv2d(
+                self._as(call.args[0], _TO_NCHW), weight, attrs.strides, attrs.padding, attrs.dilation, attrs.groups,
+                "NHWC", "OHWI", out_dtype=attrs.out_dtype,
+            )  # fmt: skip
+        )
+        return _Permuted(out, _TO_NCHW)
+
+    def _pool(self, call: Any) -> Any:
+        from tvm import relax
+
+        data, attrs = self._as(call.args[0], _TO_NCHW), call.attrs
+        if call.op.name == "relax.nn.adaptive_avg_pool2d":
+            pooled = relax.op.nn.adaptive_avg_pool2d(data, attrs.output_size, "NHWC")
+        else:
+            pool = relax.op.nn.max_pool2d if "max" in call.op.name else relax.op.nn.avg_pool2d
+            pooled = pool(
+                data, attrs.pool_size, attrs.strides, attrs.padding, attrs.dilation, attrs.ceil_mode, attrs.count_include_pad, "NHWC"
+            )  # fmt: skip
+        return _Permuted(self.builder.emit(pooled), _TO_NCHW)
+
+    def _elementwise(self, call: Any) -> Any:
+        from tvm import relax
+
+        axes = self._common_axes(call.args)
+        if axes is None:
+            return self._emit(call)
+        arguments = [self._aligned(argument, axes) for argument in call.args]
+        return _Permuted(self.builder.emit(relax.Call(call.op, arguments, call.attrs, call.ty_args)), axes)
+
+    def _common_axes(self, arguments: Any) -> tuple[int, ...] | None:
+        """The order that the permuted inputs share, if every other input can be brought to it."""
+        from tvm import relax
+
+        permuted = [value for value in map(self._lookup, arguments) if isinstance(value, _Permuted)]
+        if not permuted or len({value.axes for value in permuted}) != 1:
+            return None
+        rank = len(permuted[0].axes)
+        for argument in arguments:
+            shape = shape_of(argument)
+            if shape is not None and len(shape) not in (0, rank) and not is_constant(argument):
+                return None
+        return permuted[0].axes
+
+    def _aligned(self, argument: Any, axes: tuple[int, ...]) -> Any:
+        from tvm import relax
+
+        shape = shape_of(argument)
+        if not shape:  # a scalar, or no tensor at all
+            return self._lookup(argument)
+        if is_constant(argument):
+            array = array_of(argument)
+            array = array.reshape((1,) * (len(axes) - array.ndim) + array.shape).transpose(_inverse(axes))
+            return relax.const(np.ascontiguousarray(array))
+        return self._as(argument, axes)
+
+    def _reduce(self, call: Any) -> Any:
+        from tvm import relax
+
+        value = self._lookup(call.args[0])
+        if not isinstance(value, _Permuted) or call.attrs.axis is None:
+            return self._emit(call)
+        rank = len(value.axes)
+        reduced = [int(axis) % rank for axis in call.attrs.axis]
+        kept = [value.axes[axis] for axis in range(rank) if axis not in reduced]
+        if not call.attrs.keepdims and kept != sorted(kept):
+            return self._emit(call)
+        op = getattr(relax.op, call.op.name.removeprefix("relax."))
+        out = self.builder.emit(op(value.source, [value.axes[axis] for axis in reduced], call.attrs.keepdims))
+        return _Permuted(out, value.axes) if call.attrs.keepdims else out
+
+    def _concat(self, call: Any) -> Any:
+        from tvm import relax
+
+        fields = self._lookup(call.args[0])
+        parts = list(fields.fields) if isinstance(fields, relax.Tuple) else []
+        axes = self._common_axes(parts) if parts else None
+        if axes is None:
+            return self._emit(call)
+        joined = relax.op.concat([self._as(part, axes) for part in parts], axes[int(call.attrs.axis) % len(axes)])
+        return _Permuted(self.builder.emit(joined), axes)
+
+    def _reshape(self, call: Any) -> Any:
+        from tvm import relax
+
+        value = self._lookup(call.args[0])
+        if is_constant(call.args[0]):
+            shape = [int(size) for size in call.args[1].values]
+            return relax.const(array_of(call.args[0]).reshape(shape))
+        if isinstance(value, _Permuted):
+            shape = shape_of(value.source)
+            moved = [axis for axis in value.axes if shape[axis] != 1]
+            if moved == sorted(moved):  # (N, C, 1, 1) flattened: the order in memory is the same
+                return self.builder.emit(relax.op.reshape(value.source, call.args[1]))
+        return self._emit(call)
+
+
+def _inverse(axes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(int(axis) for axis in np.argsort(axes))

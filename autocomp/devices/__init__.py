@@ -1,0 +1,1 @@
+"""Where modules run and how their time is taken."""

@@ -1,0 +1,348 @@
+"""What the anchor operators compute, in TE, laid out for the register-tiled templates.
+
+Activations are channels-last. Weights of contractions are packed when the module is built, to ``[O/L][KH][KW][I][L]`` (fp32) or
+``[O/L][KH][KW][I/depth][L][depth]`` (integers), where L is one vector register's lanes: a tile of several registers
+reads several such streams, so the packing does not depend on the tile that tuning picks. Output rows and channels that do not fill
+whole tiles are computed on a padded domain and cropped in the write-back, so no tile is ever ragged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from autocomp.kernels.intrinsics import DotProduct, dot_product
+
+TEMPLATE = "autocomp.template"  # block annotations by which the scheduler knows an anchor
+FLOPS = "autocomp.flops"
+
+_ROW_TILES = range(6, 15)  # rows of a register tile that reach the peak on 16 to 32 vector registers
+
+
+def padded_rows(rows: int) -> int:
+    """The smallest extent, at least ``rows``, that a tile of 6 to 14 rows divides (``rows`` itself up to 14)."""
+    if rows <= _ROW_TILES[-1]:
+        return rows
+    extent = rows
+    while not any(extent % tile == 0 for tile in _ROW_TILES):
+        extent += 1
+    return extent
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """Shapes of one 2-D convolution: NHWC data, OIHW weight; ``padding`` is (top, left, bottom, right)."""
+
+    batch: int
+    in_size: tuple[int, int]
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    groups: int
+    lanes: int
+
+    @classmethod
+    def of(
+        cls,
+        data: Sequence[int],
+        weight: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        lanes: int,
+    ) -> ConvSpec:
+        n, h, w, c = (int(size) for size in data)
+        top, left, bottom, right = (int(size) for size in padding)
+        return cls(
+            n, (h, w), c, int(weight[0]), (int(weight[2]), int(weight[3])), (int(stride[0]), int(stride[1])),
+            (top, left, bottom, right), (int(dilation[0]), int(dilation[1])), groups, lanes,
+        )  # fmt: skip
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        top, left, bottom, right = self.padding
+        spans = [(k - 1) * d + 1 for k, d in zip(self.kernel, self.dilation, strict=True)]
+        h = (self.in_size[0] + top + bottom - spans[0]) // self.stride[0] + 1
+        w = (self.in_size[1] + left + right - spans[1]) // self.stride[1] + 1
+        return h, w
+
+    @property
+    def depthwise(self) -> bool:
+        return self.groups > 1 and self.groups == self.in_channels == self.out_channels
+
+    @property
+    def tileable(self) -> bool:
+        """Whether a vector of output channels always reads one group's inputs."""
+        return self.groups == 1 or self.depthwise or (self.out_channels // self.groups) % self.lanes == 0
+
+    @property
+    def is_dense(self) -> bool:
+        """A 1x1 convolution that is a matrix product over all pixels."""
+        return self.kernel == self.stride == (1, 1) and not any(self.padding) and self.groups == 1
+
+    @property
+    def flops(self) -> int:
+        h, w = self.out_size
+        return 2 * self.batch * h * w * self.out_channels * (self.in_channels // self.groups) * math.prod(self.kernel)
+
+
+@dataclass(frozen=True)
+class DenseSpec:
+    """Shapes of one product of rows ``[..., K]`` with a constant weight ``[N, K]``."""
+
+    leading: tuple[int, ...]
+    depth: int
+    out_features: int
+    lanes: int
+
+    @classmethod
+    def of(cls, data: Sequence[int], out_features: int, lanes: int) -> DenseSpec:
+        *leading, depth = (int(size) for size in data)
+        return cls(tuple(leading), depth, out_features, lanes)
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.leading)
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.depth * self.out_features
+
+
+def pack_conv_weight(weight: np.ndarray, spec: ConvSpec, dot: DotProduct | None) -> np.ndarray:
+    """OIHW weight → packed (see the module). Depthwise weights become ``[KH][KW][C]``."""
+    if spec.depthwise:
+        return np.ascontiguousarray(weight[:, 0].transpose(1, 2, 0)).astype("int32" if dot else "float32")
+    if spec.is_dense:
+        return pack_dense_weight(weight[:, :, 0, 0], spec.lanes, dot)
+    lanes, depth = (dot.lanes, dot.depth) if dot else (spec.lanes, 1)
+    o, i, kh, kw = weight.shape
+    padded = np.zeros((round_up(o, lanes), round_up(i, depth), kh, kw), weight.dtype)
+    padded[:o, :i] = weight
+    blocks = padded.reshape(-1, lanes, padded.shape[1] // depth, depth, kh, kw).transpose(0, 4, 5, 2, 1, 3)
+    return np.ascontiguousarray(blocks.astype(dot.weight) if dot else blocks[..., 0])
+
+
+def pack_dense_weight(weight: np.ndarray, lanes: int, dot: DotProduct | None) -> np.ndarray:
+    """``[N, K]`` weight → ``[N/L][K][L]`` or ``[N/L][K/depth][L][depth]``, zero-padded to whole blocks."""
+    lanes, depth = (dot.lanes, dot.depth) if dot else (lanes, 1)
+    n, k = weight.shape
+    padded = np.zeros((round_up(n, lanes), round_up(k, depth)), weight.dtype)
+    padded[:n, :k] = weight
+    blocks = padded.reshape(-1, lanes, padded.shape[1] // depth, depth).transpose(0, 2, 1, 3)
+    return np.ascontiguousarray(blocks.astype(dot.weight) if dot else blocks[..., 0])
+
+
+def conv2d(data: Any, weight: Any, spec: ConvSpec, dot: DotProduct | None = None, zero_point: Any = None) -> Any:
+    """Convolution of NHWC ``data`` with a packed weight. Integers: uint8 or int16 in, int32 sums out, padded with ``zero_point``."""
+    from tvm import te, tirx
+
+    if spec.is_dense:
+        return _rows_times_packed(data, weight, (spec.batch, *spec.out_size), spec.in_channels, spec.out_channels, spec.lanes, dot)
+    lanes, depth = (dot.lanes, dot.depth) if dot else (spec.lanes, 1)
+    (kh, kw), (sh, sw), (dh, dw) = spec.kernel, spec.stride, spec.dilation
+    oh, ow = spec.out_size
+    ow_padded = padded_rows(ow)
+    fill = tirx.const(0, data.dtype) if zero_point is None else zero_point[0].astype(data.dtype)
+    channels = spec.in_channels if spec.depthwise else round_up(spec.in_channels, depth)
+    padded = _pad(data, spec, ow_padded, channels, fill)
+    if spec.depthwise:
+        return _depthwise(padded, weight, spec, ow_padded, dot)
+    group_out = spec.out_channels // spec.groups
+    group_in = spec.in_channels // spec.groups
+    accumulate = "int32" if dot else "float32"
+    ry, rx = te.reduce_axis((0, kh), "ry"), te.reduce_axis((0, kw), "rx")
+    reduction: list[Any]
+    if dot:
+        ro, ri = te.reduce_axis((0, round_up(group_in, depth) // depth), "ro"), te.reduce_axis((0, depth), "ri")
+        reduction, channel = [ry, rx, ro, ri], ro * depth + ri
+    else:
+        rc = te.reduce_axis((0, group_in), "rc")
+        reduction, channel = [ry, rx, rc], rc
+
+    def product(n: Any, h: Any, w: Any, o: Any) -> Any:
+        source = channel if spec.groups == 1 else (o // group_out) * group_in + channel
+        pixel = padded[n, h * sh + ry * dh, w * sw + rx * dw, source]
+        tap = weight[o // lanes, ry, rx, ro, o % lanes, ri] if dot else weight[o // lanes, ry, rx, rc, o % lanes]
+        return te.sum(pixel.astype(accumulate) * tap.astype(accumulate), reduction)
+
+    anchor = te.compute(
+        (spec.batch, oh, ow_padded, round_up(spec.out_channels, lanes)),
+        product,
+        name="anchor",
+        attrs={TEMPLATE: "conv2d_int8" if dot else "conv2d", FLOPS: spec.flops},
+    )
+    return _crop(anchor, (spec.batch, oh, ow, spec.out_channels))
+
+
+def _pad(data: Any, spec: ConvSpec, ow_padded: int, channels: int, fill: Any) -> Any:
+    """``data`` with its border, wide enough for the padded output columns; ``data`` itself where nothing is added."""
+    from tvm import te, tirx
+
+    (h, w), (top, left, bottom, _) = spec.in_size, spec.padding
+    height = h + top + bottom
+    width = max((ow_padded - 1) * spec.stride[1] + (spec.kernel[1] - 1) * spec.dilation[1] + 1, 1)
+    if (height, channels, top, left) == (h, spec.in_channels, 0, 0) and width <= w:
+        return data
+
+    def pixel(n: Any, y: Any, x: Any, c: Any) -> Any:
+        inside = [y >= top, y < h + top, x >= left, x < w + left]
+        if channels != spec.in_channels:
+            inside.append(c < spec.in_channels)
+        return tirx.if_then_else(tirx.all(*inside), data[n, y - top, x - left, c], fill)
+
+    return te.compute((spec.batch, height, width, channels), pixel, name="pad")
+
+
+def _depthwise(padded: Any, weight: Any, spec: ConvSpec, ow_padded: int, dot: DotProduct | None) -> Any:
+    from tvm import te
+
+    accumulate = "int32" if dot else "float32"
+    ry, rx = te.reduce_axis((0, spec.kernel[0]), "ry"), te.reduce_axis((0, spec.kernel[1]), "rx")
+    (sh, sw), (dh, dw), (oh, ow) = spec.stride, spec.dilation, spec.out_size
+    anchor = te.compute(
+        (spec.batch, oh, ow_padded, spec.out_channels),
+        lambda n, h, w, c: te.sum(
+            padded[n, h * sh + ry * dh, w * sw + rx * dw, c].astype(accumulate) * weight[ry, rx, c], [ry, rx]
+        ),
+        name="anchor",
+        attrs={TEMPLATE: "depthwise", FLOPS: spec.flops},
+    )
+    return _crop(anchor, (spec.batch, oh, ow, spec.out_channels))
+
+
+def dense(data: Any, weight: Any, spec: DenseSpec, dot: DotProduct | None = None) -> Any:
+    """Rows ``[..., K]`` times a packed constant weight → ``[..., N]`` (float32, or int32 sums)."""
+    return _rows_times_packed(data, weight, spec.leading, spec.depth, spec.out_features, spec.lanes, dot)
+
+
+def _rows_times_packed(
+    data: Any, weight: Any, leading: tuple[int, ...], depth: int, out: int, lanes: int, dot: DotProduct | None
+) -> Any:
+    from tvm import te, tirx
+
+    lanes, group = (dot.lanes, dot.depth) if dot else (lanes, 1)
+    rows, rows_padded, depth_padded = math.prod(leading), padded_rows(math.prod(leading)), round_up(depth, group)
+    accumulate = "int32" if dot else "float32"
+
+    def row(m: Any, k: Any) -> Any:
+        return data[(*_unravel(m, leading), k)]
+
+    source = row
+    if rows_padded != rows or depth_padded != depth:
+        zero = tirx.const(0, data.dtype)
+        padded = te.compute(
+            (rows_padded, depth_padded),
+            lambda m, k: tirx.if_then_else(tirx.all(m < rows, k < depth), row(m, k), zero),
+            name="pad",
+        )
+        source = lambda m, k: padded[m, k]  # noqa: E731 - one of two ways to read a row
+    if dot:
+        ro, ri = te.reduce_axis((0, depth_padded // group), "ro"), te.reduce_axis((0, group), "ri")
+
+        def product(m: Any, o: Any) -> Any:
+            value = source(m, ro * group + ri).astype(accumulate)
+            return te.sum(value * weight[o // lanes, ro, o % lanes, ri].astype(accumulate), [ro, ri])
+
+    else:
+        rc = te.reduce_axis((0, depth), "rc")
+
+        def product(m: Any, o: Any) -> Any:
+            return te.sum(source(m, rc) * weight[o // lanes, rc, o % lanes], [rc])
+
+    anchor = te.compute(
+        (rows_padded, round_up(out, lanes)),
+        product,
+        name="anchor",
+        attrs={TEMPLATE: "dense_int8" if dot else "dense", FLOPS: 2 * rows * depth * out},
+    )
+    return te.compute((*leading, out), lambda *i: anchor[_ravel(i[:-1], leading), i[-1]], name="crop")
+
+
+def batch_matmul(a: Any, b: Any) -> Any:
+    """``a [..., M, K]`` times ``b [..., K, N]``, both computed at run time; leading sizes equal, or 1 and broadcast."""
+    from tvm import te
+
+    rank = max(len(a.shape), len(b.shape))
+    a_lead, b_lead = [[int(size) for size in t.shape[:-2]] for t in (a, b)]
+    lead = [max(x, y) for x, y in zip(_extend(a_lead, rank - 2), _extend(b_lead, rank - 2), strict=True)]
+    m, k, n = int(a.shape[-2]), int(a.shape[-1]), int(b.shape[-1])
+    rc = te.reduce_axis((0, k), "rc")
+
+    def index(i: Sequence[Any], sizes: list[int]) -> list[Any]:
+        return [axis if size != 1 else 0 for axis, size in zip(i[len(lead) - len(sizes) :], sizes, strict=True)]
+
+    return te.compute(
+        (*lead, m, n),
+        lambda *i: te.sum(
+            a[(*index(i[:-2], a_lead), i[-2], rc)] * b[(*index(i[:-2], b_lead), rc, i[-1])],
+            [rc],
+        ),
+        name="anchor",
+        attrs={TEMPLATE: "batch_matmul", FLOPS: 2 * math.prod(lead) * m * n * k},
+    )
+
+
+def quantise(data: Any, inverse_scale: Any, zero_point: Any, dtype: str) -> Any:
+    """``clamp(round_half_even(x * inverse_scale) + zero_point, 0, 255)``: the specification is ``compress.quantize``."""
+    from tvm import te, tirx
+
+    def value(*i: Any) -> Any:
+        level = tirx.nearbyint(data[i] * inverse_scale[0]) + zero_point[0]
+        return tirx.max(tirx.min(level, tirx.const(255.0, "float32")), tirx.const(0.0, "float32")).astype("int32").astype(dtype)
+
+    return te.compute(data.shape, value, name="quantise")
+
+
+def dequantise(sums: Any, compensation: Any, scale: Any, bias: Any) -> Any:
+    """``fma(float(sums - compensation), scale, bias)`` along the last axis, rounded once."""
+    from tvm import te, tirx
+
+    def value(*i: Any) -> Any:
+        exact = (sums[i] - compensation[i[-1]]).astype("float32")
+        return tirx.call_intrin("float32", "tirx.fma", exact, scale[i[-1]], bias[i[-1]])
+
+    return te.compute(sums.shape, value, name="dequantise")
+
+
+def _crop(anchor: Any, shape: tuple[int, ...]) -> Any:
+    from tvm import te
+
+    if tuple(int(size) for size in anchor.shape) == shape:
+        return anchor
+    return te.compute(shape, lambda *i: anchor[i], name="crop")
+
+
+def _extend(sizes: list[int], rank: int) -> list[int]:
+    return [1] * (rank - len(sizes)) + sizes
+
+
+def _unravel(index: Any, sizes: tuple[int, ...]) -> list[Any]:
+    """Split a flat row index into the leading axes it runs over."""
+    if not sizes:
+        return []
+    parts: list[Any] = []
+    for position, size in enumerate(sizes):
+        stride = math.prod(sizes[position + 1 :])
+        value = index // stride if stride > 1 else index
+        parts.append(0 if size == 1 else value % size if position else value)
+    return parts
+
+
+def _ravel(index: Sequence[Any], sizes: tuple[int, ...]) -> Any:
+    flat: Any = 0
+    for axis, size in zip(index, sizes, strict=True):
+        flat = flat * size + axis
+    return flat

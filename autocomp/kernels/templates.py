@@ -1,0 +1,278 @@
+"""Schedules by template: which tiles a kernel may take, in the order the analytic model likes them, and how each is applied.
+
+A contraction keeps a block of ``rows x vectors`` accumulators in vector registers, runs the whole reduction over it, and writes the
+block back through the fused epilogue. A vector is exactly one register's lanes, and registers are unrolled: wider vectors
+(48 lanes, say) fall off a cliff in LLVM.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from autocomp.hardware import Profile
+from autocomp.kernels.compute import FLOPS, TEMPLATE
+from autocomp.kernels.intrinsics import dot_product
+
+VERSION = 1  # raise when a change here makes stored choices worth finding again
+
+_CONTRACTIONS = ("conv2d", "conv2d_int8", "dense", "dense_int8", "batch_matmul", "depthwise")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One point of a template's tuning space.
+
+    ``rows`` output pixels by ``vectors`` registers of channels are accumulated at a time, ``unroll`` steps of the reduction are unrolled,
+    and ``channels_outer`` sweeps all pixels for one block of weights before the next block (else the reverse).
+    """
+
+    rows: int = 1
+    vectors: int = 1
+    unroll: int = 1
+    channels_outer: bool = True
+    rows_up: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """What the scheduler must know of a fused function: its template, arithmetic, and the extents of its anchor's loops."""
+
+    template: str
+    flops: int
+    spatial: tuple[int, ...] = ()
+    reduction: tuple[int, ...] = ()
+
+
+def describe(function: Any) -> Anchor:
+    """Read a fused function's anchor; template ``rowwise`` where it has none."""
+    from tvm import s_tir
+
+    schedule = s_tir.Schedule(function)
+    block = _anchor_block(schedule)
+    if block is None:
+        return Anchor("rowwise", 0)
+    node = schedule.get(block)
+    spatial = tuple(int(axis.dom.extent) for axis in node.iter_vars if axis.iter_type == 0)
+    reduction = tuple(int(axis.dom.extent) for axis in node.iter_vars if axis.iter_type != 0)
+    return Anchor(str(node.annotations[TEMPLATE]), int(node.annotations[FLOPS]), spatial, reduction)
+
+
+def tiles(anchor: Anchor, profile: Profile) -> list[Tile]:
+    """The legal tiles of a kernel, best guess first. Every template has at least one."""
+    if anchor.template not in _CONTRACTIONS:
+        return [Tile()]
+    lanes = _lanes(anchor, profile)
+    channels = anchor.spatial[-1]
+    if channels % lanes:
+        return [Tile(vectors=0)]  # no whole vector: the plain schedule, left to the compiler
+    candidates = sorted(_contraction_tiles(anchor, channels // lanes, profile), key=lambda tile: _cost(tile, anchor, profile))
+    return candidates or [Tile()]
+
+
+def _contraction_tiles(anchor: Anchor, vectors: int, profile: Profile) -> Iterator[Tile]:
+    *_, up, across = (1, *anchor.spatial[:-1])
+    square = anchor.template in ("conv2d", "conv2d_int8", "depthwise")
+    spare = 3 if anchor.template != "depthwise" else 4  # registers for the broadcast input and the weights in flight
+    for rows, count in itertools.product(_divisors(across, 28), _divisors(vectors, 8)):
+        for rows_up in _divisors(up, 8) if square and rows == across and rows < 8 else (1,):
+            if rows * rows_up * count > profile.vector_registers - spare:
+                continue
+            for unroll in (1, 4) if anchor.reduction[-1] % 4 == 0 and not anchor.template.endswith("int8") else (1,):
+                for channels_outer in (True, False) if vectors > count else (True,):
+                    yield Tile(rows, count, unroll, channels_outer, rows_up)
+
+
+def _cost(tile: Tile, anchor: Anchor, profile: Profile) -> float:
+    """Relative cycles by the analytic model; only the order matters.
+
+    Two fused multiply-adds a cycle need about 8 to 10 independent accumulators (latency 4 to 5); each step of the reduction loads one
+    vector per register of channels and broadcasts one value per row, two loads a cycle.
+    """
+    rows = tile.rows * tile.rows_up
+    block = rows * tile.vectors
+    if anchor.template == "depthwise":
+        return 1 / min(block, 16) + 0.001 * abs(tile.vectors - 2)
+    compute = max(block / 2, 4.5)
+    loads = (rows + tile.vectors) / 2
+    cycles = max(compute, loads) / block
+    overhead = 0.02 * (tile.unroll != 1) + 0.01 * (not tile.channels_outer)
+    return cycles * (1 + overhead + 0.1 / block + 0.01 * abs(rows - 8) / 8)
+
+
+def apply(function: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:
+    """Schedule a fused function with one tile; returns a PrimFunc marked as scheduled."""
+    from tvm import s_tir
+
+    schedule = s_tir.Schedule(function)
+    if anchor.template in _CONTRACTIONS and tile.vectors:
+        _tile_contraction(schedule, tile, anchor, profile)
+    else:
+        schedule_rowwise(schedule, profile)
+    result = schedule.mod["main"]
+    return result.with_attr("tirx.is_scheduled", True)
+
+
+def _tile_contraction(schedule: Any, tile: Tile, anchor: Anchor, profile: Profile) -> None:
+    block = _anchor_block(schedule)
+    last = _inline_epilogue(schedule, block)
+    lanes = _lanes(anchor, profile)
+    if last is None:
+        last = schedule.cache_write(block, 0, "local")
+    else:
+        schedule.set_scope(block, 0, "local")
+    if len(anchor.spatial) == 2:
+        _flatten_rows(schedule, last)
+    loops = schedule.get_loops(block)
+    spatial, reduction = loops[: len(anchor.spatial)], loops[len(anchor.spatial) :]
+    *outer, across, channel = spatial
+    inner: list[Any] = []
+    if tile.rows_up > 1:
+        up, up_inner = schedule.split(outer.pop(), [None, tile.rows_up])
+        outer.append(up)
+        inner.append(up_inner)
+    across_outer, across_inner = schedule.split(across, [None, tile.rows])
+    inner.append(across_inner)
+    channel_outer, vector, lane = schedule.split(channel, [None, tile.vectors, lanes])
+    outer.append(across_outer)
+    if tile.channels_outer and anchor.template != "batch_matmul":
+        outer.insert(0, channel_outer)
+    else:
+        outer.append(channel_outer)
+    intrinsic = anchor.template.endswith("int8")
+    lane_reduction = [reduction.pop()] if intrinsic else []
+    if tile.unroll > 1:
+        step, step_inner = schedule.split(reduction.pop(), [None, tile.unroll])
+        reduction += [step, step_inner]
+    schedule.reorder(*outer, *reduction, *inner, vector, lane, *lane_reduction)
+    schedule.reverse_compute_at(last, outer[-1])
+    for loop in (*inner, vector):
+        schedule.unroll(loop)
+    if tile.unroll > 1:
+        schedule.unroll(reduction[-1])
+    _write_back(schedule, last, len(outer), lanes)
+    if not intrinsic:
+        schedule.vectorize(lane)
+    start = schedule.decompose_reduction(block, reduction[0])
+    if intrinsic:
+        schedule.tensorize(lane, dot_product(profile).register())
+    *unrolled, vectorised = schedule.get_loops(start)[len(outer) :]
+    schedule.vectorize(vectorised)
+    for loop in unrolled:
+        schedule.unroll(loop)
+    for pad in _blocks(schedule):
+        if schedule.get(pad).name_hint == "pad":
+            _vectorise_last(schedule, pad, profile)
+
+
+def _write_back(schedule: Any, last: Any, depth: int, lanes: int) -> None:
+    """Vectorise the epilogue over one register and unroll the rest; a cropped edge stays scalar."""
+    *rows, channel = schedule.get_loops(last)[depth:]
+    if _extent(schedule, channel) % lanes == 0:
+        outer, lane = schedule.split(channel, [None, lanes])
+        schedule.vectorize(lane)
+        rows.append(outer)
+    for loop in rows:
+        schedule.unroll(loop)
+
+
+def _flatten_rows(schedule: Any, last: Any) -> None:
+    """Give the epilogue the anchor's two axes (all rows, channels), so that tiles of rows map onto it."""
+    from tvm import tirx
+
+    extents = [_extent(schedule, loop) for loop in schedule.get_loops(last)]
+    if len(extents) == 2:
+        return
+
+    def flat(*axes: Any) -> list[Any]:
+        row: Any = tirx.const(0, "int64")
+        for axis, extent in zip(axes[:-1], extents[:-1], strict=True):
+            row = row * extent + axis
+        return [row, axes[-1]]
+
+    schedule.transform_block_layout(last, tirx.IndexMap.from_func(flat, ndim=len(extents)))
+
+
+def schedule_rowwise(schedule: Any, profile: Profile) -> None:
+    """Elementwise, reduction and data-movement functions: inline what can be, vectorise along the contiguous axis."""
+    for block in _blocks(schedule)[:-1]:
+        if _is_spatial(schedule, block):
+            try:
+                schedule.compute_inline(block)
+            except Exception:  # noqa: BLE001, S112 - TVM refuses with its own error type; the block then stays as it is
+                continue
+    for block in _blocks(schedule):
+        if _is_spatial(schedule, block):
+            _vectorise_last(schedule, block, profile)
+        else:
+            _schedule_reduction(schedule, block, profile)
+
+
+def _schedule_reduction(schedule: Any, block: Any, profile: Profile) -> None:
+    loops = schedule.get_loops(block)
+    kinds = [int(axis.iter_type) for axis in schedule.get(block).iter_vars]
+    if len(kinds) != len(loops) or kinds[-1] == 0:
+        return
+    spatial = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == 0]
+    reduction = [loop for loop, kind in zip(loops, kinds, strict=True) if kind != 0]
+    if not spatial or _extent(schedule, spatial[-1]) % profile.lanes:
+        return
+    # the contiguous axis is not reduced (a mean over pixels): run it innermost, a vector at a time
+    outer, lane = schedule.split(spatial[-1], [None, profile.lanes])
+    schedule.reorder(*spatial[:-1], outer, *reduction, lane)
+    schedule.vectorize(lane)
+    start = schedule.decompose_reduction(block, reduction[0])
+    schedule.vectorize(schedule.get_loops(start)[-1])
+
+
+def _vectorise_last(schedule: Any, block: Any, profile: Profile) -> None:
+    loops = schedule.get_loops(block)
+    if not loops:
+        return
+    extent = _extent(schedule, loops[-1])
+    lanes = math.gcd(extent, profile.lanes)
+    if lanes >= 4:
+        schedule.vectorize(schedule.split(loops[-1], [None, lanes])[1])
+
+
+def _inline_epilogue(schedule: Any, anchor: Any) -> Any:
+    """Inline everything after the anchor into the last block and return that block; None if the anchor is last."""
+    blocks = _blocks(schedule)
+    names = [schedule.get(block).name_hint for block in blocks]
+    after = blocks[names.index(schedule.get(anchor).name_hint) + 1 :]
+    for block in after[:-1]:
+        schedule.compute_inline(block)
+    return after[-1] if after else None
+
+
+def _anchor_block(schedule: Any) -> Any:
+    for block in _blocks(schedule):
+        if TEMPLATE in schedule.get(block).annotations:
+            return block
+    return None
+
+
+def _blocks(schedule: Any) -> list[Any]:
+    return list(schedule.get_child_blocks(schedule.get_sblock("root")))
+
+
+def _lanes(anchor: Anchor, profile: Profile) -> int:
+    return dot_product(profile).lanes if anchor.template.endswith("int8") else profile.lanes
+
+
+def _is_spatial(schedule: Any, block: Any) -> bool:
+    return all(int(axis.iter_type) == 0 for axis in schedule.get(block).iter_vars)
+
+
+def _extent(schedule: Any, loop: Any) -> int:
+    return int(schedule.get(loop).extent)
+
+
+def _divisors(value: int, limit: int) -> list[int]:
+    return [divisor for divisor in range(1, min(value, limit) + 1) if value % divisor == 0]

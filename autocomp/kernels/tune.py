@@ -1,0 +1,143 @@
+"""Find the best tile of each kernel: build a few, time each for real, keep the fastest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from autocomp.devices.timing import quiet_core
+from autocomp.errors import AutocompError
+from autocomp.hardware import Profile
+from autocomp.kernels import compute, templates
+from autocomp.kernels.store import KernelRecord, KernelStore
+
+_GOOD_ENOUGH = 0.92  # of the measured peak: what is left is within the noise of a short measurement
+_PATIENCE = 5  # trials without a gain of 1 % before giving up
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A scheduled function, and the record that says how fast it ran."""
+
+    function: Any
+    record: KernelRecord
+    trials: int  # made now; 0 for a hit in the store
+
+
+class Tuner:
+    """Tunes fused functions for one profile, through its kernel store. Counts trials and store hits."""
+
+    def __init__(self, profile: Profile, store: KernelStore, *, budget: int = 12) -> None:
+        from tvm.target import Target
+
+        self.profile = profile
+        self.store = store
+        self.budget = budget
+        self.target = Target(dict(profile.target))
+        self.trials = 0
+        self.tuned = 0
+
+    def tune(self, function: Any) -> Tuned:
+        """Return the function scheduled with its best tile, from the store or by measuring. AutocompError if none builds."""
+        from tvm_ffi import structural_hash
+
+        anchor = templates.describe(function)
+        key = f"{anchor.template}-{structural_hash(function) & (2**64 - 1):016x}-v{templates.VERSION}"
+        record = self.store.get(key)
+        if record is not None:
+            tile = templates.Tile(**record.tile)
+            return Tuned(templates.apply(function, tile, anchor, self.profile), record, 0)
+        best, scheduled, trials = self._measure_tiles(function, anchor)
+        record = KernelRecord(key, anchor.template, best[1].to_json(), best[0], anchor.flops, trials, _describe(anchor))
+        self.store.add(record)
+        self.trials += trials
+        self.tuned += 1
+        return Tuned(scheduled, record, trials)
+
+    def peak(self, template: str) -> float | None:
+        """Operations a second that this machine reaches in a register-tiled product held in cache; None without arithmetic.
+
+        Measured once per store with the project's own best kernel, so it is a practical peak.
+        """
+        if template == "rowwise":
+            return None
+        int8 = template.endswith("int8")
+        key = f"peak-{'int8' if int8 else 'fp32'}-v{templates.VERSION}"
+        record = self.store.get(key)
+        if record is None:
+            from tvm import te
+
+            dot = compute.dot_product(self.profile) if int8 else None
+            spec = compute.DenseSpec.of((24, 256), 64, self.profile.lanes)
+            data = te.placeholder((24, 256), dot.activation if dot else "float32", name="data")
+            packed = compute.pack_dense_weight(np.zeros((64, 256), "int8" if dot else "float32"), self.profile.lanes, dot)
+            weight = te.placeholder(packed.shape, str(packed.dtype), name="weight")
+            function = te.create_prim_func([data, weight, compute.dense(data, weight, spec, dot)])
+            anchor = templates.describe(function)
+            best, _, trials = self._measure_tiles(function, anchor, stop_early=False)
+            record = KernelRecord(key, anchor.template, best[1].to_json(), best[0], anchor.flops, trials, "peak")
+            self.store.add(record)
+        return record.flops / record.seconds
+
+    def _measure_tiles(
+        self, function: Any, anchor: templates.Anchor, *, stop_early: bool = True
+    ) -> tuple[tuple[float, templates.Tile], Any, int]:
+        peak = self.peak(anchor.template) if stop_early else None
+        arguments = _random_arguments(function)
+        best: tuple[float, templates.Tile] | None = None
+        best_function, since, trials, failure = None, 0, 0, ""
+        for tile in templates.tiles(anchor, self.profile)[: self.budget]:
+            trials += 1
+            try:
+                scheduled = templates.apply(function, tile, anchor, self.profile)
+                seconds = time_function(scheduled, arguments, self.target)
+            except Exception as error:  # a tile that TVM or LLVM refuses is one trial lost, not the kernel
+                failure = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+                continue
+            since = 0 if best is None or seconds < best[0] * 0.99 else since + 1
+            if best is None or seconds < best[0]:
+                best, best_function = (seconds, tile), scheduled
+            if peak and anchor.flops / best[0] > _GOOD_ENOUGH * peak:
+                break
+            if stop_early and since >= _PATIENCE:
+                break
+        if best is None:
+            raise AutocompError(f"no schedule of a {anchor.template} kernel {_describe(anchor)} could be built: {failure}")
+        return best, best_function, trials
+
+
+def time_function(function: Any, arguments: list[Any], target: Any, *, repeats: int = 3) -> float:
+    """Seconds one scheduled function takes alone, on this machine: the best of ``repeats`` means over about 2 ms each."""
+    import tvm
+
+    executable = tvm.compile(tvm.IRModule({"main": function.with_attr("global_symbol", "main")}), target)
+    device = tvm.cpu()
+    with quiet_core():
+        executable(*arguments)
+        once = executable.mod.time_evaluator("main", device, number=1, repeat=1)(*arguments).mean
+        number = int(min(max(2e-3 / max(once, 1e-8), 1), 10_000))
+        return float(min(executable.mod.time_evaluator("main", device, number=number, repeat=repeats)(*arguments).results))
+
+
+def _random_arguments(function: Any) -> list[Any]:
+    import tvm
+
+    rng = np.random.default_rng(0)
+    arguments = []
+    for parameter in function.params:
+        shape = [int(size) for size in parameter.ty.shape]
+        dtype = str(parameter.ty.dtype).removeprefix("T.")
+        if dtype.startswith("float"):
+            array = np.asarray(rng.standard_normal(shape), dtype)
+        elif dtype in ("int8", "uint8", "int16"):
+            array = np.asarray(rng.integers(0, 100, shape), dtype)
+        else:  # may be an index into another argument: zero is always inside
+            array = np.zeros(shape, dtype)
+        arguments.append(tvm.runtime.tensor(array))
+    return arguments
+
+
+def _describe(anchor: templates.Anchor) -> str:
+    return f"{'x'.join(map(str, anchor.spatial))} over {'x'.join(map(str, anchor.reduction))}" if anchor.spatial else ""

@@ -1,0 +1,186 @@
+"""The records that flow between stages: frozen, free of torch and TVM, written to and read from JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FORMAT_VERSION = 1
+
+How = Literal["measured", "estimated"]
+Precision = Literal["fp32", "w8a8"]
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """One fused function of a compiled module: what it is and what it costs alone.
+
+    ``peak_fraction`` is achieved over peak arithmetic rate of the profile (None where no arithmetic peak applies).
+    """
+
+    name: str
+    key: str
+    operator: str
+    seconds: float
+    flops: int
+    how: How = "measured"
+    peak_fraction: float | None = None
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of one inference on a profile, and how they were obtained.
+
+    ``seconds`` is the median, ``spread`` the interquartile range over the median, ``error`` the known relative error of an
+    estimate (None when measured), ``samples`` the raw repeats in seconds.
+    """
+
+    seconds: float
+    spread: float
+    how: How
+    profile: str
+    device: str = ""
+    samples: tuple[float, ...] = ()
+    kernels: tuple[KernelTime, ...] = ()
+    error: float | None = None
+
+
+@dataclass(frozen=True, order=True)
+class Method:
+    """How one layer is computed: precision, and ranks if it is factorised (one rank for SVD, two for Tucker-2)."""
+
+    precision: Precision = "fp32"
+    ranks: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        rank = "r" + "x".join(map(str, self.ranks)) if self.ranks else ""
+        return "/".join(part for part in (rank, self.precision) if part)
+
+    @classmethod
+    def parse(cls, text: str) -> Method:
+        """Read the form ``str`` writes: ``fp32``, ``w8a8``, ``r32/fp32``, ``r16x32/w8a8``. ValueError otherwise."""
+        head, _, tail = text.rpartition("/")
+        if tail not in ("fp32", "w8a8") or (head and not head.startswith("r")):
+            raise ValueError(f"not a method: {text!r}")
+        ranks = tuple(int(part) for part in head[1:].split("x")) if head else ()
+        return cls(tail, ranks)  # type: ignore[arg-type]  # narrowed by the check above
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One choice for every group and layer: kept widths of the channel groups, methods of the layers."""
+
+    widths: Mapping[str, int]
+    methods: Mapping[str, Method]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "widths": dict(sorted(self.widths.items())),
+            "methods": {name: str(method) for name, method in sorted(self.methods.items())},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Candidate:
+        methods = {name: Method.parse(text) for name, text in data["methods"].items()}
+        return cls(dict(data["widths"]), methods)
+
+    @property
+    def id(self) -> str:
+        """Ten hex digits that name the candidate by its content."""
+        text = json.dumps(self.to_json(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Candidate) and self.to_json() == other.to_json()
+
+
+Source = Literal["dense", "uniform", "solver", "optuna"]
+State = Literal["told", "measured", "failed"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything known of one told trial.
+
+    ``error`` is the tier-0 additive proxy, ``kl`` the tier-1 divergence from the dense model's outputs (nats a sample),
+    ``metrics`` the task's own on the validation split (tier 2), ``predicted`` the kernel-sum model's seconds by profile,
+    ``latency`` whole compiled modules by profile, ``bytes`` the size of the stored weights.
+    """
+
+    trial: int
+    candidate: Candidate
+    source: Source
+    state: State
+    error: float
+    bytes: int
+    predicted: Mapping[str, float] = field(default_factory=dict)
+    kl: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    latency: Mapping[str, Latency] = field(default_factory=dict)
+    failure: str | None = None
+    seconds_spent: float = 0.0
+
+    @property
+    def tier(self) -> int:
+        """The dearest accuracy proxy that was read: 0, 1 or 2."""
+        return 2 if self.metrics else 1 if self.kl is not None else 0
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A point beside the front that the search did not make: another runtime, or a classic recipe, on the same model."""
+
+    name: str
+    metrics: Mapping[str, float]
+    latency: Latency
+    bytes: int
+    note: str = ""
+
+
+def latency_to_json(latency: Latency) -> dict[str, Any]:
+    data = dict(latency.__dict__)
+    data["samples"] = list(latency.samples)
+    data["kernels"] = [dict(kernel.__dict__) for kernel in latency.kernels]
+    return data
+
+
+def latency_from_json(data: Mapping[str, Any]) -> Latency:
+    fields = dict(data)
+    fields["samples"] = tuple(data["samples"])
+    fields["kernels"] = tuple(KernelTime(**kernel) for kernel in data["kernels"])
+    return Latency(**fields)
+
+
+def evaluation_to_json(evaluation: Evaluation) -> dict[str, Any]:
+    data = dict(evaluation.__dict__)
+    data["candidate"] = evaluation.candidate.to_json()
+    data["predicted"] = dict(evaluation.predicted)
+    data["metrics"] = dict(evaluation.metrics)
+    data["latency"] = {name: latency_to_json(value) for name, value in evaluation.latency.items()}
+    return data
+
+
+def evaluation_from_json(data: Mapping[str, Any]) -> Evaluation:
+    fields = dict(data)
+    fields["candidate"] = Candidate.from_json(data["candidate"])
+    fields["latency"] = {name: latency_from_json(value) for name, value in data["latency"].items()}
+    return Evaluation(**fields)
+
+
+def reference_to_json(reference: Reference) -> dict[str, Any]:
+    data = dict(reference.__dict__)
+    data["metrics"] = dict(reference.metrics)
+    data["latency"] = latency_to_json(reference.latency)
+    return data
+
+
+def reference_from_json(data: Mapping[str, Any]) -> Reference:
+    fields = dict(data)
+    fields["latency"] = latency_from_json(data["latency"])
+    return Reference(**fields)
