@@ -100,7 +100,7 @@ class Candidate:
         return isinstance(other, Candidate) and self.to_json() == other.to_json()
 
 
-Source = Literal["dense", "uniform", "solver", "optuna"]
+Source = Literal["dense", "uniform", "solver", "mutation", "optuna"]
 State = Literal["told", "measured", "failed"]
 
 

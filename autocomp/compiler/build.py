@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,23 +13,16 @@ import numpy as np
 
 from autocomp.compiler.importer import export_program, import_program
 from autocomp.compiler.layout import to_channels_last
+from autocomp.compiler.link import link_shared
 from autocomp.compiler.lower import lower
 from autocomp.devices.timing import median_and_spread, quiet_core
-from autocomp.errors import AutocompError, UsageError
+from autocomp.errors import UsageError
 from autocomp.hardware import Profile
 from autocomp.kernels.tune import Tuner
 from autocomp.records import KernelTime, Latency
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class Built:
-    """Everything a compiled module is made of before it is linked: the executable, and its kernels in order of calls."""
-
-    executable: Any
-    kernels: tuple[KernelTime, ...]
 
 
 class CompiledModel:
@@ -54,7 +48,8 @@ class CompiledModel:
         import tvm
 
         try:
-            return cls(tvm.runtime.load_module(str(path)), profile)
+            with quiet_stderr():
+                return cls(tvm.runtime.load_module(str(path)), profile)
         except Exception as error:
             raise UsageError(f"{path} is not a compiled model: {str(error).splitlines()[-1]}") from error
 
@@ -68,15 +63,10 @@ class CompiledModel:
         return tuple(torch.from_numpy(field.numpy()) for field in result)
 
     def save(self, path: str | Path) -> Path:
-        """Write a shared library that ``load`` (or TVM's C++ runtime) reads. Linked with the C compiler."""
+        """Write a shared library that ``load`` (or TVM's C++ runtime) reads. AutocompError where there is no linker."""
         path = Path(path)
-        try:
-            self._executable.export_library(str(path))
-        except Exception as error:
-            raise AutocompError(
-                f"the compiled model could not be linked to {path}: {str(error).splitlines()[-1]}; a C compiler (gcc or clang) must be "
-                "on the PATH"
-            ) from error
+        with quiet_stderr():
+            self._executable.export_library(str(path), fcompile=link_shared)
         return path
 
     def prepare(self, *inputs: torch.Tensor) -> Any:
@@ -105,11 +95,13 @@ class CompiledModel:
 
 def describe_device(profile: Profile) -> str:
     """One line that says what a time was taken on."""
-    target = profile.target
-    return f"{target.get('mcpu', target.get('kind'))}, {profile.cores} thread{'s' if profile.cores > 1 else ''}"
+    names = [name for name in (profile.device, str(profile.target.get("mcpu", ""))) if name]
+    return f"{' '.join(names)}, {profile.cores} thread{'s' if profile.cores > 1 else ''}"
 
 
-def build(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...], profile: Profile, tuner: Tuner) -> CompiledModel:
+def build(
+    model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...], profile: Profile, tuner: Tuner
+) -> CompiledModel:
     """Compile a model in evaluation mode for fixed input shapes, each kernel tuned or taken from the store.
 
     BatchNorm is folded first. ExportError if the model cannot be exported; the caller compares with torch.
@@ -159,5 +151,16 @@ def _kernel_calls(mod: Any) -> list[str]:
     return names
 
 
-def kernel_counts(kernels: Sequence[KernelTime]) -> Counter[str]:
-    return Counter(kernel.name for kernel in kernels)
+@contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Silence what TVM's C++ side prints while a module is saved or loaded (a warning for every storage scope)."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)

@@ -125,7 +125,9 @@ class _QuantisedConverter:
                 quantised, relax.const(packed), primfunc_name_hint="dense_int8",
             )  # fmt: skip
         # sum (q - zp) w = sum q w - zp sum w: the second term is known now
-        compensation = (weight_array.reshape(len(weight_array), -1).astype("int64").sum(1) * int(zero_point)).astype("int32")
+        compensation = (weight_array.reshape(len(weight_array), -1).astype("int64").sum(1) * int(zero_point)).astype(
+            "int32"
+        )
         result = builder.emit_te(
             compute.dequantise, accumulator, relax.const(compensation), relax.const(scale), relax.const(bias),
             primfunc_name_hint="dequantise",

@@ -155,8 +155,15 @@ class _Walk:
         weight = relax.const(np.ascontiguousarray(array_of(call.args[1]).transpose(0, 2, 3, 1)))
         out = self.builder.emit(
             relax.op.nn.conv2d(
-                self._as(call.args[0], _TO_NCHW), weight, attrs.strides, attrs.padding, attrs.dilation, attrs.groups,
-                "NHWC", "OHWI", out_dtype=attrs.out_dtype,
+                self._as(call.args[0], _TO_NCHW),
+                weight,
+                attrs.strides,
+                attrs.padding,
+                attrs.dilation,
+                attrs.groups,
+                "NHWC",
+                "OHWI",
+                out_dtype=attrs.out_dtype,
             )  # fmt: skip
         )
         return _Permuted(out, _TO_NCHW)

@@ -56,7 +56,13 @@ class _Anchors:
         if attrs.data_layout == "NHWC" and attrs.kernel_layout == "OHWI" and is_constant(weight) and shape_of(data):
             array = array_of(weight).transpose(0, 3, 1, 2)
             spec = compute.ConvSpec.of(
-                shape_of(data) or (), array.shape, attrs.strides, attrs.padding, attrs.dilation, int(attrs.groups), self.lanes
+                shape_of(data) or (),
+                array.shape,
+                attrs.strides,
+                attrs.padding,
+                attrs.dilation,
+                int(attrs.groups),
+                self.lanes,
             )
             if spec.tileable:
                 packed = relax.const(compute.pack_conv_weight(array, spec, None))

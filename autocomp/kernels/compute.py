@@ -150,7 +150,9 @@ def conv2d(data: Any, weight: Any, spec: ConvSpec, dot: DotProduct | None = None
     from tvm import te, tirx
 
     if spec.is_dense:
-        return _rows_times_packed(data, weight, (spec.batch, *spec.out_size), spec.in_channels, spec.out_channels, spec.lanes, dot)
+        return _rows_times_packed(
+            data, weight, (spec.batch, *spec.out_size), spec.in_channels, spec.out_channels, spec.lanes, dot
+        )
     lanes, depth = (dot.lanes, dot.depth) if dot else (spec.lanes, 1)
     (kh, kw), (sh, sw), (dh, dw) = spec.kernel, spec.stride, spec.dilation
     oh, ow = spec.out_size
@@ -301,7 +303,11 @@ def quantise(data: Any, inverse_scale: Any, zero_point: Any, dtype: str) -> Any:
 
     def value(*i: Any) -> Any:
         level = tirx.nearbyint(data[i] * inverse_scale[0]) + zero_point[0]
-        return tirx.max(tirx.min(level, tirx.const(255.0, "float32")), tirx.const(0.0, "float32")).astype("int32").astype(dtype)
+        return (
+            tirx.max(tirx.min(level, tirx.const(255.0, "float32")), tirx.const(0.0, "float32"))
+            .astype("int32")
+            .astype(dtype)
+        )
 
     return te.compute(data.shape, value, name="quantise")
 

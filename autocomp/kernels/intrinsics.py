@@ -95,7 +95,9 @@ def _implementation(dot: DotProduct) -> Any:
                 C[T.ramp(T.int32(0), 1, lanes)] = T.call_llvm_pure_intrin(
                     T.llvm_lookup_intrinsic_id(intrinsic),
                     C.vload([0], dtype=accumulator),
-                    T.reinterpret(T.broadcast(T.reinterpret(A.vload([0], a_vector), dtype="int32"), lanes), dtype=w_vector),
+                    T.reinterpret(
+                        T.broadcast(T.reinterpret(A.vload([0], a_vector), dtype="int32"), lanes), dtype=w_vector
+                    ),
                     B.vload([0, 0], dtype=w_vector),
                     dtype=accumulator,
                 )

@@ -25,7 +25,7 @@ from autocomp.records import FORMAT_VERSION
 
 @dataclass(frozen=True)
 class KernelRecord:
-    """One tuned kernel: the tile chosen, its time in seconds, how many trials found it."""
+    """One tuned kernel: its anchor's loop extents, the tile chosen, its time in seconds, how many trials found it."""
 
     key: str
     operator: str
@@ -33,7 +33,8 @@ class KernelRecord:
     seconds: float
     flops: int
     trials: int
-    description: str = ""
+    spatial: tuple[int, ...] = ()
+    reduction: tuple[int, ...] = ()
 
 
 class KernelStore:
@@ -126,4 +127,7 @@ def _decode(line: bytes) -> KernelRecord | None:
     checksum, _, body = line.partition(b" ")
     if hashlib.sha256(body).hexdigest()[:12].encode() != checksum:
         return None
-    return KernelRecord(**json.loads(body))
+    fields = json.loads(body)
+    for name in ("spatial", "reduction"):
+        fields[name] = tuple(fields[name])
+    return KernelRecord(**fields)

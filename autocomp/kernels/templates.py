@@ -72,7 +72,9 @@ def tiles(anchor: Anchor, profile: Profile) -> list[Tile]:
     channels = anchor.spatial[-1]
     if channels % lanes:
         return [Tile(vectors=0)]  # no whole vector: the plain schedule, left to the compiler
-    candidates = sorted(_contraction_tiles(anchor, channels // lanes, profile), key=lambda tile: _cost(tile, anchor, profile))
+    candidates = sorted(
+        _contraction_tiles(anchor, channels // lanes, profile), key=lambda tile: _cost(tile, anchor, profile)
+    )
     return candidates or [Tile()]
 
 
@@ -151,7 +153,7 @@ def _tile_contraction(schedule: Any, tile: Tile, anchor: Anchor, profile: Profil
         step, step_inner = schedule.split(reduction.pop(), [None, tile.unroll])
         reduction += [step, step_inner]
     schedule.reorder(*outer, *reduction, *inner, vector, lane, *lane_reduction)
-    schedule.reverse_compute_at(last, outer[-1])
+    schedule.reverse_compute_at(last, outer[-1], preserve_unit_loops=True)
     for loop in (*inner, vector):
         schedule.unroll(loop)
     if tile.unroll > 1:

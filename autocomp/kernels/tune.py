@@ -50,7 +50,9 @@ class Tuner:
             tile = templates.Tile(**record.tile)
             return Tuned(templates.apply(function, tile, anchor, self.profile), record, 0)
         best, scheduled, trials = self._measure_tiles(function, anchor)
-        record = KernelRecord(key, anchor.template, best[1].to_json(), best[0], anchor.flops, trials, _describe(anchor))
+        record = KernelRecord(
+            key, anchor.template, best[1].to_json(), best[0], anchor.flops, trials, anchor.spatial, anchor.reduction
+        )
         self.store.add(record)
         self.trials += trials
         self.tuned += 1
@@ -72,12 +74,14 @@ class Tuner:
             dot = compute.dot_product(self.profile) if int8 else None
             spec = compute.DenseSpec.of((24, 256), 64, self.profile.lanes)
             data = te.placeholder((24, 256), dot.activation if dot else "float32", name="data")
-            packed = compute.pack_dense_weight(np.zeros((64, 256), "int8" if dot else "float32"), self.profile.lanes, dot)
+            packed = compute.pack_dense_weight(
+                np.zeros((64, 256), "int8" if dot else "float32"), self.profile.lanes, dot
+            )
             weight = te.placeholder(packed.shape, str(packed.dtype), name="weight")
             function = te.create_prim_func([data, weight, compute.dense(data, weight, spec, dot)])
             anchor = templates.describe(function)
             best, _, trials = self._measure_tiles(function, anchor, stop_early=False)
-            record = KernelRecord(key, anchor.template, best[1].to_json(), best[0], anchor.flops, trials, "peak")
+            record = KernelRecord(key, anchor.template, best[1].to_json(), best[0], anchor.flops, trials)
             self.store.add(record)
         return record.flops / record.seconds
 
@@ -104,7 +108,9 @@ class Tuner:
             if stop_early and since >= _PATIENCE:
                 break
         if best is None:
-            raise AutocompError(f"no schedule of a {anchor.template} kernel {_describe(anchor)} could be built: {failure}")
+            raise AutocompError(
+                f"no schedule of a {anchor.template} kernel {_describe(anchor)} could be built: {failure}"
+            )
         return best, best_function, trials
 
 
@@ -118,7 +124,9 @@ def time_function(function: Any, arguments: list[Any], target: Any, *, repeats: 
         executable(*arguments)
         once = executable.mod.time_evaluator("main", device, number=1, repeat=1)(*arguments).mean
         number = int(min(max(2e-3 / max(once, 1e-8), 1), 10_000))
-        return float(min(executable.mod.time_evaluator("main", device, number=number, repeat=repeats)(*arguments).results))
+        return float(
+            min(executable.mod.time_evaluator("main", device, number=number, repeat=repeats)(*arguments).results)
+        )
 
 
 def _random_arguments(function: Any) -> list[Any]:

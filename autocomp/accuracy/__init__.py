@@ -1,0 +1,1 @@
+"""What compression costs in accuracy: calibration statistics, and proxies from cheap to dear."""

@@ -1,0 +1,260 @@
+"""The public functions: search, measure, compile, check, report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from autocomp.config import Goals, Settings, load_settings
+from autocomp.errors import InfeasibleError, Interrupted, UsageError
+from autocomp.hardware import Profile, load_profile
+from autocomp.progress import Progress
+from autocomp.records import Candidate, Evaluation, Latency
+from autocomp.report.data import FrontPoint, Run, read_run
+from autocomp.runfolder import check_run_folder, open_run_folder, unwritable_reason
+from autocomp.search import goals as goal_rules
+from autocomp.task import Task, load_task
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+    from autocomp.compiler.build import CompiledModel
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of the front: what was chosen, how it does, and where its files are.
+
+    ``metrics`` are of the validation split, ``test_metrics`` of the held-out one; ``latency`` is by profile name, ``bytes`` the size of
+    the weights.
+    """
+
+    record: FrontPoint
+    folder: Path
+
+    @property
+    def candidate(self) -> Candidate:
+        return self.record.evaluation.candidate
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        return self.record.evaluation.metrics
+
+    @property
+    def test_metrics(self) -> Mapping[str, float]:
+        return self.record.test_metrics
+
+    @property
+    def latency(self) -> Mapping[str, Latency]:
+        return self.record.evaluation.latency
+
+    @property
+    def bytes(self) -> int:
+        return self.record.evaluation.bytes
+
+    def load(self) -> torch.nn.Module:
+        """The compressed torch model, in evaluation mode. The file is a pickle: open only runs you trust."""
+        from autocomp.export import load_model
+
+        return load_model(self.folder / "models" / self.candidate.id)
+
+
+class SearchResult:
+    """What a search found, read from its run folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.run: Run = read_run(self.folder)
+        self.front: list[Point] = [Point(record, self.folder) for record in self.run.front]
+        self.dense = Point(self.run.dense, self.folder)
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report.html"
+
+    def __iter__(self) -> Iterator[Point]:
+        return iter(self.front)
+
+    def __len__(self) -> int:
+        return len(self.front)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row for each front point, fast to slow: metrics, seconds and speed-up by profile, bytes, drop of the objective."""
+        import pandas as pd
+
+        task = self.run.task
+        rows = []
+        for point in self.front:
+            row: dict[str, Any] = {"id": point.candidate.id, **point.metrics}
+            row |= {f"test:{name}": value for name, value in point.test_metrics.items()}
+            for profile, latency in point.latency.items():
+                row[f"seconds:{profile}"] = latency.seconds
+                row[f"how:{profile}"] = latency.how
+                row[f"speedup:{profile}"] = self.dense.latency[profile].seconds / latency.seconds
+            row["bytes"] = point.bytes
+            row["drop"] = goal_rules.drop(
+                point.record.evaluation, self.run.dense.evaluation, task.objective, task.higher_is_better
+            )
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def best(
+        self, max_drop: float | None = None, max_latency: float | None = None, max_bytes: int | None = None
+    ) -> Point:
+        """The point to take: the fastest within ``max_drop``, else the most accurate within the other limits.
+
+        ``max_drop`` in units of the objective, ``max_latency`` in seconds. InfeasibleError if no point meets the limits.
+        """
+        limits = Goals(max_drop=max_drop, max_latency=max_latency, max_bytes=max_bytes)
+        evaluations: list[Evaluation] = [point.record.evaluation for point in self.front]
+        task = self.run.task
+        chosen = goal_rules.best(evaluations, self.run.dense.evaluation, limits, task.objective, task.higher_is_better)
+        return next(point for point in self.front if point.candidate == chosen.candidate)
+
+
+def search(
+    task: Task | str | None = None,
+    profiles: Sequence[str] | None = None,
+    trials: int | None = None,
+    out: str | Path | None = None,
+    seed: int | None = None,
+    *,
+    settings: Settings | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> SearchResult:
+    """Search the compressions of a task's model, measure the promising ones, and write the run folder.
+
+    ``task`` is a Task or a name (``digits``, ``package.module:function``); ``options`` are the other keys of the settings (``space``,
+    ``measure``, ``minutes``, ``goals``, …). UsageError for bad input, before anything is lost; InfeasibleError, with the report written, if
+    nothing measured meets the goals; Interrupted on Ctrl-C: the same call with ``resume=True`` continues.
+    """
+    progress = progress or Progress()
+    if settings is None:
+        settings = _settings(task, profiles, trials, out, seed, options)
+    check_run_folder(settings, resume)
+    if not isinstance(task, Task):
+        name = settings.task
+        if name is None:
+            raise UsageError("no task: give one, such as autocomp.search(task='digits')")
+        task = load_task(name, progress)
+    folder = open_run_folder(settings, resume)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return _run(settings, task, folder, resume, progress)
+    except Timeout as error:
+        raise UsageError(f"another search is running in {folder}; wait for it, or choose another --out") from error
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"stopped; every finished trial is kept: continue with --resume --out {folder}") from error
+    except OSError as error:
+        reason = unwritable_reason(error)
+        if reason is None:
+            raise
+        raise UsageError(
+            f"the run folder {folder} cannot be written: {reason}; what was told is kept, continue with --resume once there is room"
+        ) from error
+
+
+def rebuild_report(run: str | Path) -> Path:
+    """Write ``report.html`` again from the records of a run folder; neither torch nor TVM is needed."""
+    from autocomp.report.build import build_report
+
+    return build_report(Path(run))
+
+
+def measure(
+    model: torch.nn.Module,
+    example_inputs: tuple[torch.Tensor, ...],
+    profile: str | Profile = "x86-host",
+) -> Latency:
+    """Compile a model with tuned kernels, compare it with torch, and measure one inference on a profile.
+
+    ``.seconds`` is the median, ``.spread`` its relative interquartile range, ``.how`` how it was obtained, ``.kernels`` each kernel's own time.
+    ExportError if the model cannot be compiled, MismatchError if it computes something else than torch.
+    """
+    device, compiled = _compiled(model, example_inputs, profile)
+    latency: Latency = device.time(compiled, example_inputs)
+    return latency
+
+
+def compile(  # noqa: A001 - the name users know from torch
+    model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...], profile: str | Profile = "x86-host"
+) -> CompiledModel:
+    """Compile a model for a profile: ``.run(*tensors)``, ``.save(path)``. Errors as ``measure``."""
+    return _compiled(model, example_inputs, profile)[1]
+
+
+def check(settings: Settings, progress: Progress | None = None) -> dict[str, Any]:
+    """Say what a search would do: layers, groups, the choices offered, and what is not offered and why. Nothing is measured."""
+    from autocomp.graph import analyse
+    from autocomp.space import build_space, load_space
+
+    if settings.task is None:
+        raise UsageError("no task: name one, such as `autocomp check digits`")
+    task = load_task(settings.task, progress)
+    graph = analyse(task.model, task.example_inputs)
+    space = build_space(graph, load_space(settings.space), [load_profile(name) for name in settings.profiles])
+    return {
+        "task": task.name,
+        "profiles": list(settings.profiles),
+        "candidates": space.size,
+        "groups": [
+            {"group": name, "width": group.width, "offered": list(space.widths[name]), "layers": [*group.producers, *group.consumers]}
+            for name, group in graph.groups.items()
+        ],
+        "layers": [
+            {"layer": name, "kind": layer.kind, "macs": layer.macs, "methods": [str(method) for method in space.methods[name]]}
+            for name, layer in graph.layers.items()
+        ],
+        "refused": [{"subject": r.subject, "option": r.option, "reason": r.reason} for r in space.refused],
+    }
+
+
+def _run(settings: Settings, task: Task, folder: Path, resume: bool, progress: Progress) -> SearchResult:
+    import torch
+
+    from autocomp.finish import finish
+    from autocomp.pipeline import Pipeline
+
+    torch.manual_seed(settings.seed)
+    pipeline = Pipeline(settings, task, folder, resume, progress)
+    try:
+        pipeline.run()
+        try:
+            finish(pipeline)
+        except InfeasibleError:
+            rebuild_report(folder)
+            raise
+    finally:
+        pipeline.search.close()
+    with progress.stage("writing the report"):
+        rebuild_report(folder)
+    return SearchResult(folder)
+
+
+def _settings(
+    task: Task | str | None, profiles: Sequence[str] | None, trials: int | None, out: str | Path | None, seed: int | None, options: Mapping[str, Any]
+) -> Settings:  # fmt: skip
+    name = task.name if isinstance(task, Task) else task
+    given: dict[str, Any] = {
+        "task": name,
+        "profiles": list(profiles) if profiles is not None else None,
+        "trials": trials,
+        "out": str(out) if out is not None else None,
+        "seed": seed,
+        **options,
+    }
+    return load_settings(None, given)
+
+
+def _compiled(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...], profile: str | Profile) -> Any:
+    from autocomp.devices.local import LocalDevice
+
+    device = LocalDevice(profile if isinstance(profile, Profile) else load_profile(profile))
+    return device, device.compile(model.eval(), [tuple(example_inputs)])

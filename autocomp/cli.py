@@ -1,0 +1,305 @@
+"""The command line. Results go to standard output, progress and errors to standard error."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from autocomp import terminal
+from autocomp.config import Settings, load_settings, read_mapping, settings_schema
+from autocomp.errors import AutocompError, UsageError, suggest
+from autocomp.hardware import profile_schema
+from autocomp.progress import Progress
+from autocomp.quantities import parse_bytes, parse_seconds
+from autocomp.report.data import FRONT, read_run
+from autocomp.resources import shipped_files
+from autocomp.runfolder import CONFIG, check_run_folder, unwritable_reason
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+class Quantity(click.ParamType):
+    """A number with its unit."""
+
+    def __init__(self, name: str, parse: Callable[[str], float]) -> None:
+        self.name = name
+        self.parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self.parse(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Commands(click.Group):
+    """A group that names the nearest command to one it does not have."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            known = ", ".join(self.commands)
+            ctx.fail(f"there is no command {args[0]!r}.{suggest(args[0], self.commands)} Commands: {known}")
+        return super().resolve_command(ctx, args)
+
+
+def _remember_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.find_root().ensure_object(dict)["debug"] = True
+
+
+def _common(command: F) -> F:
+    """Options every command has."""
+    as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
+    debug = click.option(
+        "--debug", is_flag=True, expose_value=False, callback=_remember_debug, help="Show the traceback of an error."
+    )
+    return as_json(debug(command))
+
+
+def _settings_options(command: F) -> F:
+    """Options that say what to search, shared by `search` and `check`."""
+    options = [
+        click.argument("task_name", metavar="[TASK]", required=False),
+        click.option("--config", type=click.Path(path_type=Path), help="YAML or TOML file of settings."),
+        click.option("--task", "task_option", help="Built-in task, or package.module:function (same as TASK)."),
+        click.option(
+            "--profile", "profiles", multiple=True, help="Hardware profile or its YAML file; may be repeated."
+        ),
+        click.option("--space", help="Search space or its YAML file."),
+        click.option("--seed", type=int, help="Seed of calibration and search."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="autocomp")
+def cli() -> None:
+    """Search how to compress a PyTorch model, measured on its target's own autotuned kernels."""
+
+
+@cli.command()
+@_settings_options
+@click.option("--trials", type=int, help="Candidates told to the study.")
+@click.option("--measure", type=int, help="Candidates compiled and timed as whole modules.")
+@click.option("--minutes", type=float, help="Stop searching after this many minutes.")
+@click.option("--out", help="Run folder; runs/NAME OF THE TASK unless given.")
+@click.option("--resume", is_flag=True, help="Continue the run in the run folder.")
+@click.option("--max-drop", type=float, help="Largest loss of the objective against dense, in its own units.")
+@click.option(
+    "--max-latency", type=Quantity("duration", parse_seconds), help="Largest latency, such as 0.5ms or 300us."
+)
+@click.option("--max-size", "max_bytes", type=Quantity("size", parse_bytes), help="Largest size, such as 500KB.")
+@_common
+def search(
+    task_name: str | None, config: Path | None, task_option: str | None, resume: bool, as_json: bool, **options: Any
+) -> None:
+    """Search the compressions of TASK and write the measured front into a run folder.
+
+    TASK is a built-in task (digits), or package.module:function that returns an autocomp.Task.
+    """
+    if resume and config is None and task_name is None and task_option is None:
+        stored = Path(options["out"] or "") / CONFIG
+        config = stored if options["out"] and stored.exists() else None
+    settings = _resolve(task_name, task_option, config, options)
+    folder = check_run_folder(settings, resume)  # before torch is even imported
+
+    from autocomp import api
+
+    api.search(settings=settings, task=None, resume=resume, progress=_progress())
+    if as_json:
+        click.echo((folder / FRONT).read_text(encoding="utf-8"), nl=False)
+    else:
+        terminal.show_front(read_run(folder))
+        click.echo(f"\nreport: {folder / 'report.html'}")
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@_common
+def report(run: Path, as_json: bool) -> None:
+    """Build the report of the run folder RUN again from its files."""
+    if not run.is_dir():
+        raise UsageError(f"there is no run folder {run}")
+    from autocomp import api
+
+    page = api.rebuild_report(run)
+    click.echo(json.dumps({"report": str(page)}) if as_json else f"report: {page}")
+
+
+@cli.command()
+@click.argument("model", metavar="TASK_OR_PT2")
+@click.option("--profile", "profiles", multiple=True, default=["x86-host"], help="Hardware profile; may be repeated.")
+@click.option("--kernels", type=click.IntRange(min=0), default=10, show_default=True, help="Dearest kernels to show.")
+@_common
+def measure(model: str, profiles: tuple[str, ...], kernels: int, as_json: bool) -> None:
+    """Compile a model, tune its kernels and time it.
+
+    The model is that of a built-in task (digits), of package.module:function, or a torch.export file (.pt2).
+    """
+    from autocomp.hardware import load_profile
+    from autocomp.records import latency_to_json
+
+    for name in profiles:  # an unknown one is told before a model is trained or loaded
+        load_profile(name)
+    module, example_inputs = _load_model(model)
+
+    from autocomp import api
+
+    latencies = {name: api.measure(module, example_inputs, profile=name) for name in profiles}
+    if as_json:
+        click.echo(json.dumps({name: latency_to_json(latency) for name, latency in latencies.items()}))
+        return
+    for latency in latencies.values():
+        terminal.show_latency(latency, kernels)
+
+
+@cli.command()
+@_common
+def profiles(as_json: bool) -> None:
+    """List the hardware profiles, resolved on this machine."""
+    described = terminal.describe_profiles()
+    if as_json:
+        click.echo(json.dumps(described))
+    else:
+        terminal.show_profiles(described)
+
+
+@cli.command()
+@_common
+def spaces(as_json: bool) -> None:
+    """List the search spaces."""
+    described = [
+        {"name": name, "description": str(read_mapping(path).get("description", "")), "path": str(path)}
+        for name, path in shipped_files("search_spaces").items()
+    ]
+    if as_json:
+        click.echo(json.dumps(described))
+    else:
+        rows = [[space["name"], space["description"], space["path"]] for space in described]
+        terminal.show_table(["space", "description", "file"], rows)
+
+
+@cli.command()
+@_settings_options
+@_common
+def check(task_name: str | None, config: Path | None, task_option: str | None, as_json: bool, **options: Any) -> None:
+    """Say what a search of TASK would choose from, and why other options are not offered."""
+    settings = _resolve(task_name, task_option, config, options)
+
+    from autocomp import api
+
+    found = api.check(settings)
+    if as_json:
+        click.echo(json.dumps(dict(found)))
+    else:
+        terminal.show_table(["part", "offered", "why not more"], [[str(cell) for cell in row] for row in found.rows])
+
+
+@cli.command()
+@click.argument("kind", type=click.Choice(["config", "profile", "space"]), default="config")
+@_common
+def schema(kind: str, as_json: bool) -> None:
+    """Print the JSON schema of a config file, a hardware profile or a search space."""
+    from autocomp.space import SpaceFile
+
+    schemas = {"config": settings_schema, "profile": profile_schema, "space": SpaceFile.model_json_schema}
+    click.echo(json.dumps(schemas[kind](), indent=None if as_json else 2))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 ok, 1 failure, 2 usage, 3 nothing feasible, 130 interrupted."""
+    state: dict[str, bool] = {}
+    try:
+        cli.main(args=None if argv is None else list(argv), prog_name="autocomp", standalone_mode=False, obj=state)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", INTERRUPTED, state)
+    except AutocompError as error:
+        return _fail(str(error), error.exit_code, state)
+    except BrokenPipeError:  # the reader of our output left; Python would complain again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        reason = unwritable_reason(error)
+        if reason is None:
+            return _fail(_unexpected(error), 1, state)
+        return _fail(f"{error.filename or 'a file'} cannot be written: {reason}", UsageError.exit_code, state)
+    except Exception as error:
+        return _fail(_unexpected(error), 1, state)
+    return 0
+
+
+def _resolve(task_name: str | None, task_option: str | None, config: Path | None, options: dict[str, Any]) -> Settings:
+    """Settings from flags, variables and the config file; a task must be among them."""
+    if task_name and task_option and task_name != task_option:
+        raise UsageError(f"two tasks are given, {task_name!r} and --task {task_option!r}: name one")
+    overrides = {**options, "task": task_name or task_option, "profiles": list(options.get("profiles") or ()) or None}
+    settings = load_settings(config, overrides)
+    if settings.task is None:
+        raise UsageError("no task is given: name one (autocomp search digits), or give a file with --config")
+    if config is not None and ":" in settings.task:  # the user's module often lies beside the config
+        sys.path.append(str(config.parent.absolute()))
+    return settings
+
+
+def _load_model(name: str) -> tuple[Any, tuple[Any, ...]]:
+    """The model and example inputs of a task or a torch.export file."""
+    if not name.endswith(".pt2"):
+        from autocomp.task import load_task
+
+        task = load_task(name, _progress())
+        return task.model, task.example_inputs
+    if not Path(name).is_file():
+        raise UsageError(f"there is no file {name}")
+    import torch
+
+    try:
+        program = torch.export.load(name)
+    except Exception as error:  # a file of another kind makes torch raise whatever its reader meets first
+        raise UsageError(f"{name} is not a torch.export file: {type(error).__name__}: {error}") from error
+    if program.example_inputs is None:
+        raise UsageError(
+            f"{name} holds no example inputs: save it as torch.export.export(model, example_inputs) gave it"
+        )
+    positional, keywords = program.example_inputs
+    if keywords:
+        raise UsageError(f"{name} takes keyword inputs ({', '.join(keywords)}): export it with positional ones")
+    return program.module(), tuple(positional)
+
+
+def _progress() -> Progress:
+    from rich.console import Console
+
+    return Progress(Console(stderr=True))
+
+
+def _unexpected(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error} (run again with --debug for the traceback)"
+
+
+def _fail(message: str, code: int, state: dict[str, bool]) -> int:
+    if state.get("debug"):
+        traceback.print_exc()
+    click.echo(f"error: {message}", err=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

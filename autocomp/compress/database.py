@@ -1,0 +1,232 @@
+"""The layer database: every layer at every input width by every method, compressed once and kept on disk.
+
+A file holds the entries of one layer at one input width. Its name is the hash of everything they depend on, so a file
+that is there is right, whatever run wrote it, and a killed build continues where it stopped. Every file begins with the
+hash of its content: one that does not read back is rebuilt, and a warning says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from autocomp.cache import write_atomically
+from autocomp.compress.entry import Entry, compress_layer, pack, stored_bytes, unpack
+from autocomp.compress.prune import DAMPING, STEPS, keep, order_groups
+from autocomp.compress.quantize import Observer
+from autocomp.errors import AutocompError, CorruptError
+from autocomp.progress import Progress
+from autocomp.records import Method
+
+if TYPE_CHECKING:
+    from autocomp.accuracy.calibrate import Statistics
+    from autocomp.graph import Graph
+    from autocomp.space import Space
+
+FORMAT_VERSION = 1
+REVISION = 1  # of the methods: raise it when the same inputs come to give other entries
+HEADER = b"autocomp-layers 1 "
+MEMORY = 512 * 2**20  # bytes of entries kept in memory; the rest is read again
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """One layer's tables for the solver, [len(widths_in), len(widths_out), len(methods)]; see ``search.solver.Factor``.
+
+    ``error`` in nats a sample, ``bytes`` of stored weights. Methods whose ranks are no use at a shape have the values
+    of the full-rank method that takes their place. A layer whose two sides are one group is read on the diagonal.
+    """
+
+    layer: str
+    in_group: str | None
+    out_group: str | None
+    widths_in: tuple[int, ...]
+    widths_out: tuple[int, ...]
+    methods: tuple[Method, ...]
+    error: npt.NDArray[np.float64]
+    bytes: npt.NDArray[np.float64]
+
+
+class LayerDatabase:
+    """Entries by (layer, input width, method), and the order in which channels of each group are kept.
+
+    ``folder`` holds the files; ``warnings`` says of every file that had to be rebuilt. AutocompError if the folder
+    cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        model: nn.Module,
+        graph: Graph,
+        space: Space,
+        statistics: Statistics,
+        observer: Observer = "mse",
+    ) -> None:
+        self.folder = Path(folder)
+        self.model, self.graph, self.space, self.statistics = model, graph, space, statistics
+        self.observer: Observer = observer
+        self.warnings: list[str] = []
+        self._loaded: OrderedDict[tuple[str, int], tuple[int, dict[Method, Entry]]] = OrderedDict()
+        self._held = 0
+        self._orders: dict[str, tuple[Tensor, str]] | None = None
+
+    def build(self, progress: Progress | None = None) -> None:
+        """Compute what is missing; what is there is checked. A killed build loses at most one layer at one width."""
+        progress = progress or Progress()
+        work = [(name, width) for name in self.graph.layers for width in self.widths_in(name)]
+        with progress.stage("layer database", len(work) + 1) as stage:
+            self.orders()
+            stage.advance()
+            for name, width in work:
+                self._entries(name, width)
+                stage.advance(note=f"{name} at {width}")
+            for text in self.warnings:
+                stage.warn(text)
+
+    def orders(self) -> Mapping[str, tuple[Tensor, str]]:
+        """Return each group's channels, best first, and the ordering that won (``l1`` or ``obs``)."""
+        if self._orders is None:
+            widths = {name: list(widths) for name, widths in self.space.widths.items()}
+            path = self._path("orders", widths)
+            data = self._read(path)
+            if data is None:
+                made = order_groups(self.model, self.graph, self.statistics, widths)
+                data = {name: {"order": order, "by": by} for name, (order, by) in made.items()}
+                self._write(path, data)
+            self._orders = {name: (fields["order"], fields["by"]) for name, fields in data.items()}
+        return self._orders
+
+    def kept(self, group: str | None, width: int) -> Tensor | None:
+        """Return the channels of a group kept at a width, ascending; None if all are."""
+        if group is None or width == self.graph.groups[group].width:
+            return None
+        return keep(self.orders()[group][0], width)
+
+    def widths_in(self, layer: str) -> tuple[int, ...]:
+        """Return the input widths a layer is compressed at: those of its group, in channels."""
+        described = self.graph.layers[layer]
+        if described.in_group is None:
+            return (described.in_channels // described.in_spread,)
+        return self.space.widths[described.in_group]
+
+    def entry(self, layer: str, in_width: int, method: Method) -> Entry:
+        """Return one entry, computed now if it must be. KeyError if the space does not offer it."""
+        entries = self._entries(layer, in_width)
+        if method not in entries:
+            raise KeyError(f"{layer} at {in_width} by {method}: the search space does not offer it")
+        return entries[method]
+
+    def tables(self) -> list[LayerTable]:
+        """Return the tables of all layers, in the order of execution."""
+        return [self._table(name) for name in self.graph.layers]
+
+    def _table(self, name: str) -> LayerTable:
+        layer = self.graph.layers[name]
+        inputs = self.widths_in(name)
+        outputs = (layer.out_channels,) if layer.out_group is None else self.space.widths[layer.out_group]
+        methods = self.space.methods[name]
+        error = np.zeros((len(inputs), len(outputs), len(methods)))
+        size = np.zeros_like(error)
+        depthwise = layer.kind == "depthwise"
+        for i, width in enumerate(inputs):
+            columns = width * layer.in_spread
+            for o, out in enumerate(outputs):
+                # Off the diagonal a depthwise table says what the diagonal says: nothing reads it there.
+                rows = None if depthwise else self.kept(layer.out_group, out)
+                shape = (columns, width if depthwise else out)
+                dense = shape == (layer.in_channels, layer.out_channels)
+                for m, method in enumerate(methods):
+                    effective = self.space.effective(name, *shape, method)
+                    values = self.entry(name, width, effective).error
+                    error[i, o, m] = float((values if rows is None else values[rows]).sum())
+                    changed = not dense or effective != Method()
+                    size[i, o, m] = stored_bytes(layer, *shape, effective, changed)
+        return LayerTable(name, layer.in_group, layer.out_group, inputs, outputs, methods, error, size)
+
+    def _entries(self, name: str, width: int) -> dict[Method, Entry]:
+        key = (name, width)
+        if key in self._loaded:
+            self._loaded.move_to_end(key)
+            return self._loaded[key][1]
+        layer = self.graph.layers[name]
+        columns = width * layer.in_spread
+        methods = [m for m in self.space.methods[name] if self._possible(m, name, columns)]
+        order = None if layer.in_group is None else self.orders()[layer.in_group][0]
+        chosen = None if order is None else order[:width].tolist()
+        path = self._path("layer", [name, width, [str(method) for method in methods], self.observer, chosen])
+        data = self._read(path)
+        if data is None:
+            seen = self.statistics.layers[name]
+            module = self.model.get_submodule(name)
+            entries = compress_layer(module, layer, seen, order, width, methods, self.observer)
+            self._write(path, pack(entries))
+        else:
+            entries = unpack(name, width, data)
+        self._hold(key, entries)
+        return entries
+
+    def _possible(self, method: Method, layer: str, columns: int) -> bool:
+        """Whether ranks are of use at this input width and any output width at all: all rows cost the most."""
+        return self.space.effective(layer, columns, self.graph.layers[layer].out_channels, method) == method
+
+    def _hold(self, key: tuple[str, int], entries: dict[Method, Entry]) -> None:
+        size = sum(part.weight.nbytes for entry in entries.values() for part in entry.parts)
+        self._loaded[key] = (size, entries)
+        self._held += size
+        while self._held > MEMORY and len(self._loaded) > 1:
+            _, (gone, _) = self._loaded.popitem(last=False)
+            self._held -= gone
+
+    def _path(self, kind: str, content: Any) -> Path:
+        identity = [FORMAT_VERSION, REVISION, DAMPING, STEPS, self.statistics.fingerprint, kind, content]
+        name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
+        return self.folder / f"{kind}-{name}.bin"
+
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        """Return a file's content; None if it is not there, or does not read back as it was written (a warning)."""
+        try:
+            return read_checked(path)
+        except FileNotFoundError:
+            return None
+        except CorruptError as error:
+            self.warnings.append(f"{error}; it was rebuilt")
+            return None
+
+    def _write(self, path: Path, data: Mapping[str, Any]) -> None:
+        buffer = io.BytesIO()
+        torch.save(dict(data), buffer)
+        payload = buffer.getvalue()
+        try:
+            write_atomically(path, HEADER + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+        except OSError as error:
+            reason = error.strerror or error
+            raise AutocompError(
+                f"the layer database cannot write {path}: {reason}; free space or choose another folder"
+            ) from error
+
+
+def read_checked(path: Path) -> dict[str, Any]:
+    """Read a database file. FileNotFoundError if there is none, CorruptError if it is not what was written."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CorruptError(f"layer database: {path.name} cannot be read ({error.strerror or error})") from error
+    head, _, payload = content.partition(b"\n")
+    if head != HEADER + hashlib.sha256(payload).hexdigest().encode():
+        raise CorruptError(f"layer database: {path.name} is damaged")
+    data: dict[str, Any] = torch.load(io.BytesIO(payload), weights_only=True)
+    return data

@@ -1,0 +1,292 @@
+"""8-bit weights and activations: the integer custom ops, their modules, and how ranges are chosen.
+
+The CPU implementations of ``autocomp::conv2d_w8a8`` and ``autocomp::linear_w8a8`` ARE the specification of the integer
+semantics; the compiler's lowering is held to them.
+
+    q   = clamp(round_half_even(float32(x * inv_xs)) + zp, 0, 255)          as uint8
+    acc = sum((q - zp) * w)                                                  as int32; padding contributes 0
+    y   = float32(float64(float32(acc)) * scale[o] + bias[o])                rounded once from float64
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from autocomp.errors import UsageError
+
+FLOAT32_EXACT = 2**24  # integers up to here are exact in float32, in any order of summation
+INT32_LIMIT = 2**31
+EPILOGUE_BLOCK = 1 << 16  # elements worked on at once in float64: 512 kB stays in a second-level cache
+
+Observer = Literal["minmax", "percentile", "mse"]
+
+
+def quantise_centred(x: Tensor, inv_xs: float, zp: int) -> Tensor:
+    """Return ``q - zp`` of the specification as a new float32 tensor of whole numbers in [-zp, 255 - zp]."""
+    return x.mul(inv_xs).round_().clamp_(-zp, 255 - zp)
+
+
+def _largest_sum(weight: Tensor, zp: int) -> int:
+    """Bound |acc| from the weights at hand: max over outputs of sum |w|, times the largest |q - zp|."""
+    if weight.numel() == 0:
+        return 0
+    return int(weight.flatten(1).abs().sum(1, dtype=torch.int64).max()) * max(zp, 255 - zp)
+
+
+def _chunks(channels: int, parts: int) -> Iterator[slice]:
+    step = -(-channels // parts)
+    for start in range(0, channels, step):
+        yield slice(start, min(start + step, channels))
+
+
+def _rescale(acc: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """Return float32(acc * scale + bias) with one rounding; ``acc`` is [rows, O, inner] and is overwritten if float32.
+
+    The product of two float32 is exact in float64, so a fused and an unfused multiply-add agree there.
+    """
+    acc = acc.to(torch.float32)
+    scale64, bias64 = scale.double()[:, None], bias.double()[:, None]
+    rows = max(1, EPILOGUE_BLOCK // max(1, acc[0].numel())) if acc.shape[0] else 1
+    for block in acc.split(rows):
+        block.copy_(block.double().mul_(scale64).add_(bias64))
+    return acc
+
+
+@torch.library.custom_op(
+    "autocomp::conv2d_w8a8",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor x, Tensor w, Tensor scale, Tensor bias, float inv_xs, int zp, int[2] stride, int[2] padding, "
+    "int[2] dilation, int groups) -> Tensor",
+)
+def conv2d_w8a8(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    inv_xs: float,
+    zp: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """Convolve float32 NCHW ``x`` with int8 OIHW ``w`` in integers; ``scale`` and ``bias`` are float32 [O]."""
+    q = quantise_centred(x, inv_xs, zp)
+    largest = _largest_sum(w, zp)
+    if largest < FLOAT32_EXACT:
+        acc = functional.conv2d(q, w.float(), None, stride, padding, dilation, groups)
+    elif groups == 1 and w.shape[1] > 1:
+        # Each part of the input channels is summed exactly in float32, the parts in float64.
+        parts = min(w.shape[1], -(-largest // FLOAT32_EXACT) * 2)
+        if any(_largest_sum(w[:, part], zp) >= FLOAT32_EXACT for part in _chunks(w.shape[1], parts)):
+            acc = functional.conv2d(q.double(), w.double(), None, stride, padding, dilation, groups)
+        else:
+            acc = torch.zeros((), dtype=torch.float64)
+            for part in _chunks(w.shape[1], parts):
+                acc = acc + functional.conv2d(q[:, part], w[:, part].float(), None, stride, padding, dilation).double()
+    else:
+        acc = functional.conv2d(q.double(), w.double(), None, stride, padding, dilation, groups)
+    acc = acc.contiguous()
+    return _rescale(acc.flatten(2), scale, bias).view(acc.shape)
+
+
+@conv2d_w8a8.register_fake
+def _(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    inv_xs: float,
+    zp: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    size = [
+        (x.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (w.shape[2 + axis] - 1) - 1) // stride[axis] + 1
+        for axis in (0, 1)
+    ]
+    return x.new_empty((x.shape[0], w.shape[0], *size))
+
+
+@torch.library.custom_op(
+    "autocomp::linear_w8a8",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor x, Tensor w, Tensor scale, Tensor bias, float inv_xs, int zp) -> Tensor",
+)
+def linear_w8a8(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor, inv_xs: float, zp: int) -> Tensor:
+    """Multiply float32 ``x`` [..., K] by int8 ``w`` [N, K] in integers; ``scale`` and ``bias`` are float32 [N]."""
+    q = quantise_centred(x, inv_xs, zp)
+    if _largest_sum(w, zp) < FLOAT32_EXACT:
+        acc = functional.linear(q, w.float())
+    else:
+        acc = functional.linear(q.double(), w.double())
+    return _rescale(acc.reshape(-1, w.shape[0], 1), scale, bias).view(acc.shape)
+
+
+@linear_w8a8.register_fake
+def _(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor, inv_xs: float, zp: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w.shape[0]))
+
+
+def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round to int8 in [-127, 127], one symmetric scale for each output (first axis); a zero row gets scale 1.
+
+    Returns (int8 of the same shape, float32 scale [O]); |weight - int8 * scale| is at most half a scale.
+    """
+    peak = weight.flatten(1).abs().amax(1).double()
+    scale = torch.where(peak > 0, peak / 127.0, torch.ones_like(peak)).float()
+    # A subnormal peak underflows to a zero scale: such a row is zero for every purpose.
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    column = scale.double().view(-1, *([1] * (weight.dim() - 1)))
+    return (weight.double() / column).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def activation_parameters(low: float, high: float) -> tuple[float, int]:
+    """Return (inv_xs, zp) for values in [low, high], widened to hold 0: scale = (high - low) / 255.
+
+    ``inv_xs`` is exactly a float32, and the activation scale is understood as its exact inverse.
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
+    tiny = float(torch.finfo(torch.float32).tiny)
+    scale = (high - low) / 255.0
+    if not scale > 255 * tiny:  # nothing (or nothing float32 can hold the inverse of) was ever seen here
+        return 1.0, 0
+    inv_xs = float(torch.tensor(1.0 / scale, dtype=torch.float32))
+    return inv_xs, max(0, min(255, round(-low * inv_xs)))
+
+
+def observe(sample: Tensor, low: float, high: float, observer: Observer = "mse") -> tuple[float, float]:
+    """Choose a clipping range inside [low, high], the extremes seen, from a sample of the values.
+
+    ``minmax`` keeps the extremes; ``percentile`` drops 0.05 % at each side; ``mse`` takes the one of 20 shrunken ranges
+    with the least squared error on the sample.
+    """
+    if observer == "minmax" or sample.numel() == 0:
+        return low, high
+    values = sample.flatten().float()
+    if observer == "percentile":
+        ordered = values.sort().values
+        cut = int(ordered.numel() * 0.0005)
+        return float(ordered[cut]), float(ordered[ordered.numel() - 1 - cut])
+    best, chosen = float("inf"), (low, high)
+    for step in range(20):
+        shrink = 1.0 - 0.03 * step
+        inv_xs, zp = activation_parameters(low * shrink, high * shrink)
+        error = float((quantise_centred(values, inv_xs, zp).div_(inv_xs) - values).square_().mean())
+        if error < best:
+            best, chosen = error, (low * shrink, high * shrink)
+    return chosen
+
+
+def _check_overflow(weight: Tensor, zp: int, name: str) -> None:
+    largest = _largest_sum(weight, zp)
+    if largest >= INT32_LIMIT:
+        raise UsageError(
+            f"{name}: an int32 sum of {weight[0].numel()} products may reach {largest}, past {INT32_LIMIT - 1}; "
+            "keep this layer at fp32 in the search-space file"
+        )
+
+
+class QuantLinear(nn.Module):
+    """A linear layer in 8 bits: int8 weight [N, K], float32 scale [N] and bias [N].
+
+    ``scale`` is weight scale times activation scale; (``inv_xs``, ``zp``) quantise the input.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor, inv_xs: float, zp: int) -> None:
+        super().__init__()
+        _check_overflow(weight, zp, "QuantLinear")
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+        self.inv_xs, self.zp = inv_xs, zp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_w8a8(x, self.weight, self.scale, self.bias, self.inv_xs, self.zp)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, inv_xs={self.inv_xs:g}, zp={self.zp}"
+
+
+class QuantConv2d(nn.Module):
+    """A convolution in 8 bits: int8 weight OIHW, float32 scale [O] and bias [O].
+
+    ``scale`` is weight scale times activation scale; (``inv_xs``, ``zp``) quantise the input.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        inv_xs: float,
+        zp: int,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
+    ) -> None:
+        super().__init__()
+        _check_overflow(weight, zp, "QuantConv2d")
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+        self.inv_xs, self.zp = inv_xs, zp
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d_w8a8(
+            x,
+            self.weight,
+            self.scale,
+            self.bias,
+            self.inv_xs,
+            self.zp,
+            list(self.stride),
+            list(self.padding),
+            list(self.dilation),
+            self.groups,
+        )
+
+    def extra_repr(self) -> str:
+        o, i, h, w = self.weight.shape
+        return f"{i * self.groups}, {o}, kernel={h, w}, stride={self.stride}, groups={self.groups}, zp={self.zp}"
+
+
+def quantised(layer: nn.Conv2d | nn.Linear, inv_xs: float, zp: int) -> QuantConv2d | QuantLinear:
+    """Return the 8-bit module of a float layer: weights rounded to nearest, its input quantised with (inv_xs, zp).
+
+    Zero-padded convolutions with symmetric integer padding only (ValueError otherwise).
+    """
+    weight, weight_scale = quantise_weight(layer.weight.detach())
+    scale = (weight_scale.double() / inv_xs).float()
+    bias = torch.zeros_like(scale) if layer.bias is None else layer.bias.detach().clone()
+    if isinstance(layer, nn.Linear):
+        return QuantLinear(weight, scale, bias, inv_xs, zp)
+    if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+        raise ValueError("only zero padding by a number of pixels has an integer form")
+    stride, padding, dilation = pair(layer.stride), pair(layer.padding), pair(layer.dilation)
+    return QuantConv2d(weight, scale, bias, inv_xs, zp, stride, padding, dilation, layer.groups)
+
+
+def pair(value: Iterable[int]) -> tuple[int, int]:
+    """Return (height, width) as a plain tuple, whatever sequence torch held it in."""
+    first, second = value
+    return int(first), int(second)

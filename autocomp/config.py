@@ -1,0 +1,308 @@
+"""Settings of a run: flag over ``AUTOCOMP_*`` variable over file over default, validated where they enter."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from autocomp.errors import UsageError, suggest
+from autocomp.quantities import parse_bytes, parse_seconds
+
+M = TypeVar("M", bound=BaseModel)
+
+FORMAT_VERSION = 1
+ENV_PREFIX = "AUTOCOMP_"
+# Variables of autocomp that are no settings of a run.
+ENV_RESERVED = {"AUTOCOMP_CACHE"}
+# What a resumed run may change: how much more to do, and where its folder now lies.
+BUDGET_KEYS = {"trials", "measure", "minutes", "out"}
+
+
+def _seconds(value: Any) -> Any:
+    return parse_seconds(value) if _has_unit(value) else value
+
+
+def _bytes(value: Any) -> Any:
+    return parse_bytes(value) if _has_unit(value) else value
+
+
+def _has_unit(value: Any) -> bool:
+    """Text that is only a number is left to the strict check, which refuses it."""
+    return isinstance(value, str) and not _is_number(value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+class Goals(BaseModel):
+    """What a candidate must meet to count as feasible; None: no limit."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    max_drop: float | None = Field(
+        default=None, ge=0, description="largest loss of the objective against dense, in its own units"
+    )
+    max_latency: Annotated[float | None, BeforeValidator(_seconds)] = Field(
+        default=None, gt=0, description="seconds on every profile; text with a unit (0.5ms) is read too"
+    )
+    max_bytes: Annotated[int | None, BeforeValidator(_bytes)] = Field(
+        default=None, gt=0, description="bytes of stored weights; text with a unit (500KB) is read too"
+    )
+
+
+class Settings(BaseModel):
+    """Everything that decides a run, resolved; what ``config.yaml`` of a run folder holds."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    task: str | None = Field(default=None, min_length=1, description="a built-in task, or package.module:function")
+    profiles: list[str] = Field(
+        default=["x86-host"], min_length=1, description="hardware profiles, names or YAML files"
+    )
+    space: str = Field(default="default", min_length=1, description="search space, a name or a YAML file")
+    trials: int = Field(default=300, ge=1, description="candidates told to the study")
+    measure: int = Field(default=24, ge=1, description="candidates compiled and timed as whole modules")
+    minutes: float | None = Field(default=None, gt=0, description="stop searching after this many minutes")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of calibration, search and sampling")
+    out: str = Field(default="runs/task", min_length=1, description="run folder; runs/NAME OF THE TASK unless given")
+    storage: str | None = Field(default=None, description="Optuna storage URL; study.db in the run folder unless given")
+    calibration_samples: int = Field(default=256, ge=1, description="samples of the calibration data to use")
+    references: bool = Field(default=True, description="measure ONNX Runtime on the same model as reference points")
+    goals: Goals = Field(default=Goals(), description="limits a candidate must meet to be feasible")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_out_after_task(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("task"), str) and data["task"] and "out" not in data:
+            return {**data, "out": f"runs/{data['task'].rpartition(':')[2]}"}
+        return data
+
+    @model_validator(mode="after")
+    def _distinct_profiles(self) -> Settings:
+        if len(set(self.profiles)) < len(self.profiles):
+            raise ValueError(f"profiles must differ from each other, got {', '.join(self.profiles)}")
+        return self
+
+
+# Every setting by the name it has as a variable or a flag; goals stand under their own names there.
+SETTING_NAMES = (set(Settings.model_fields) - {"goals"}) | set(Goals.model_fields)
+
+
+def load_settings(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
+    """Resolve settings: ``overrides`` (flags, keywords; None: not given) over environment over file over defaults.
+
+    The file is YAML or TOML by its ending. Goals may be overridden under their own names (``max_drop``). UsageError
+    names the file or variable, the key, the rule and the value received.
+    """
+    merged: dict[str, Any] = {}
+    if path is not None:
+        merged = read_mapping(Path(path))
+        _check_version(merged, Path(path))
+    origins = dict.fromkeys(merged, f"{path}: ")
+    _override(merged, _from_environment(os.environ), origins, "environment: ")
+    _override(merged, {key: value for key, value in (overrides or {}).items() if value is not None}, origins, "")
+    return validated(Settings, merged, origins)
+
+
+def read_settings(path: Path) -> Settings:
+    """Read what `dump_settings` wrote, as it stands: no variables, no flags. UsageError as `load_settings`."""
+    data = read_mapping(path)
+    _check_version(data, path)
+    return validated(Settings, data, f"{path}: ")
+
+
+def settings_schema() -> dict[str, Any]:
+    """Return the JSON schema of a config file, for editors and checkers."""
+    return Settings.model_json_schema()
+
+
+def dump_settings(settings: Settings) -> str:
+    """Return the YAML of resolved settings, with its format version; `load_settings` reads it back."""
+    return yaml.safe_dump({"format_version": FORMAT_VERSION, **settings.model_dump()}, sort_keys=False)
+
+
+def differences(old: Settings, new: Settings) -> list[str]:
+    """Return what differs between two settings in a way a resumed run may not, one ``key: old -> new`` each."""
+    before, after = _flat(old), _flat(new)
+    return [
+        f"{key}: {before[key]} -> {after[key]}"
+        for key in before
+        if key not in BUDGET_KEYS and before[key] != after[key]
+    ]
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML or TOML file that holds a mapping; UsageError with the place if it does not."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"there is no file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    try:
+        data = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except (yaml.YAMLError, tomllib.TOMLDecodeError) as error:
+        kind = "TOML" if path.suffix == ".toml" else "YAML"
+        raise UsageError(f"{path} is not valid {kind}: {' '.join(str(error).split())}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise UsageError(f"{path} must hold keys and values (key: value), got {type(data).__name__}")
+    return data
+
+
+def validated(model: type[M], data: Mapping[str, Any], origins: Mapping[str, str] | str) -> M:
+    """Validate data into a model; UsageError lists every fault as ``origin key: rule, got value``.
+
+    ``origins`` is where the data stood, for all keys or by top-level key.
+    """
+    try:
+        return model.model_validate(dict(data))
+    except ValidationError as error:
+        lines = []
+        for fault in error.errors():
+            place = fault["loc"]
+            origin = origins if isinstance(origins, str) else _origin_of(place, origins)
+            key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+            lines.append(f"{origin}{key + ': ' if key else ''}{_explain(model, fault)}")
+        raise UsageError("\n".join(lines)) from None
+
+
+def _origin_of(place: tuple[int | str, ...], origins: Mapping[str, str]) -> str:
+    """The flag or file a fault came from; a goal is remembered by its dotted name."""
+    return origins.get(".".join(map(str, place[:2])), origins.get(str(place[0]), "") if place else "")
+
+
+# Rules that pydantic words for programmers, in words for the writer of a file.
+_RULES = {
+    "model_type": "keys and values (key: value)",
+    "dict_type": "keys and values (key: value)",
+    "list_type": "a list ([first, second])",
+    "string_type": "text",
+    "string_too_short": "a non-empty text",
+    "too_short": "a list with at least one entry",
+    "int_type": "a whole number",
+    "bool_type": "true or false",
+}
+
+
+def _explain(model: type[BaseModel], fault: Any) -> str:
+    """Say a pydantic fault in our words: the rule, then the value received."""
+    kind, value, place = fault["type"], fault["input"], fault["loc"]
+    if kind == "extra_forbidden":
+        known = _keys_at(model, place[:-1])
+        if model is Settings and place[-1] in Goals.model_fields:
+            return "this key stands under goals: (goals: {" + f"{place[-1]}: {value}" + "})"
+        return f"there is no such key.{suggest(str(place[-1]), known)} Known keys: {', '.join(sorted(known))}"
+    if kind == "missing":
+        return "this key must be given"
+    if kind in ("int_type", "float_type") and isinstance(value, str):
+        hint = ""
+        if _is_number(value) and "e" in value.lower():
+            hint = f"; YAML reads {value} as text, write {_with_point(value)}"
+        elif _is_number(value):
+            hint = "; leave out the quotes"
+        return f"must be a number, got the text {value!r}{hint}"
+    if kind == "int_type" and isinstance(value, float):
+        return f"must be a whole number, got {value!r}"
+    if kind in _RULES:
+        return f"must be {_RULES[kind]}, got {value!r}"
+    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if message.startswith(("must", "profiles must")):
+        return message if repr(value) in message or not place else f"{message}, got {value!r}"
+    return f"must be {message}, got {value!r}"
+
+
+def _with_point(text: str) -> str:
+    """``1e-3`` as YAML 1.1 wants it: ``1.0e-3``, with a point and a signed exponent."""
+    mantissa, _, exponent = text.lower().partition("e")
+    signed = exponent if exponent[0] in "+-" else f"+{exponent}"
+    return f"{mantissa if '.' in mantissa else mantissa + '.0'}e{signed}"
+
+
+def _keys_at(model: type[BaseModel], place: tuple[int | str, ...]) -> set[str]:
+    """The keys a model knows at a place inside it (models nested in models, lists and unions)."""
+    found: list[type[BaseModel]] = [model]
+    for part in place:
+        if isinstance(part, str) and part in found[-1].model_fields:
+            found.append(_model_in(found[-1].model_fields[part].annotation) or found[-1])
+    return set(found[-1].model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, getattr(annotation, "__args__", ()))), None)
+
+
+def _check_version(data: dict[str, Any], path: Path) -> None:
+    version = data.pop("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise UsageError(
+            f"{path}: format_version is {version!r}, this autocomp reads {FORMAT_VERSION}: "
+            "install the autocomp that wrote it"
+        )
+
+
+def _override(target: dict[str, Any], data: Mapping[str, Any], origins: dict[str, str], origin: str) -> None:
+    """Lay settings over those of the file; goals may come under their own names or as a mapping."""
+    rest = {key: value for key, value in data.items() if key not in Goals.model_fields}
+    goals = {key: value for key, value in data.items() if key in Goals.model_fields}
+    if isinstance(rest.get("goals"), Goals):
+        goals = rest.pop("goals").model_dump() | goals
+    elif isinstance(rest.get("goals"), Mapping):
+        goals = dict(rest.pop("goals")) | goals
+    if goals and isinstance(target.get("goals", {}), dict):
+        rest["goals"] = {**target.get("goals", {}), **goals}
+    for key in goals:
+        origins[f"goals.{key}"] = origin
+    target.update(rest)
+    origins.update(dict.fromkeys(rest.keys() - {"goals"}, origin))
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Read ``AUTOCOMP_*`` variables as settings; a name near a setting's is refused, any other is left alone."""
+    found: dict[str, Any] = {}
+    known = {ENV_PREFIX + name.upper(): name for name in SETTING_NAMES}
+    for variable, text in environment.items():
+        if not variable.startswith(ENV_PREFIX) or variable in ENV_RESERVED:
+            continue
+        if variable in known:
+            if text != "":
+                found[known[variable]] = _typed(known[variable], text)
+        elif near := suggest(variable.removeprefix(ENV_PREFIX), (name.upper() for name in SETTING_NAMES)):
+            raise UsageError(f"environment: {variable} is no setting.{near} (after {ENV_PREFIX})")
+    return found
+
+
+def _typed(name: str, text: str) -> Any:
+    """A variable is always text: give it the type of its setting where it reads as one, else leave it to be refused."""
+    if name == "profiles":
+        return [part.strip() for part in text.split(",") if part.strip()]
+    if name in ("task", "space", "out", "storage"):
+        return text
+    if name == "references":
+        return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}.get(text.lower(), text)
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _flat(settings: Settings) -> dict[str, Any]:
+    data = settings.model_dump()
+    goals = data.pop("goals")
+    return {**data, **{f"goals.{key}": value for key, value in goals.items()}}

@@ -1,0 +1,100 @@
+"""What candidates are thought to cost, before anything is compiled: additive error, predicted seconds, bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from autocomp.devices.local import LocalDevice
+from autocomp.records import Candidate, Evaluation, Method
+from autocomp.search.solver import Factor, Problem, make_problem
+from autocomp.space import Space, resized
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from autocomp.compress.database import LayerTable
+    from autocomp.graph import Graph, Layer
+
+
+class Costs:
+    """The layer tables joined with the devices' latency models; refitted as kernels and modules are measured."""
+
+    def __init__(
+        self, model: nn.Module, graph: Graph, space: Space, tables: Sequence[LayerTable], devices: Mapping[str, LocalDevice]
+    ) -> None:
+        self.graph, self.space, self.tables, self.devices = graph, space, list(tables), devices
+        self._fixed_bytes = _bytes_outside(model, graph)
+        self._problem: Problem | None = None
+
+    def problem(self) -> Problem:
+        """The additive problem at the present state of the latency models; seconds are the mean over profiles, dense being 1."""
+        if self._problem is None:
+            dense = self.predict(self.space.dense())
+            factors = [
+                Factor(
+                    table.layer, table.in_group, table.out_group, table.widths_in, table.widths_out, table.methods,
+                    table.error, self._seconds(table, dense), table.bytes,
+                )
+                for table in self.tables
+            ]  # fmt: skip
+            self._problem = make_problem(factors, self.space.widths, fixed_bytes=self._fixed_bytes)
+        return self._problem
+
+    def predict(self, candidate: Candidate) -> dict[str, float]:
+        """Predicted seconds of one inference by profile."""
+        return {name: device.model.module_seconds(*self._kernel_sum(device, candidate)) for name, device in self.devices.items()}
+
+    def relative(self, candidate: Candidate) -> float:
+        """Predicted seconds over dense's, the mean over profiles."""
+        ours, dense = self.predict(candidate), self.predict(self.space.dense())
+        return float(np.mean([ours[name] / dense[name] for name in ours]))
+
+    def fit(self, told: Sequence[Evaluation]) -> None:
+        """Refit the latency models to all kernels in the stores and all modules measured so far."""
+        measured = [evaluation for evaluation in told if evaluation.state == "measured"]
+        for name, device in self.devices.items():
+            device.model.fit_kernels(device.store.records())
+            sums = [self._kernel_sum(device, evaluation.candidate) for evaluation in measured]
+            device.model.fit_modules(sums, [evaluation.latency[name].seconds for evaluation in measured])
+        self._problem = None
+
+    def _kernel_sum(self, device: LocalDevice, candidate: Candidate) -> tuple[float, int]:
+        candidate = self.space.normalise(candidate)
+        total, count = 0.0, 0
+        for name, layer in self.graph.layers.items():
+            shape = resized(layer, *self.space.shape(name, candidate.widths))
+            seconds, kernels = device.model.layer_seconds(shape, candidate.methods[name])
+            total, count = total + seconds, count + kernels
+        return total, count
+
+    def _seconds(self, table: LayerTable, dense: Mapping[str, float]) -> np.ndarray:
+        layer = self.graph.layers[table.layer]
+        seconds = np.zeros(table.error.shape)
+        for i, width_in in enumerate(table.widths_in):
+            for o, width_out in enumerate(table.widths_out):
+                inputs = width_in * layer.in_spread
+                outputs = inputs if layer.kind == "depthwise" else width_out
+                for m, method in enumerate(table.methods):
+                    effective = self.space.effective(table.layer, inputs, outputs, method)
+                    seconds[i, o, m] = self._share(resized(layer, inputs, outputs), effective, dense)
+        return seconds
+
+    def _share(self, layer: Layer, method: Method, dense: Mapping[str, float]) -> float:
+        shares = []
+        for name, device in self.devices.items():
+            total, count = device.model.layer_seconds(layer, method)
+            shares.append((device.model.module_seconds(total, count) - device.model.module_seconds(0.0, 0)) / dense[name])
+        return float(np.mean(shares))
+
+
+def _bytes_outside(model: nn.Module, graph: Graph) -> int:
+    """Bytes of the parameters that belong to no layer of the graph, nor to a BatchNorm that is folded into one."""
+    inside = set(graph.layers) | {layer.norm for layer in graph.layers.values() if layer.norm}
+    return sum(
+        parameter.numel() * parameter.element_size()
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[0] not in inside
+    )

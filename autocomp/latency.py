@@ -1,0 +1,147 @@
+"""Tier-0 latency: what a candidate's kernels should take, by a small model fitted to kernels measured on this target.
+
+A kernel's time is modelled as ``arithmetic / peak + write-back + input copy + constant``, each with a coefficient fitted (non-negative
+least squares on relative errors) to the target's own tuned kernels. A module's time is ``alpha * sum(kernels) + beta * kernels + gamma``,
+refitted on every whole module that is measured. Estimates only choose what is measured; they never make the front.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from autocomp.hardware import Profile
+from autocomp.kernels.compute import padded_rows, round_up
+from autocomp.kernels.intrinsics import dot_product
+from autocomp.kernels.store import KernelRecord
+from autocomp.records import Method
+
+if TYPE_CHECKING:
+    from autocomp.graph import Layer
+
+_FEATURES = 4
+# Before enough kernels were measured: near the peak, one store and one load a vector, 50 ns a call.
+_PRIOR = np.array([1.1, 1.0, 1.0, 5e-8])
+_ENOUGH = 8  # kernels of a class before its own fit is trusted over the prior
+_STORE_RATE = 16e9  # elements a second that one core reads or writes, a scale for the features only
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kernel to come: which class of template runs it, and the extents of its loops."""
+
+    template: str
+    spatial: tuple[int, ...]
+    reduction: tuple[int, ...]
+
+
+def layer_work(layer: Layer, method: Method, profile: Profile) -> list[Work]:
+    """The kernels that a layer of this shape becomes with a method."""
+    from autocomp.space import factor_shapes
+
+    parts = factor_shapes(layer, method.ranks) if method.ranks else [layer]
+    return [_work(part, method.precision == "w8a8", profile) for part in parts]
+
+
+def _work(layer: Layer, int8: bool, profile: Profile) -> Work:
+    if layer.kind == "linear":
+        return _dense(layer.out_size[1], layer.in_channels, layer.out_channels, int8, profile)
+    if layer.kind == "depthwise":
+        spatial = (1, layer.out_size[0], padded_rows(layer.out_size[1]), layer.out_channels)
+        return Work("depthwise", spatial, layer.kernel)
+    return _conv(layer, int8, profile)
+
+
+def _dense(rows: int, depth: int, out: int, int8: bool, profile: Profile) -> Work:
+    lanes, group = _blocks(int8, profile)
+    spatial = (padded_rows(rows), round_up(out, lanes))
+    reduction = (round_up(depth, group) // group, group) if int8 else (depth,)
+    return Work("dense_int8" if int8 else "dense", spatial, reduction)
+
+
+def _conv(layer: Layer, int8: bool, profile: Profile) -> Work:
+    if layer.kernel == layer.stride == (1, 1) and layer.padding == (0, 0) and layer.conv_groups == 1:
+        return _dense(layer.out_size[0] * layer.out_size[1], layer.in_channels, layer.out_channels, int8, profile)
+    lanes, group = _blocks(int8, profile)
+    spatial = (1, layer.out_size[0], padded_rows(layer.out_size[1]), round_up(layer.out_channels, lanes))
+    depth = layer.in_channels // layer.conv_groups
+    tail = (round_up(depth, group) // group, group) if int8 else (depth,)
+    return Work("conv2d_int8" if int8 else "conv2d", spatial, (*layer.kernel, *tail))
+
+
+def _blocks(int8: bool, profile: Profile) -> tuple[int, int]:
+    if not int8:
+        return profile.lanes, 1
+    dot = dot_product(profile)
+    return dot.lanes, dot.depth
+
+
+class LatencyModel:
+    """Seconds of layers and of whole modules on one profile, fitted to what was measured there."""
+
+    def __init__(self, profile: Profile, peaks: Mapping[str, float]) -> None:
+        self.profile = profile
+        self.peaks = dict(peaks)  # "fp32" and "int8": operations a second
+        self._coefficients: dict[str, np.ndarray] = {}
+        self._module = np.array([1.0, 0.0, 0.0])
+        self.kernel_error: float | None = None
+        self.module_error: float | None = None
+
+    def fit_kernels(self, records: Sequence[KernelRecord]) -> None:
+        """Fit each class of kernel to measured records; ``kernel_error`` becomes the median relative error over them."""
+        from scipy.optimize import nnls
+
+        errors: list[float] = []
+        for name in {_family(record.operator) for record in records if record.spatial}:
+            members = [record for record in records if record.spatial and _family(record.operator) == name]
+            if len(members) < _ENOUGH:
+                continue
+            matrix = np.array([self._features(Work(r.operator, r.spatial, r.reduction)) for r in members])
+            seconds = np.array([record.seconds for record in members])
+            self._coefficients[name] = nnls(matrix / seconds[:, None], np.ones(len(members)))[0]
+            errors += list(np.abs(matrix @ self._coefficients[name] / seconds - 1))
+        self.kernel_error = float(np.median(errors)) if errors else None
+
+    def fit_modules(self, sums: Sequence[tuple[float, int]], seconds: Sequence[float]) -> None:
+        """Refit ``alpha, beta, gamma`` on (sum of predicted kernels, kernels) against measured modules' seconds."""
+        from scipy.optimize import nnls
+
+        if len(seconds) < 3:
+            return
+        matrix = np.array([[total, count * 1e-6, 1e-6] for total, count in sums])
+        target = np.array(seconds)
+        self._module = nnls(matrix / target[:, None], np.ones(len(target)))[0] * np.array([1, 1e-6, 1e-6])
+        fitted = np.array([self.module_seconds(total, count) for total, count in sums])
+        self.module_error = float(np.median(np.abs(fitted / target - 1)))
+
+    def kernel_seconds(self, work: Work) -> float:
+        coefficients = self._coefficients.get(_family(work.template), _PRIOR)
+        return float(self._features(work) @ coefficients)
+
+    def layer_seconds(self, layer: Layer, method: Method) -> tuple[float, int]:
+        """Predicted (seconds, kernels) of one layer of this shape."""
+        work = layer_work(layer, method, self.profile)
+        return sum(self.kernel_seconds(item) for item in work), len(work)
+
+    def module_seconds(self, total: float, count: int) -> float:
+        """Predicted seconds of a whole module from the sum of its layers' kernels and their number."""
+        alpha, beta, gamma = self._module
+        return float(alpha * total + beta * count + gamma)
+
+    def _features(self, work: Work) -> np.ndarray:
+        int8 = work.template.endswith("int8")
+        outputs = math.prod(work.spatial)
+        operations = 2 * outputs * math.prod(work.reduction)
+        depth = math.prod(work.reduction[2:]) if len(work.spatial) == 4 else math.prod(work.reduction)
+        inputs = math.prod(work.spatial[:-1]) * max(depth, 1)
+        return np.array(
+            [operations / self.peaks["int8" if int8 else "fp32"], outputs / _STORE_RATE, inputs / _STORE_RATE, 1.0]
+        )
+
+
+def _family(template: str) -> str:
+    return template.replace("batch_matmul", "dense")

@@ -1,0 +1,116 @@
+"""torch → ONNX: quantised layers become standard QuantizeLinear / DequantizeLinear nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from autocomp.errors import ExportError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def export_onnx(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...], path: Path) -> Path:
+    """Write ``model`` (BatchNorm folded) as one ONNX file for the shapes of the example inputs. ExportError if it cannot be.
+
+    A quantised layer computes the same integers up to float rounding: its input goes through QuantizeLinear and
+    DequantizeLinear, its weight is an int8 constant with one scale a channel [ONNX operators 13].
+    """
+    import torch
+
+    from autocomp.compress.fold import fold_batchnorm
+
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                fold_batchnorm(model).eval(), example_inputs, dynamo=True, verbose=False, external_data=False,
+                custom_translation_table=_translations(),
+            )  # fmt: skip
+            program.save(str(path), external_data=False)
+    except Exception as error:
+        detail = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ExportError(f"the model cannot be exported to ONNX: {detail}") from error
+    return path
+
+
+def onnx_session(path: Path, threads: int = 1) -> Any:
+    """Open an ONNX Runtime session on the CPU with a fixed number of threads."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run_session(session: Any, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Run a session on torch tensors, in the order of its inputs."""
+    import torch
+
+    names = [value.name for value in session.get_inputs()]
+    feeds = {name: np.ascontiguousarray(tensor.detach().numpy()) for name, tensor in zip(names, inputs, strict=True)}
+    outputs = tuple(torch.from_numpy(value) for value in session.run(None, feeds))
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def _translations() -> dict[Any, Any]:
+    import torch
+    from onnxscript import opset18 as op
+
+    def quantised_input(x: Any, inv_xs: float, zp: int) -> Any:
+        scale = op.Constant(value_float=float(1.0 / np.float32(inv_xs)))
+        zero = op.Cast(op.Constant(value_int=int(zp)), to=2)  # 2: uint8
+        return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
+
+    def weight_of(w: Any, scale: Any, inv_xs: float) -> Any:
+        # the layer's scale is weight scale times activation scale
+        return op.DequantizeLinear(w, op.Mul(scale, op.Constant(value_float=float(inv_xs))), axis=0)
+
+    def linear(x: Any, w: Any, scale: Any, bias: Any, inv_xs: float, zp: int) -> Any:
+        weight = op.Transpose(weight_of(w, scale, inv_xs), perm=[1, 0])
+        return op.Add(op.MatMul(quantised_input(x, inv_xs, zp), weight), bias)
+
+    def conv2d(
+        x: Any,
+        w: Any,
+        scale: Any,
+        bias: Any,
+        inv_xs: float,
+        zp: int,
+        stride: Any,
+        padding: Any,
+        dilation: Any,
+        groups: int,
+    ) -> Any:
+        return op.Conv(
+            quantised_input(x, inv_xs, zp), weight_of(w, scale, inv_xs), bias,
+            strides=list(stride), pads=[*padding, *padding], dilations=list(dilation), group=int(groups),
+        )  # fmt: skip
+
+    return {
+        torch.ops.autocomp.linear_w8a8.default: linear,
+        torch.ops.autocomp.conv2d_w8a8.default: conv2d,
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter reports packages that are not installed and its own progress; neither helps a user."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

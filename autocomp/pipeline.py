@@ -1,0 +1,219 @@
+"""The main job, stage after stage: task → graph → space → layer database → study → measured candidates.
+
+All that a run finds lies in its study (``study.db``): what was told, what was measured, the references. A run that is stopped
+anywhere and resumed goes through the same stages, finds what is there, and does the rest.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from autocomp.config import Settings
+from autocomp.costs import Costs
+from autocomp.devices.local import LocalDevice
+from autocomp.errors import AutocompError
+from autocomp.hardware import load_profile
+from autocomp.progress import Progress, Stage
+from autocomp.records import Candidate, Evaluation, Method, Precision, Source
+from autocomp.search.pareto import spaced
+from autocomp.search.solver import solve_front
+from autocomp.search.study import Asked, Search, Space, open_search
+from autocomp.space import build_space, load_space
+from autocomp.task import Task, evaluate_task
+
+if TYPE_CHECKING:
+    import torch
+
+UNIFORM_KEEPS = (1.0, 0.75, 0.5, 0.25)  # the baselines: one ratio for every group, in fp32 and in int8
+SOLVER_SEEDS = 40
+MEASURE_ROUNDS = 4  # the budget of measurements is spent in rounds, each choosing by all that is known then
+CHECKED_SAMPLES = 4  # inputs on which a compiled module is compared with torch
+
+
+class Pipeline:
+    """One run. Made anew for each start; what it finds is written to the run's study as it goes."""
+
+    def __init__(self, settings: Settings, task: Task, folder: Path, resume: bool, progress: Progress) -> None:
+        from autocomp.accuracy.calibrate import collect
+        from autocomp.compress.database import LayerDatabase
+        from autocomp.graph import analyse
+
+        self.settings, self.task, self.folder, self.progress = settings, task, folder, progress
+        self.deadline = time.monotonic() + settings.minutes * 60 if settings.minutes else None
+        task.model.eval()
+        with progress.stage("preparing devices", len(settings.profiles)) as stage:
+            self.devices = {name: _open_device(name, stage) for name in settings.profiles}
+        with progress.stage("reading the model"):
+            self.graph = analyse(task.model, task.example_inputs)
+            profiles = [device.profile for device in self.devices.values()]
+            self.space = build_space(self.graph, load_space(settings.space), profiles)
+        with progress.stage("calibrating"):
+            self.statistics = collect(task, self.graph, settings.calibration_samples, settings.seed)
+        self.database = LayerDatabase(folder / "layers", task.model, self.graph, self.space, self.statistics)
+        self.database.build(progress)
+        self.costs = Costs(task.model, self.graph, self.space, self.database.tables(), self.devices)
+        self.inputs = check_inputs(task)
+        self.search = self._open_search(resume)
+
+    def run(self) -> None:
+        """Search until the budgets are spent: baselines, solver seeds, proposals, and rounds of measurement."""
+        self._baselines()
+        with self.progress.stage("solving for seeds"):
+            for candidate in solve_front(self.costs.problem(), SOLVER_SEEDS):
+                self.search.enqueue(candidate, "solver")
+        trials, budget = self.settings.trials, self.settings.measure
+        with self.progress.stage("searching", trials) as stage:
+            stage.advance(len(self.search.told))
+            for part in range(1, MEASURE_ROUNDS + 1):
+                if not self._tell_until(trials * part // MEASURE_ROUNDS, stage):
+                    break
+                self._measure_until(budget * part // MEASURE_ROUNDS)
+            self._measure_until(budget)
+        self.costs.fit(self.search.told)
+        for evaluation in self.search.told:  # the final model's predictions, to be held against what was measured
+            if evaluation.state == "measured":
+                predicted = self.costs.predict(evaluation.candidate)
+                self.search.update(evaluation.trial, replace(evaluation, predicted=predicted))
+
+    def dense(self) -> Evaluation:
+        """The evaluation of the untouched model. AutocompError if it was not measured."""
+        found = next((e for e in self.search.told if e.source == "dense"), None)
+        if found is None or found.state != "measured":
+            raise AutocompError(f"the uncompressed model was not measured: {(found and found.failure) or 'the time was up'}")
+        return found
+
+    def stitch(self, candidate: Candidate) -> torch.nn.Module:
+        """The candidate as a model of its own."""
+        from autocomp.compress.apply import stitch
+
+        return stitch(self.task.model, self.graph, self.database, candidate)
+
+    def _open_search(self, resume: bool) -> Search:
+        storage = self.settings.storage or f"sqlite:///{self.folder / 'study.db'}"
+        name = self.folder.name if self.settings.storage else "autocomp"
+        resume = resume and (bool(self.settings.storage) or (self.folder / "study.db").exists())
+        levels = Space(self.space.widths, self.space.methods)
+        return open_search(storage, name, levels, self.settings.seed, resume, self.costs.problem(), self.space.normalise)
+
+    def _baselines(self) -> None:
+        """Tell and measure dense and the uniform compressions: they stand beside the front, and fit the latency models."""
+        precisions: list[Precision] = ["fp32"]
+        if any(Method("w8a8") in methods for methods in self.space.methods.values()):
+            precisions.append("w8a8")
+        uniform = [self.space.uniform(keep, precision) for precision in precisions for keep in UNIFORM_KEEPS]
+        self.search.enqueue(self.space.dense(), "dense")
+        for candidate in uniform:
+            self.search.enqueue(candidate, "uniform")
+        missing = {candidate.id for candidate in (self.space.dense(), *uniform)}
+        with self.progress.stage("measuring baselines", len(missing)) as stage:
+            for evaluation in self.search.told:  # what a stopped run left
+                missing.discard(evaluation.candidate.id)
+                if _is_baseline(evaluation.source):
+                    if evaluation.state == "told":
+                        self._measure(evaluation)
+                    stage.advance()
+            while missing and (asked := self.search.ask()) is not None:
+                missing.discard(asked.candidate.id)
+                evaluation = self._tell(asked)
+                if _is_baseline(asked.source):
+                    self._measure(evaluation)
+                stage.advance()
+        self.dense()
+        self.costs.fit(self.search.told)
+
+    def _tell_until(self, count: int, stage: Stage) -> bool:
+        """Tell trials up to a number; False when the time is up or the space exhausted."""
+        while len(self.search.told) < count:
+            asked = None if self._late() else self.search.ask()
+            if asked is None:
+                return False
+            evaluation = self._tell(asked)
+            stage.advance(note=f"KL {evaluation.kl:.4f}" if evaluation.kl is not None else "failed")
+        return True
+
+    def _tell(self, asked: Asked) -> Evaluation:
+        from autocomp.accuracy.proxy import stitch_and_score
+
+        start = time.perf_counter()
+        cost = self.costs.problem().cost(self.space.normalise(asked.candidate))
+        evaluation = Evaluation(
+            asked.trial, asked.candidate, asked.source, "told", cost.error, cost.bytes, self.costs.predict(asked.candidate)
+        )
+        try:
+            _, divergence = stitch_and_score(self.task.model, self.graph, self.database, asked.candidate)
+            evaluation = replace(evaluation, kl=divergence, seconds_spent=time.perf_counter() - start)
+        except (AutocompError, RuntimeError) as error:
+            evaluation = replace(evaluation, state="failed", failure=str(error))
+        self.search.tell(asked.trial, evaluation)
+        return evaluation
+
+    def _measure_until(self, count: int) -> None:
+        """Measure told candidates, the most promising first, until ``count`` of them (baselines aside) are measured or failed."""
+        while not self._late():
+            searched = [e for e in self.search.told if not _is_baseline(e.source)]
+            spent = sum(e.state != "told" for e in searched)
+            waiting = [e for e in searched if e.state == "told" and e.kl is not None and np.isfinite(e.kl)]
+            points = np.array([(e.kl, self.costs.relative(e.candidate)) for e in waiting]).reshape(-1, 2)
+            chosen = spaced(points, count - spent) if spent < count and waiting else []
+            if not chosen:
+                return
+            with self.progress.stage("measuring", len(chosen)) as stage:
+                for index in chosen:
+                    if self._late():
+                        return
+                    self._measure(waiting[index])
+                    stage.advance()
+            self.costs.fit(self.search.told)
+
+    def _measure(self, evaluation: Evaluation) -> None:
+        """Compile, check and time a told candidate on every profile, then read its metric.
+
+        A failure is recorded with the candidate and the search goes on; only for the dense model it is raised.
+        """
+        start = time.perf_counter()
+        try:
+            model = self.stitch(evaluation.candidate)
+            latency = {
+                name: device.time(device.compile(model, self.inputs), self.inputs[0]) for name, device in self.devices.items()
+            }
+            done = replace(evaluation, state="measured", latency=latency, metrics=evaluate_task(self.task, model))
+        except (AutocompError, RuntimeError) as error:
+            if evaluation.source == "dense":
+                raise
+            done = replace(evaluation, state="failed", failure=str(error))
+            self.progress.warn(f"candidate {evaluation.candidate.id} failed: {error}")
+        spent = evaluation.seconds_spent + time.perf_counter() - start
+        self.search.update(evaluation.trial, replace(done, seconds_spent=spent))
+
+    def _late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+
+def check_inputs(task: Task) -> list[tuple[torch.Tensor, ...]]:
+    """The example inputs and some calibration samples of the same shapes, on which modules are compared with torch."""
+    size = len(task.example_inputs[0])
+    inputs = [task.example_inputs]
+    for batch in task.calibration:
+        for start in range(0, len(batch[0]) - size + 1, size):
+            if len(inputs) > CHECKED_SAMPLES:
+                return inputs
+            inputs.append(tuple(tensor[start : start + size] for tensor in batch))
+    return inputs
+
+
+def _open_device(name: str, stage: Stage) -> LocalDevice:
+    device = LocalDevice(load_profile(name))
+    if device.store.corrupt:
+        stage.warn(f"{device.store.corrupt} damaged records of the kernel store {device.store.folder} are tuned again")
+    stage.advance()
+    return device
+
+
+def _is_baseline(source: Source) -> bool:
+    return source in ("dense", "uniform")
+

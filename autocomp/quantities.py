@@ -1,0 +1,40 @@
+"""Numbers with units, as people write them on a command line or in a config: ``0.5ms``, ``500KB``."""
+
+from __future__ import annotations
+
+import math
+import re
+
+SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?)\s*([a-zµ]*)\s*", re.IGNORECASE)
+
+
+def parse_seconds(text: str) -> float:
+    """Read a duration with its unit (``s``, ``ms``, ``us``, ``ns``) in seconds; ValueError says what is wrong."""
+    return _parse(text, SECONDS, "a duration with its unit, such as 0.5ms or 300us")
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size with its unit in bytes: ``KB`` is 1000 bytes, ``KiB`` 1024; ValueError says what is wrong."""
+    return math.floor(_parse(text, BYTES, "a size with its unit, such as 500KB or 1.5MiB"))
+
+
+def _parse(text: str, units: dict[str, float] | dict[str, int], wanted: str) -> float:
+    match = _NUMBER.fullmatch(text)
+    if match is None or match[2].lower() not in units:
+        raise ValueError(f"must be {wanted}; got {text!r}")
+    return float(match[1]) * units[match[2].lower()]
+
+
+def format_bytes(count: float) -> str:
+    """Write a size for people: ``1.60 MB``, ``401 kB``."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def format_milliseconds(seconds: float) -> str:
+    """Write seconds as milliseconds for people, three digits: ``0.284 ms``."""
+    return f"{seconds * 1e3:.3g} ms"

@@ -1,0 +1,129 @@
+"""Reference points: the dense model in ONNX Runtime, fp32 and statically quantised, timed beside our dense module in one run."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autocomp.compiler.build import CompiledModel
+from autocomp.devices.timing import interleaved, median_and_spread, quiet_core
+from autocomp.onnx_export import export_onnx, onnx_session
+from autocomp.records import Latency, Reference
+from autocomp.task import Task, evaluate_task
+
+if TYPE_CHECKING:
+    import torch
+
+FP32 = "ONNX Runtime fp32"
+INT8 = "ONNX Runtime int8"
+OURS = "dense, tuned (called from Python)"
+
+
+def measure_references(task: Task, compiled: CompiledModel, samples: int) -> list[Reference]:
+    """Measure ONNX Runtime fp32 and int8 (QDQ, uint8 activations, one thread) against our dense module, interleaved.
+
+    All three are called from Python with bound inputs, so that a call's overhead meets each alike; ours is returned too.
+    ``samples`` calibration samples set the int8 ranges.
+    """
+    import numpy as np
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        fp32 = export_onnx(task.model, task.example_inputs, folder / "fp32.onnx")
+        int8 = _quantise_static(fp32, folder / "int8.onnx", task, samples)
+        sessions = {FP32: onnx_session(fp32), INT8: onnx_session(int8)}
+        sizes = {FP32: fp32.stat().st_size, INT8: int8.stat().st_size}
+        metrics = {name: evaluate_task(task, _session_module(session, task.example_inputs)) for name, session in sessions.items()}
+    arrays = [np.ascontiguousarray(tensor.detach().numpy()) for tensor in task.example_inputs]
+    calls: dict[str, Any] = {OURS: compiled.prepare(*task.example_inputs)}
+    for name, session in sessions.items():
+        binding = session.io_binding()
+        for value, array in zip(session.get_inputs(), arrays, strict=True):
+            binding.bind_cpu_input(value.name, array)
+        for value in session.get_outputs():
+            binding.bind_output(value.name)
+        calls[name] = lambda s=session, b=binding: s.run_with_iobinding(b)
+    with quiet_core():
+        samples_by_name = interleaved(calls)
+    metrics[OURS] = evaluate_task(task, task.model)
+    sizes[OURS] = sum(p.numel() * p.element_size() for p in task.model.parameters())
+    references = []
+    for name, times in samples_by_name.items():
+        seconds, spread = median_and_spread(times)
+        latency = Latency(seconds, spread, "measured", compiled.profile.name, f"{name}, 1 thread", tuple(times))
+        references.append(Reference(name, metrics[name], latency, sizes[name], "timed in one run, interleaved, called from Python"))
+    return references
+
+
+def _quantise_static(source: Path, target: Path, task: Task, samples: int) -> Path:
+    """ONNX Runtime's own post-training quantisation: QDQ, uint8 activations, int8 weights a channel, min-max ranges."""
+    from onnxruntime import quantization as ort
+
+    class Reader(ort.CalibrationDataReader):  # type: ignore[misc]  # onnxruntime ships no types
+        def __init__(self, names: Sequence[str]) -> None:
+            self._feeds = ({name: x.numpy() for name, x in zip(names, row, strict=True)} for row in _rows(task, samples))
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self._feeds, None)
+
+    names = [value.name for value in onnx_session(source).get_inputs()]
+    with _silent_logger():
+        ort.quantize_static(
+            str(source), str(target), Reader(names), quant_format=ort.QuantFormat.QDQ, per_channel=True,
+            activation_type=ort.QuantType.QUInt8, weight_type=ort.QuantType.QInt8,
+        )  # fmt: skip
+    return target
+
+
+def _rows(task: Task, samples: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Calibration samples cut into batches of the example inputs' size."""
+    size = len(task.example_inputs[0])
+    taken = 0
+    for batch in task.calibration:
+        for start in range(0, len(batch[0]) - size + 1, size):
+            if taken >= samples:
+                return
+            taken += size
+            yield tuple(tensor[start : start + size] for tensor in batch)
+
+
+def _session_module(session: Any, example_inputs: tuple[torch.Tensor, ...]) -> torch.nn.Module:
+    """A module that runs a fixed-batch session over any number of samples, so that the task can evaluate it."""
+    import torch
+
+    from autocomp.onnx_export import run_session
+
+    size = len(example_inputs[0])
+
+    class SessionModule(torch.nn.Module):
+        def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+            count = len(inputs[0])
+            outputs = []
+            for start in range(0, count, size):
+                part = [tensor[start : start + size] for tensor in inputs]
+                short = size - len(part[0])
+                if short:  # fill the last batch with its own rows, and drop what they give
+                    part = [torch.cat([tensor, tensor[:1].expand(short, *tensor.shape[1:])]) for tensor in part]
+                result = run_session(session, *part)
+                if not isinstance(result, torch.Tensor):
+                    raise TypeError("only models with one output can be evaluated in ONNX Runtime")
+                outputs.append(result[: size - short] if short else result)
+            return torch.cat(outputs)
+
+    return SessionModule().eval()
+
+
+@contextmanager
+def _silent_logger() -> Iterator[None]:
+    """onnxruntime's quantiser advises on the root logger to pre-process the model; it was exported just now."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)

@@ -1,0 +1,111 @@
+"""Pareto sets, knee and hypervolume of points to be minimised on every axis: pure functions over arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.intp]
+
+
+def pareto_set(points: npt.ArrayLike) -> Indices:
+    """Indices of the points ``[n, axes]`` that no other dominates, ascending by the last axis.
+
+    Of equal points the first belongs to it. Points with a value that is not finite never belong to it.
+    """
+    rows = _rows(points)
+    finite = np.flatnonzero(np.isfinite(rows).all(axis=1))
+    # Sorted so that a point can only be dominated by an earlier one.
+    order = finite[np.lexsort((finite, *rows[finite].T))]
+    kept: list[int] = []
+    for k in order:
+        if not (rows[kept] <= rows[k]).all(axis=1).any():
+            kept.append(int(k))
+    return np.array(kept, dtype=np.intp)
+
+
+def ranks(points: npt.ArrayLike) -> Indices:
+    """Front number of every point: 0 for the Pareto set, 1 for that of the rest, and so on; -1 where not finite."""
+    rows = _rows(points)
+    result = np.full(len(rows), -1, dtype=np.intp)
+    left = np.flatnonzero(np.isfinite(rows).all(axis=1))
+    rank = 0
+    while len(left):
+        result[left[pareto_set(rows[left])]] = rank
+        left = left[result[left] < 0]
+        rank += 1
+    return result
+
+
+def spaced(points: npt.ArrayLike, count: int) -> list[int]:
+    """Choose ``count`` points worth a dear evaluation: the Pareto set first, along its last axis, then later fronts.
+
+    Within a front that is larger than what is left to choose, each next point is the one farthest (on the last axis)
+    from those chosen already, so that any prefix of the result is spread too. Points that are not finite are never
+    chosen.
+    """
+    rows = _rows(points)
+    rank = ranks(rows)
+    chosen: list[int] = []
+    for level in range(int(rank.max(initial=-1)) + 1):
+        members = [int(k) for k in np.flatnonzero(rank == level)]
+        members.sort(key=lambda k: rows[k, -1])
+        while members and len(chosen) < count:
+            if not chosen:
+                best = members[0]
+            else:
+                taken = rows[chosen, -1]
+                best = max(members, key=lambda k: float(np.abs(taken - rows[k, -1]).min()))
+            chosen.append(best)
+            members.remove(best)
+    return chosen
+
+
+def knee(points: npt.ArrayLike) -> int | None:
+    """Index of the front point farthest below the chord of the front's ends, points ``[n, 2]``; None for no points.
+
+    Axes are scaled to the front's own extent, so the answer does not depend on units. With fewer than three points, or
+    none below the chord, it is the point nearest to the ideal corner.
+    """
+    rows = _rows(points)
+    front = pareto_set(rows)
+    if not len(front):
+        return None
+    extent = np.ptp(rows[front], axis=0)
+    scaled = (rows[front] - rows[front].min(axis=0)) / np.where(extent > 0, extent, 1.0)
+    below = 1.0 - scaled.sum(axis=1)  # signed distance from the chord (0, 1)-(1, 0), times the root of 2
+    if len(front) < 3 or below.max() <= 1e-9:
+        return int(front[np.argmin((scaled**2).sum(axis=1))])
+    return int(front[np.argmax(below)])
+
+
+def hypervolume(points: npt.ArrayLike, reference: tuple[float, float]) -> float:
+    """Area that the points ``[n, 2]`` dominate up to the reference corner; exact. Points beyond it add nothing."""
+    rows = _rows(points)
+    area, best = 0.0, reference[0]
+    for k in pareto_set(rows):  # ascending by the second axis
+        x, y = rows[k]
+        if y < reference[1] and x < best:
+            area += (best - x) * (reference[1] - y)
+            best = x
+    return float(area)
+
+
+def hypervolume_history(points: npt.ArrayLike, reference: tuple[float, float]) -> list[float]:
+    """Hypervolume of the first point, of the first two, and so on; never falls."""
+    rows = _rows(points)
+    history: list[float] = []
+    front = np.zeros((0, 2))
+    for row in rows:
+        if np.isfinite(row).all() and not (front <= row).all(axis=1).any():
+            front = np.concatenate([front[~(row <= front).all(axis=1)], row[None]])
+            history.append(hypervolume(front, reference))
+        else:
+            history.append(history[-1] if history else 0.0)
+    return history
+
+
+def _rows(points: npt.ArrayLike) -> Floats:
+    rows = np.asarray(points, dtype=np.float64)
+    return rows.reshape(0, 2) if rows.size == 0 else rows

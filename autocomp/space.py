@@ -1,0 +1,348 @@
+"""Which compressions of which layer are legal and worth offering: a search-space file x a graph x a profile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from autocomp.errors import UsageError, suggest
+from autocomp.records import Candidate, Method, Precision
+from autocomp.resources import shipped_files
+
+if TYPE_CHECKING:
+    from autocomp.graph import Graph, Group, Layer
+
+BREAK_EVEN = 0.7  # a factorised layer must cost at most this share of the dense one: two kernels cost more than one
+
+Share = Annotated[float, Field(gt=0.0, le=1.0, strict=True)]
+
+
+class Target(Protocol):
+    """What a space needs to know of a hardware profile."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def lanes(self) -> int: ...
+    @property
+    def precisions(self) -> Sequence[Precision]: ...
+
+
+class Rule(BaseModel):
+    """Options of the layers named; ``keep`` and ``ranks`` are shares in (0, 1]; a missing key says nothing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layers: str | list[str]
+    keep: list[Share] | None = None
+    ranks: list[Share] | None = None
+    precisions: list[Literal["fp32", "w8a8"]] | None = None
+
+    @field_validator("keep", "ranks", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        """YAML reads ``1`` as an integer, which is fine, and ``5e-1`` as a text, which is not."""
+        if not isinstance(value, list):
+            return value
+        for item in value:
+            if isinstance(item, str):
+                raise ValueError(f"{item!r} is a text; write the number with a point and without quotes, as 0.5")
+        return [float(item) if isinstance(item, int) and not isinstance(item, bool) else item for item in value]
+
+    def globs(self) -> list[str]:
+        return [self.layers] if isinstance(self.layers, str) else self.layers
+
+    def matches(self, layer: str) -> bool:
+        return any(fnmatchcase(layer, glob) for glob in self.globs())
+
+
+class SpaceFile(BaseModel):
+    """A search-space file: ``rules`` in order, later ones override earlier ones by key; ``protect`` beats them all."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: Literal[1]
+    description: str = ""
+    rules: list[Rule]
+    protect: list[str] = []
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An option that the file asks for and the space does not offer, and why."""
+
+    subject: str
+    option: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Space:
+    """The legal choices: ``widths`` by group and ``methods`` by layer, each with the dense choice first.
+
+    Groups with one width and layers with one method are listed too. ``lanes`` is the vector length widths and ranks are
+    multiples of.
+    """
+
+    graph: Graph
+    widths: Mapping[str, tuple[int, ...]]
+    methods: Mapping[str, tuple[Method, ...]]
+    refused: tuple[Refusal, ...] = ()
+    lanes: int = 16
+
+    @cached_property
+    def size(self) -> int:
+        """Number of candidates."""
+        total = 1
+        for options in (*self.widths.values(), *self.methods.values()):
+            total *= len(options)
+        return total
+
+    def dense(self) -> Candidate:
+        """Return the candidate that changes nothing."""
+        widths = {name: options[0] for name, options in self.widths.items()}
+        return Candidate(widths, {name: options[0] for name, options in self.methods.items()})
+
+    def uniform(self, keep: float = 1.0, precision: Precision = "fp32") -> Candidate:
+        """Return the candidate with the width nearest to ``keep`` in every group, and one precision where offered."""
+        widths = {
+            name: min(options, key=lambda width, full=options[0]: abs(width - keep * full))  # type: ignore[misc]
+            for name, options in self.widths.items()
+        }
+        wanted = Method(precision)
+        methods = {name: wanted if wanted in options else options[0] for name, options in self.methods.items()}
+        return self.normalise(Candidate(widths, methods))
+
+    def normalise(self, candidate: Candidate) -> Candidate:
+        """Return the same choice without ranks that save nothing at the pruned shape: those layers are full rank."""
+        methods = {}
+        for name, method in candidate.methods.items():
+            inputs, outputs = self.shape(name, candidate.widths)
+            methods[name] = self.effective(name, inputs, outputs, method)
+        return Candidate(dict(candidate.widths), methods)
+
+    def effective(self, layer: str, inputs: int, outputs: int, method: Method) -> Method:
+        """Return what ``method`` comes to at a shape (input columns, output channels): full rank where ranks waste."""
+        if method.ranks and _rank_waste(resized(self.graph.layers[layer], inputs, outputs), method.ranks):
+            return Method(method.precision)
+        return method
+
+    def shape(self, layer: str, widths: Mapping[str, int]) -> tuple[int, int]:
+        """Return (input columns, output channels) of a layer at the given group widths (missing groups are dense)."""
+        described = self.graph.layers[layer]
+        inputs, outputs = described.in_channels, described.out_channels
+        if described.in_group is not None:
+            inputs = widths.get(described.in_group, inputs // described.in_spread) * described.in_spread
+        if described.out_group is not None:
+            outputs = widths.get(described.out_group, outputs)
+        return inputs, outputs
+
+
+def list_spaces() -> list[str]:
+    """Return the names of the search spaces that ship with autocomp."""
+    return list(shipped_files("search_spaces"))
+
+
+def load_space(name: str | Path) -> SpaceFile:
+    """Read a search-space file by path or shipped name. UsageError names the file, the key, the rule and the value."""
+    shipped = shipped_files("search_spaces")
+    path = shipped.get(str(name), Path(name))
+    if str(name) not in shipped and not path.is_file():
+        known = ", ".join(shipped)
+        raise UsageError(f"unknown search space {str(name)!r}.{suggest(str(name), shipped)} Known: {known}, or a path")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: a search space must be a mapping with 'format_version' and 'rules'")
+    version = data.get("format_version")
+    if isinstance(version, int) and version > 1:
+        raise UsageError(f"{path}: format_version {version} is newer than this autocomp knows (1): update autocomp")
+    try:
+        return SpaceFile.model_validate(data)
+    except ValidationError as error:
+        raise UsageError(f"{path}: {_first_error(error)}") from error
+
+
+def _first_error(error: ValidationError) -> str:
+    """Say in one line what pydantic found first: the key, the rule, the value."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        model = Rule if first["loc"][0] == "rules" else SpaceFile
+        return f"unknown key {key!r}.{suggest(str(first['loc'][-1]), model.model_fields)}"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    value = "" if first["type"] == "missing" else f", got {first['input']!r}"
+    return f"{key}: {first['msg'].removeprefix('Value error, ')}{value}{more}"
+
+
+def build_space(graph: Graph, space_file: SpaceFile | str | Path, profile: Target | Sequence[Target]) -> Space:
+    """Return the legal choices for a graph; several profiles allow what all of them do.
+
+    UsageError for a file that names no layer of the graph in one of its rules (a mistyped glob).
+    """
+    rules = space_file if isinstance(space_file, SpaceFile) else load_space(space_file)
+    profiles = list(profile) if isinstance(profile, Sequence) else [profile]
+    _check_globs(graph, rules)
+    builder = _Builder(graph, rules, profiles)
+    widths = {group.name: builder.widths(group) for group in graph.groups.values()}
+    methods = {layer.name: builder.methods(layer) for layer in graph.layers.values()}
+    for name, reason in graph.skipped.items():
+        builder.refuse(name, "every option", reason)
+    return Space(graph, widths, methods, tuple(builder.refused), builder.lanes)
+
+
+def _check_globs(graph: Graph, rules: SpaceFile) -> None:
+    known = [*graph.layers, *graph.skipped]
+    asked = [(glob, "rules") for rule in rules.rules for glob in rule.globs()]
+    for glob, key in [*asked, *((glob, "protect") for glob in rules.protect)]:
+        if not any(fnmatchcase(name, glob) for name in known):
+            raise UsageError(
+                f"search space, {key}: {glob!r} matches no layer of the model.{suggest(glob, known)} "
+                f"Layers: {', '.join(known) or 'none'}"
+            )
+
+
+class _Builder:
+    """Collects refusals while it turns rules into choices."""
+
+    def __init__(self, graph: Graph, rules: SpaceFile, profiles: Sequence[Target]) -> None:
+        self.graph, self.rules, self.profiles = graph, rules, profiles
+        self.lanes = max(profile.lanes for profile in profiles)
+        self.refused: list[Refusal] = []
+
+    def refuse(self, subject: str, option: str, reason: str) -> None:
+        self.refused.append(Refusal(subject, option, reason))
+
+    def options(self, layer: str) -> Rule:
+        """Merge the rules that match; without any, nothing is offered."""
+        merged: dict[str, Any] = {"keep": [1.0], "ranks": [], "precisions": ["fp32"]}
+        for rule in self.rules.rules:
+            if rule.matches(layer):
+                merged |= rule.model_dump(exclude={"layers"}, exclude_none=True)
+        return Rule(layers=layer, **merged)
+
+    def protected(self, layer: str) -> bool:
+        return any(fnmatchcase(layer, glob) for glob in self.rules.protect)
+
+    def widths(self, group: Group) -> tuple[int, ...]:
+        shares = [set(self.options(name).keep or ()) for name in group.producers]
+        asked = sorted(set.intersection(*shares) - {1.0}, reverse=True)
+        for share in sorted(set.union(*shares) - {1.0} - set(asked), reverse=True):
+            self.refuse(group.name, f"keep {share:g}", f"not allowed for all of {', '.join(group.producers)}")
+        stay = group.reason if not group.prunable else ""
+        for name in group.producers:
+            if self.protected(name):
+                stay = stay or f"layer {name} is protected"
+        offered = [group.width]
+        for share in asked:
+            width = self._rounded(share * group.width, group.width)
+            if stay:
+                self.refuse(group.name, f"keep {share:g}", stay)
+            elif width in offered:
+                self.refuse(group.name, f"keep {share:g}", f"rounds to {width} of {group.width}, offered already")
+            else:
+                offered.append(width)
+        return tuple(sorted(offered, reverse=True))
+
+    def _rounded(self, wanted: float, full: int) -> int:
+        """Round to whole vectors; a group narrower than a vector has none to round to."""
+        if full < self.lanes:
+            return max(1, round(wanted))
+        return min(full, max(self.lanes, int(wanted / self.lanes + 0.5) * self.lanes))
+
+    def methods(self, layer: Layer) -> tuple[Method, ...]:
+        options = self.options(layer.name)
+        why_dense = layer.fixed or ("it is protected" if self.protected(layer.name) else "")
+        precisions: list[Precision] = ["fp32"]
+        for precision in dict.fromkeys(options.precisions or ()):
+            lacking = [profile.name for profile in self.profiles if precision not in profile.precisions]
+            if precision == "fp32":
+                continue
+            if why_dense:
+                self.refuse(layer.name, precision, why_dense)
+            elif lacking:
+                self.refuse(layer.name, precision, f"profile {', '.join(lacking)} has no kernels for it")
+            else:
+                precisions.append(precision)
+        ranks = [(), *self._ranks(layer, options, why_dense)]
+        return tuple(Method(precision, rank) for rank in ranks for precision in precisions)
+
+    def _ranks(self, layer: Layer, options: Rule, why_dense: str) -> list[tuple[int, ...]]:
+        offered: list[tuple[int, ...]] = []
+        for share in sorted(set(options.ranks or ()), reverse=True):
+            ranks: tuple[int, ...] = ()
+            reason = why_dense
+            if layer.kind == "depthwise" or layer.conv_groups > 1:
+                reason = "a grouped convolution has no low-rank form here"
+            if not reason:
+                ranks = self._ranks_at(layer, share)
+                reason = "its rank is less than a vector" if not ranks else _rank_waste(layer, ranks)
+            if not reason and ranks in offered:
+                reason = f"rounds to {ranks}, offered already"
+            if reason:
+                self.refuse(layer.name, f"rank {share:g}", reason)
+            else:
+                offered.append(ranks)
+        return offered
+
+    def _ranks_at(self, layer: Layer, share: float) -> tuple[int, ...]:
+        """Return one rank (SVD of a matrix) or two (Tucker-2 of a kernel), in whole vectors; empty below one vector."""
+        if layer.kernel == (1, 1):
+            full: tuple[int, ...] = (min(layer.in_channels, layer.out_channels),)
+        else:
+            full = (layer.in_channels, layer.out_channels)
+        if min(full) < 2 * self.lanes:
+            return ()
+        return tuple(self._rounded(share * size, size) for size in full)
+
+
+def resized(layer: Layer, inputs: int, outputs: int) -> Layer:
+    """Return the description of a layer at other widths; ``inputs`` counts columns."""
+    depthwise = layer.kind == "depthwise"
+    share = outputs / layer.out_channels * (1.0 if depthwise else inputs / layer.in_channels)
+    groups = outputs if depthwise else layer.conv_groups
+    macs = round(layer.macs * share)
+    return replace(layer, in_channels=inputs, out_channels=outputs, conv_groups=groups, macs=macs)
+
+
+def factor_shapes(layer: Layer, ranks: Sequence[int]) -> list[Layer]:
+    """Describe the layers a factorised one becomes: two (SVD, one rank) or three (Tucker-2, two ranks)."""
+    one, zero = (1, 1), (0, 0)
+    if len(ranks) == 1:
+        first = replace(resized(layer, layer.in_channels, ranks[0]), bias=False)
+        pixel = replace(layer, in_size=layer.out_size, stride=one, padding=zero, dilation=one)
+        return [first, resized(pixel, ranks[0], layer.out_channels)]
+    core = resized(replace(layer, bias=False), ranks[0], ranks[1])
+    batch = layer.macs // max(1, layer.weights * layer.out_size[0] * layer.out_size[1])
+    before = replace(layer, kernel=one, stride=one, padding=zero, dilation=one, out_size=layer.in_size, bias=False)
+    before = replace(before, out_channels=ranks[0], macs=batch * before.in_channels * ranks[0] * _area(layer.in_size))
+    after = replace(layer, kernel=one, stride=one, padding=zero, dilation=one, in_size=layer.out_size)
+    after = replace(after, in_channels=ranks[1], macs=batch * ranks[1] * layer.out_channels * _area(layer.out_size))
+    return [before, core, after]
+
+
+def _area(size: tuple[int, int]) -> int:
+    return size[0] * size[1]
+
+
+def _rank_waste(layer: Layer, ranks: Sequence[int]) -> str:
+    """Say why the factors are no use at this shape; empty if they are."""
+    full = (min(layer.in_channels, layer.out_channels),) if len(ranks) == 1 else (layer.in_channels, layer.out_channels)
+    if any(rank > size for rank, size in zip(ranks, full, strict=True)):
+        return f"rank {'x'.join(map(str, ranks))} is more than the full rank {'x'.join(map(str, full))}"
+    factors = factor_shapes(layer, ranks)
+    macs = sum(factor.macs for factor in factors) / max(1, layer.macs)
+    weights = sum(factor.weights for factor in factors) / max(1, layer.weights)
+    if max(macs, weights) > BREAK_EVEN:
+        what = "multiplications" if macs >= weights else "weights"
+        return f"rank {'x'.join(map(str, ranks))} keeps {max(macs, weights):.0%} of the {what}, over {BREAK_EVEN:.0%}"
+    return ""

@@ -1,0 +1,222 @@
+"""What the user brings: a model, data to calibrate on, and how to judge it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from autocomp.errors import UsageError, suggest
+from autocomp.progress import Progress
+from autocomp.tasks import BUILT_IN
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Evaluate = Callable[["nn.Module"], Mapping[str, float]]
+
+
+@dataclass
+class Task:
+    """A model to compress and how to judge what comes out. UsageError if a part cannot be used, saying which and why.
+
+    ``example_inputs`` is one batch as ``model(*example_inputs)`` takes it; its shapes are what latency is measured at.
+    ``calibration`` is a sequence of such batches from training data (any batch size). ``evaluate`` reads the validation
+    split and returns metrics by name, the objective first (or the one named by ``objective``); metrics of slices are
+    named ``metric/slice``. ``test`` does the same on data nothing else has seen: the final report calls it once for
+    each front point. ``train`` yields ``(inputs, target)`` pairs, ``inputs`` a tuple of tensors, afresh each time it is
+    iterated; ``loss(output, target)`` is the scalar to minimise.
+    """
+
+    model: nn.Module
+    example_inputs: tuple[Tensor, ...]
+    calibration: Sequence[tuple[Tensor, ...]]
+    evaluate: Evaluate
+    test: Evaluate | None = None
+    train: Iterable[tuple[tuple[Tensor, ...], Tensor]] | None = None
+    loss: Callable[[Any, Tensor], Tensor] | None = None
+    objective: str | None = None
+    higher_is_better: bool = True
+    name: str = "task"
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every part that can be checked without running the model; UsageError names the part that is wrong."""
+        from torch import nn
+
+        if not isinstance(self.model, nn.Module):
+            raise UsageError(f"Task.model must be a torch.nn.Module, got {_kind(self.model)}")
+        self.example_inputs = _batch(self.example_inputs, "Task.example_inputs")
+        self.calibration = self._checked_calibration()
+        for name, optional in (("evaluate", False), ("test", True), ("loss", True)):
+            value = getattr(self, name)
+            if not (callable(value) or (optional and value is None)):
+                raise UsageError(f"Task.{name} must be a function, got {_kind(value)}")
+        if self.train is not None and not isinstance(self.train, Iterable):
+            raise UsageError(f"Task.train must be an iterable of (inputs, target), got {_kind(self.train)}")
+        if not isinstance(self.name, str) or not self.name:
+            raise UsageError(f"Task.name must be a non-empty text, got {self.name!r}")
+        for kind, tensors in (("parameter", self.model.named_parameters()), ("buffer", self.model.named_buffers())):
+            for name, tensor in tensors:
+                _refuse_non_finite(tensor, f"{kind} {name!r} of Task.model", "a trained model has only finite weights")
+
+    def _checked_calibration(self) -> list[tuple[Tensor, ...]]:
+        if isinstance(self.calibration, str | bytes) or not isinstance(self.calibration, Sequence):
+            raise UsageError(
+                f"Task.calibration must be a sequence of batches (tuples of tensors), got {_kind(self.calibration)}; "
+                "a loader can be given as list(loader)"
+            )
+        batches = [_batch(batch, f"Task.calibration[{index}]") for index, batch in enumerate(self.calibration)]
+        if not batches:
+            raise UsageError("Task.calibration is empty: give at least one batch, better 256 samples in all")
+        for index, batch in enumerate(batches):
+            _refuse_unlike(batch, self.example_inputs, f"Task.calibration[{index}]")
+        return batches
+
+
+def load_task(spec: str, progress: Progress | None = None) -> Task:
+    """Load a task: a built-in name (``digits``), or ``package.module:function``, a function without arguments.
+
+    The working folder is searched for modules too. UsageError if there is no such task, the module does not import, the
+    function fails, or it returns anything but a `Task`. Built-in tasks may train their model first and show it in
+    ``progress``.
+    """
+    if ":" not in spec:
+        if spec not in BUILT_IN:
+            raise UsageError(
+                f"unknown task {spec!r}.{suggest(spec, BUILT_IN)} Built in: {', '.join(sorted(BUILT_IN))}; "
+                "your own is named package.module:function"
+            )
+        task: Task = _resolve(BUILT_IN[spec])(progress=progress)
+        return task
+    function = _resolve(spec)
+    try:
+        task = function()
+    except UsageError as error:
+        raise UsageError(f"task {spec!r}: {error}") from error
+    except Exception as error:
+        raise UsageError(f"task {spec!r}: the function raised {type(error).__name__}: {error}") from error
+    if not isinstance(task, Task):
+        raise UsageError(f"task {spec!r}: the function must return an autocomp.Task, it returned {_kind(task)}")
+    if task.name == "task":  # not named by its author
+        task.name = spec.rpartition(":")[2]
+    return task
+
+
+def evaluate_task(task: Task, model: nn.Module, split: str = "validation") -> dict[str, float]:
+    """Return the task's metrics of ``model`` on a split (``validation`` or ``test``), objective first, all finite.
+
+    UsageError if the function returns no mapping of names to numbers, a metric that is not finite, or no objective.
+    """
+    function, where = {"validation": (task.evaluate, "Task.evaluate"), "test": (task.test, "Task.test")}[split]
+    if function is None:
+        raise UsageError("this task has no held-out test: Task.test is None")
+    returned = function(model)
+    if not isinstance(returned, Mapping) or not returned:
+        raise UsageError(f"{where} must return a mapping {{metric: value}} with an entry, got {_kind(returned)}")
+    metrics: dict[str, float] = {}
+    for name, value in returned.items():
+        if not isinstance(name, str):
+            raise UsageError(f"{where} must name its metrics by text, got the key {name!r}")
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise UsageError(f"{where} must return numbers, but {name!r} is {_kind(value)}") from None
+        if not math.isfinite(number):
+            raise UsageError(f"{where} must return finite metrics, but {name!r} is {number}")
+        metrics[name] = number
+    objective = objective_of(task, metrics)
+    return {objective: metrics.pop(objective), **metrics}
+
+
+def objective_of(task: Task, metrics: Mapping[str, float]) -> str:
+    """Return the name of the metric the search improves: the one the task names, else the first."""
+    if task.objective is None:
+        return next(iter(metrics))
+    if task.objective not in metrics:
+        known = ", ".join(metrics)
+        raise UsageError(
+            f"Task.objective is {task.objective!r}, but the metrics are: {known}.{suggest(task.objective, metrics)}"
+        )
+    return task.objective
+
+
+def _resolve(spec: str) -> Callable[..., Any]:
+    """Import ``package.module:function``; UsageError says which half is wrong."""
+    module_name, _, function_name = spec.partition(":")
+    if not module_name or not function_name or not all(part.isidentifier() for part in module_name.split(".")):
+        raise UsageError(f"a task is named package.module:function, got {spec!r}")
+    folder = os.getcwd()
+    if folder not in sys.path and "" not in sys.path:  # a console script does not look where the user stands
+        sys.path.append(folder)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or module_name
+        hint = f"it was looked for on the Python path and in {folder}"
+        if not (module_name + ".").startswith(missing + "."):
+            hint = f"module {module_name!r} needs it: install it"
+        raise UsageError(f"task {spec!r}: there is no module {missing!r}; {hint}") from error
+    except Exception as error:
+        raise UsageError(f"task {spec!r}: importing {module_name!r} raised {type(error).__name__}: {error}") from error
+    function = getattr(module, function_name, None)
+    if function is None:
+        names = [name for name, value in vars(module).items() if inspect.isfunction(value)]
+        raise UsageError(f"task {spec!r}: {module_name!r} has no {function_name!r}.{suggest(function_name, names)}")
+    if not callable(function):
+        raise UsageError(f"task {spec!r}: {function_name!r} must be a function, it is {_kind(function)}")
+    result: Callable[..., Any] = function
+    return result
+
+
+def _batch(value: Any, where: str) -> tuple[Tensor, ...]:
+    from torch import Tensor
+
+    if isinstance(value, Tensor):
+        raise UsageError(f"{where} must be a tuple of tensors, one for each input; got one tensor: write (tensor,)")
+    if not isinstance(value, tuple | list) or not value:
+        raise UsageError(f"{where} must be a non-empty tuple of tensors, got {_kind(value)}")
+    for index, tensor in enumerate(value):
+        if not isinstance(tensor, Tensor):
+            raise UsageError(f"{where}[{index}] must be a tensor, got {_kind(tensor)}")
+        if tensor.dim() == 0 or tensor.numel() == 0:
+            raise UsageError(f"{where}[{index}] must hold samples, got the shape {tuple(tensor.shape)}")
+        _refuse_non_finite(tensor, f"{where}[{index}]", "inputs must be finite")
+    return tuple(value)
+
+
+def _refuse_unlike(batch: tuple[Tensor, ...], example: tuple[Tensor, ...], where: str) -> None:
+    """A calibration batch must look like the example inputs, apart from the number of samples."""
+    if len(batch) != len(example):
+        raise UsageError(f"{where} must have {len(example)} tensor(s), as Task.example_inputs has; it has {len(batch)}")
+    for index, (given, wanted) in enumerate(zip(batch, example, strict=True)):
+        if given.dtype != wanted.dtype or given.dim() != wanted.dim():
+            raise UsageError(
+                f"{where}[{index}] must be like Task.example_inputs[{index}], {wanted.dtype} of {wanted.dim()} "
+                f"dimensions; it is {given.dtype} of {given.dim()} dimensions"
+            )
+
+
+def _refuse_non_finite(tensor: Tensor, what: str, rule: str) -> None:
+    import torch
+
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return
+    bad = int((~torch.isfinite(tensor.detach())).sum())
+    if bad:
+        raise UsageError(f"{what} holds {bad} value(s) that are NaN or infinite, of {tensor.numel()}: {rule}")
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "None"
+    kind = type(value).__name__
+    return f"an empty {kind}" if hasattr(value, "__len__") and len(value) == 0 else f"a value of type {kind}"

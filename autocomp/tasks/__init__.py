@@ -1,0 +1,7 @@
+"""Tasks that come with autocomp, by name: each a function that returns a `Task` and takes ``progress``."""
+
+from __future__ import annotations
+
+BUILT_IN = {
+    "digits": "autocomp.tasks.digits:load_digits_task",
+}

@@ -1,0 +1,121 @@
+"""Tables the command line shows on standard output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from autocomp.errors import UsageError
+from autocomp.hardware import list_profiles, load_profile
+from autocomp.quantities import format_bytes, format_milliseconds
+from autocomp.records import Latency
+from autocomp.report.data import Run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Wide enough for a table where no terminal says how wide it is (a file, a pipe).
+FILE_WIDTH = 140
+
+
+def output() -> Console:
+    """Return a console on standard output."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=FILE_WIDTH)
+
+
+def show_table(headings: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
+    """Print a table; headings that start with ``>`` are aligned to the right."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        right = heading.startswith(">")
+        table.add_column(heading.removeprefix(">"), justify="right" if right else "left", no_wrap=right)
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    output().print(table)
+
+
+def show_front(run: Run) -> None:
+    """Print the front of a run, dense first: the validation split's objective, and latency by profile."""
+    objective = run.task.objective
+    headings = ["point", f">{objective}", ">drop"]
+    for profile in run.profiles:
+        suffix = f" ({profile})" if len(run.profiles) > 1 else ""
+        headings += [f">latency{suffix}", ">speed-up"]
+    dense = run.dense.evaluation
+    sign = 1 if run.task.higher_is_better else -1
+    rows: list[list[str]] = []
+    for evaluation in (dense, *(point.evaluation for point in run.front)):
+        is_dense = evaluation.candidate == dense.candidate
+        drop = sign * (dense.metrics[objective] - evaluation.metrics[objective])
+        row = [
+            "dense" if is_dense else evaluation.candidate.id,
+            f"{evaluation.metrics[objective]:.4f}",
+            "" if is_dense else f"{drop:+.4f}",
+        ]
+        for profile in run.profiles:
+            latency = evaluation.latency[profile]
+            row += [format_latency(latency), f"{dense.latency[profile].seconds / latency.seconds:.2f}x"]
+        if not is_dense or not rows:  # the front may hold dense itself
+            rows.append([*row, format_bytes(evaluation.bytes)])
+    show_table([*headings, ">size"], rows)
+
+
+def format_latency(latency: Latency) -> str:
+    """Write a latency with its spread, and say so where it is an estimate."""
+    text = f"{format_milliseconds(latency.seconds)} ± {latency.spread:.1%}"
+    return text if latency.how == "measured" else f"{text} (estimated)"
+
+
+def show_latency(latency: Latency, kernels: int) -> None:
+    """Print a latency and its dearest kernels."""
+    where = f" on {latency.device}" if latency.device else ""
+    output().print(f"{latency.profile}: {format_latency(latency)}, {latency.how}{where}", markup=False)
+    dearest = sorted(latency.kernels, key=lambda kernel: kernel.seconds, reverse=True)[:kernels]
+    rows = []
+    for kernel in dearest:
+        peak = "" if kernel.peak_fraction is None else f"{kernel.peak_fraction:.0%}"
+        rate = f"{kernel.flops / kernel.seconds / 1e9:.1f}" if kernel.flops and kernel.seconds else ""
+        rows.append([kernel.operator, kernel.name, format_milliseconds(kernel.seconds), rate, peak])
+    if rows:
+        show_table(["operator", "kernel", ">time alone", ">Gop/s", ">of peak"], rows)
+
+
+def describe_profiles() -> list[dict[str, Any]]:
+    """Return what is known of every shipped profile; one this machine cannot run says why under ``unavailable``."""
+    described: list[dict[str, Any]] = []
+    for name in list_profiles():
+        try:
+            profile = load_profile(name)
+        except UsageError as error:
+            described.append({"name": name, "unavailable": str(error)})
+        else:
+            fields = {**profile.__dict__, "target": dict(profile.target), "caches": dict(profile.caches)}
+            described.append({**fields, "fingerprint": profile.fingerprint})
+    return described
+
+
+def show_profiles(described: Iterable[Mapping[str, Any]]) -> None:
+    """Print what `describe_profiles` returns as a table."""
+    rows = []
+    for profile in described:
+        if "unavailable" in profile:
+            rows.append([profile["name"], "not here", "", "", "", profile["unavailable"]])
+            continue
+        target = profile["target"]
+        rows.append(
+            [
+                profile["name"],
+                profile["how"],
+                str(target.get("mcpu", target.get("kind"))),
+                f"{profile['lanes']} lanes, int8 {profile['int8']}",
+                ", ".join(profile["precisions"]),
+                profile["description"],
+            ]
+        )
+    show_table(["profile", "reached", "processor", "vectors", "precisions", "description"], rows)

@@ -1,0 +1,138 @@
+"""Does what was compiled or exported compute what torch computes? Asked before any time of it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from autocomp.errors import ExportError, MismatchError
+
+if TYPE_CHECKING:
+    import torch
+
+FP32_TOLERANCE = 1e-3
+# Where a float layer feeds a quantised one, sums in another order can move a value over a rounding step: a few
+# activations then differ by one level of 255, and the outputs by a fraction of a percent. Integer layers themselves are exact.
+INT8_TOLERANCE = 1e-2
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Largest absolute difference over the largest absolute reference value; infinite if shapes differ or a value is not finite."""
+    import torch
+
+    if value.shape != reference.shape or not bool(torch.isfinite(value).all()):
+        return float("inf")
+    scale = float(reference.abs().max()) if reference.numel() else 0.0
+    return float((value - reference).abs().max()) / (scale or 1.0) if reference.numel() else 0.0
+
+
+def tolerance(model: torch.nn.Module) -> float:
+    """The error allowed of a model: 1e-3, or 1e-2 where it has quantised layers."""
+    from autocomp.compress.quantize import QuantConv2d, QuantLinear
+
+    return INT8_TOLERANCE if any(isinstance(m, QuantConv2d | QuantLinear) for m in model.modules()) else FP32_TOLERANCE
+
+
+def check_outputs(
+    model: torch.nn.Module, run: Callable[..., object], inputs: Sequence[tuple[torch.Tensor, ...]], what: str
+) -> float:
+    """Compare ``run`` with ``model`` on every input tuple and return the largest relative error.
+
+    MismatchError if it is above ``tolerance(model)``.
+    """
+    worst = 0.0
+    for arguments in inputs:
+        worst = max(worst, output_error(run(*arguments), reference_outputs(model, arguments)))
+    allowed = tolerance(model)
+    if not worst <= allowed:
+        raise MismatchError(f"{what} differs from torch by {worst:.2e} of the output's range (allowed: {allowed:.0e})")
+    return worst
+
+
+def reference_outputs(model: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    import torch
+
+    with torch.no_grad():
+        return _flat(model.eval()(*arguments))
+
+
+def output_error(value: object, reference: list[torch.Tensor]) -> float:
+    values = _flat(value)
+    if len(values) != len(reference):
+        return float("inf")
+    return max((relative_error(a, b) for a, b in zip(values, reference, strict=True)), default=0.0)
+
+
+def _flat(value: object) -> list[torch.Tensor]:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [tensor for item in value for tensor in _flat(item)]
+    raise ExportError(f"a model must return a tensor or a tuple of tensors, not {type(value).__name__}")
+
+
+def first_differing_layer(
+    model: torch.nn.Module,
+    compile_model: Callable[[torch.nn.Module], Callable[..., object]],
+    arguments: tuple[torch.Tensor, ...],
+) -> str:
+    """Name the first layer whose compiled output differs from torch; an empty string if none does when looked at one by one.
+
+    The model is compiled again with every layer's output as an output of its own, so nothing is fused across them.
+    """
+    import torch
+
+    names = [name for name, module in model.named_modules() if name and not list(module.children())]
+    probe = _Probe(model, names)
+    with torch.no_grad():
+        reference = probe(*arguments)
+    try:
+        values = _flat(compile_model(probe)(*arguments))
+    except Exception:  # the search for the culprit must not hide the mismatch that was found
+        return ""
+    for name, value, expected in zip(probe.seen, values, reference, strict=False):
+        if relative_error(value, expected) > tolerance(model):
+            return name
+    return ""
+
+
+def _probe_class() -> type:
+    import torch
+
+    class Probe(torch.nn.Module):
+        """A model that returns the output of each of its named layers, in order of execution."""
+
+        def __init__(self, model: torch.nn.Module, names: list[str]) -> None:
+            super().__init__()
+            self.model = model
+            self.names = names
+            self.seen: list[str] = []
+
+        def forward(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            outputs: list[torch.Tensor] = []
+            self.seen = []
+
+            def hook_for(name: str) -> Callable[..., None]:
+                def hook(_module: torch.nn.Module, _inputs: object, output: object) -> None:
+                    if isinstance(output, torch.Tensor):
+                        outputs.append(output)
+                        self.seen.append(name)
+
+                return hook
+
+            handles = [self.model.get_submodule(name).register_forward_hook(hook_for(name)) for name in self.names]
+            try:
+                self.model(*arguments)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            return tuple(outputs)
+
+    return Probe
+
+
+def _Probe(model: torch.nn.Module, names: list[str]) -> torch.nn.Module:  # noqa: N802 - a class made late, torch being heavy
+    probe: torch.nn.Module = _probe_class()(model, names)
+    return probe

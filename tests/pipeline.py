@@ -1,0 +1,61 @@
+"""The compression pipeline on a small net, made once for several test files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import nets
+import torch
+from torch import nn
+
+from autocomp.accuracy.calibrate import Statistics, collect_from
+from autocomp.compress.apply import reestimate_batchnorm
+from autocomp.compress.database import LayerDatabase
+from autocomp.graph import Graph, analyse
+from autocomp.space import Rule, Space, SpaceFile, build_space
+
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """What a space reads of a profile."""
+
+    name: str = "test"
+    lanes: int = 8
+    precisions: tuple[str, ...] = ("fp32", "w8a8")
+
+
+EVERYTHING = SpaceFile(
+    format_version=1,
+    rules=[Rule(layers="*", keep=[1.0, 0.75, 0.5, 0.25], ranks=[0.5, 0.25], precisions=["fp32", "w8a8"])],
+)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A model and everything up to its layer database."""
+
+    model: nn.Module
+    graph: Graph
+    space: Space
+    statistics: Statistics
+
+    def database(self, folder: Path) -> LayerDatabase:
+        return LayerDatabase(folder, self.model, self.graph, self.space, self.statistics)
+
+
+@cache
+def pipeline(kind: str = "plain") -> Pipeline:
+    """``plain``, ``depthwise``, ``flat`` or ``odd``."""
+    if kind in ("flat", "odd"):
+        torch.manual_seed(0)
+        model = (nets.Flat() if kind == "flat" else nets.Odd()).eval()
+    else:
+        model = nets.make(width=32, depthwise=kind == "depthwise")
+        reestimate_batchnorm(model, [(nets.images(96),)])  # as after training: statistics that fit the data
+    graph = analyse(model, (nets.images(1),))
+    space = build_space(graph, EVERYTHING, Vectors())
+    return Pipeline(model, graph, space, collect_from(model, [(nets.images(96),)], graph, 96))

@@ -1,0 +1,188 @@
+"""Stitched candidates are what the same compression applied to the whole model gives."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import nets
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pipeline import pipeline
+from torch import nn
+
+from autocomp.compress.apply import reestimate_batchnorm, stitch
+from autocomp.compress.fold import fold_batchnorm
+from autocomp.compress.prune import spread, take
+from autocomp.compress.quantize import QuantConv2d, QuantLinear
+from autocomp.records import Candidate, Method
+from autocomp.space import factor_shapes
+
+torch.set_num_threads(1)
+KINDS = ("plain", "depthwise", "flat", "odd")
+
+
+@pytest.fixture(scope="module")
+def databases(tmp_path_factory):
+    made = {}
+    for kind in KINDS:
+        made[kind] = pipeline(kind).database(tmp_path_factory.mktemp(kind))
+    return made
+
+
+def drawn(space, data):
+    widths = {name: data.draw(st.sampled_from(options)) for name, options in space.widths.items()}
+    methods = {name: data.draw(st.sampled_from(options)) for name, options in space.methods.items()}
+    return space.normalise(Candidate(widths, methods))
+
+
+def by_hand(made, database, candidate):
+    """Compress the whole model directly: slice everything, then overwrite the weights by each entry's."""
+    model = copy.deepcopy(made.model)
+    for group in made.graph.groups.values():
+        kept = database.kept(group.name, candidate.widths[group.name])
+        if kept is not None:
+            for name in (*group.producers, *group.norms):
+                model.set_submodule(name, take(model.get_submodule(name), kept))
+            for name in group.consumers:
+                columns = spread(kept, made.graph.layers[name].in_spread)
+                model.set_submodule(name, take(model.get_submodule(name), None, columns))
+    for name, layer in made.graph.layers.items():
+        width = candidate.widths[layer.in_group] if layer.in_group else layer.in_channels
+        entry = database.entry(name, width, candidate.methods[name])
+        rows = database.kept(layer.out_group, candidate.widths[layer.out_group])
+        rows = slice(None) if rows is None or layer.kind == "depthwise" else rows
+        module = model.get_submodule(name)
+        if candidate.methods[name] == Method():
+            assert module.weight.shape == entry.parts[0].weight[rows].shape
+            module.weight = nn.Parameter(entry.parts[0].weight[rows])
+            if entry.parts[0].bias is not None:
+                module.bias = nn.Parameter(entry.parts[0].bias[rows])
+        else:
+            assert candidate.methods[name].ranks or tuple(module.weight.shape) == tuple(
+                entry.parts[0].weight[rows].shape
+            )
+            model.set_submodule(name, Direct(layer, candidate.methods[name], entry.parts, rows))
+    return model.eval()
+
+
+class Direct(nn.Module):
+    """The parts of an entry by torch's functions, in float: an integer layer is dequantised."""
+
+    def __init__(self, layer, method, parts, rows):
+        super().__init__()
+        self.shapes = factor_shapes(layer, method.ranks) if method.ranks else [layer]
+        self.parts, self.rows, self.layer = parts, rows, layer
+
+    def forward(self, x):
+        for index, (shape, part) in enumerate(zip(self.shapes, self.parts, strict=True)):
+            rows = self.rows if index == len(self.parts) - 1 else slice(None)
+            weight, bias = part.weight[rows], None if part.bias is None else part.bias[rows]
+            if part.scale is not None:
+                x = ((x * part.inv_xs).round() + part.zp).clamp(0, 255) - part.zp
+                weight = weight.double() * part.scale[rows].double().view(-1, *([1] * (weight.dim() - 1)))
+            x, weight = x.double(), weight.double()
+            bias = None if bias is None else bias.double()
+            if shape.kind == "linear":
+                x = nn.functional.linear(x, weight, bias).float()
+                continue
+            groups = len(weight) if shape.kind == "depthwise" else shape.conv_groups
+            x = nn.functional.conv2d(x, weight, bias, shape.stride, shape.padding, shape.dilation, groups).float()
+        return x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stitched_candidate_equals_compressing_the_whole_model(databases, kind):
+    made, database = pipeline(kind), databases[kind]
+
+    @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
+    @given(data=st.data())
+    def check(data):
+        candidate = drawn(made.space, data)
+        stitched = stitch(made.model, made.graph, database, candidate, reestimate=False)
+        x = nets.images(2)
+        with torch.no_grad():
+            expected = by_hand(made, database, candidate)(x)
+            # An activation at a rounding boundary may fall to either side: a step of 8 bits, here and there.
+            integer = any(method.precision == "w8a8" for method in candidate.methods.values())
+            tolerance = (2e-2 if integer else 1e-4) * float(expected.abs().max())
+            torch.testing.assert_close(stitched(x), expected, rtol=0, atol=tolerance)
+
+    check()
+
+
+def test_the_dense_candidate_is_the_model(databases):
+    made = pipeline()
+    x = nets.images(3)
+    with torch.no_grad():
+        assert torch.equal(stitch(made.model, made.graph, databases["plain"], made.space.dense())(x), made.model(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_results_are_smaller_and_export_copy_save_and_fold(databases, kind):
+    made = pipeline(kind)
+    before = {name: value.clone() for name, value in made.model.state_dict().items()}
+    widths = {name: options[-1] for name, options in made.space.widths.items()}
+    methods = {name: options[-1] for name, options in made.space.methods.items()}
+    for candidate in (made.space.uniform(0.5), made.space.uniform(0.5, "w8a8"), Candidate(widths, methods)):
+        model = stitch(made.model, made.graph, databases[kind], candidate)
+        assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in made.model.parameters())
+        assert not model.training
+        x = nets.images(1)
+        with torch.no_grad():
+            expected = model(x)
+            torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected, rtol=1e-4, atol=1e-5)
+            assert torch.equal(copy.deepcopy(model)(x), expected)
+            file = io.BytesIO()
+            torch.save(model, file)
+            file.seek(0)
+            assert torch.equal(torch.load(file, weights_only=False)(x), expected)
+            folded = fold_batchnorm(model, made.graph.norms())
+            assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(folded(x), expected, rtol=0, atol=2e-2 * scale)
+    assert all(torch.equal(before[name], value) for name, value in made.model.state_dict().items())
+
+
+def test_bytes_of_the_tables_are_those_of_the_folded_model(databases):
+    made, database = pipeline(), databases["plain"]
+    for candidate in (made.space.dense(), made.space.uniform(0.5), made.space.uniform(0.5, "w8a8")):
+        total = made.graph.other_bytes
+        for table in database.tables():
+            i = 0 if table.in_group is None else table.widths_in.index(candidate.widths[table.in_group])
+            o = table.widths_out.index(candidate.widths[table.out_group])
+            total += table.bytes[i, o, table.methods.index(candidate.methods[table.layer])]
+        folded = fold_batchnorm(stitch(made.model, made.graph, database, candidate))
+        assert total == sum(tensor.nbytes for tensor in folded.state_dict().values())
+
+
+def test_wasted_ranks_are_normalised_away(databases):
+    made = pipeline()
+    widths = {name: options[-1] for name, options in made.space.widths.items()}
+    methods = {name: options[-1] for name, options in made.space.methods.items()}
+    assert methods["block1.conv1"].ranks
+    model = stitch(made.model, made.graph, databases["plain"], Candidate(widths, methods))
+    assert isinstance(model.block1.conv1, QuantConv2d)
+    assert isinstance(model.head, QuantLinear)
+
+
+def test_reestimation_gives_every_norm_its_own_data(databases):
+    made = pipeline()
+    model = stitch(made.model, made.graph, databases["plain"], made.space.uniform(0.5), reestimate=False)
+    batches = made.statistics.batches
+    answers = reestimate_batchnorm(model, batches)
+    seen = {}
+    for name in ("bn", "block2.bn2"):
+        norm = model.get_submodule(name)
+        norm.register_forward_pre_hook(lambda module, inputs, name=name: seen.__setitem__(name, inputs[0]))
+    with torch.no_grad():
+        again = model(*batches[0])
+    for name, x in seen.items():
+        norm = model.get_submodule(name)
+        torch.testing.assert_close(norm.running_mean, x.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(norm.running_var, x.var((0, 2, 3)), rtol=2e-3, atol=1e-4)
+        assert norm.momentum == 0.1
+        assert not norm.training
+    torch.testing.assert_close(answers, again, rtol=1e-2, atol=1e-2)

@@ -1,0 +1,71 @@
+"""Folding BatchNorm changes no output."""
+
+from __future__ import annotations
+
+import nets
+import pytest
+import torch
+from torch import nn
+
+from autocomp.compress.fold import find_norms, fold_batchnorm
+from autocomp.compress.quantize import activation_parameters, quantised
+
+torch.set_num_threads(1)
+
+
+def norms_left(model: nn.Module) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_folding_preserves_outputs(depthwise):
+    model, x = nets.make(depthwise=depthwise), nets.images(4)
+    folded = fold_batchnorm(model)
+    assert norms_left(folded) == 0
+    assert norms_left(model) == 6
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_folding_into_integers_keeps_them():
+    model, x = nets.make(), nets.images(4)
+    conv = quantised(model.block1.conv1, *activation_parameters(0.0, 4.0))
+    model.block1.conv1 = conv
+    folded = fold_batchnorm(model)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+    negative = model.block1.bn1.weight < 0
+    sign = torch.where(negative, -1, 1).view(-1, 1, 1, 1)
+    assert torch.equal(folded.block1.conv1.weight, (conv.weight * sign).to(torch.int8))
+    assert bool((folded.block1.conv1.scale > 0).all())
+
+
+def test_a_layer_with_two_readers_is_left_alone():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x)
+            return y + self.bn(y)
+
+    model, x = nets.randomise(Two()), nets.images(2)
+    assert find_norms(model) == {}
+    with torch.no_grad():
+        torch.testing.assert_close(fold_batchnorm(model)(x), model(x))
+
+
+def test_a_factorised_layer_folds_into_its_last_factor():
+    model, x = nets.make(), nets.images(2)
+    model.block1.conv1 = nn.Sequential(nn.Conv2d(16, 4, 3, padding=1, bias=False), nn.Conv2d(4, 16, 1, bias=False))
+    for norms in (None, {"block1.conv1": "block1.bn1"}):
+        folded = fold_batchnorm(model, norms)
+        assert isinstance(folded.block1.bn1, nn.Identity)
+        with torch.no_grad():
+            torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_untraceable_model_is_returned_as_it_is():
+    assert find_norms(nets.Branching()) == {}
+    assert isinstance(fold_batchnorm(nets.Branching()), nets.Branching)

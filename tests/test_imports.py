@@ -1,0 +1,39 @@
+"""Importing what every command imports stays cheap: heavy libraries are imported where they are used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"torch", "tvm", "optuna", "onnxruntime", "onnx", "sklearn", "torch_pruning", "pandas", "plotly"}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "autocomp",
+        "autocomp.cli",
+        "autocomp.config",
+        "autocomp.hardware",
+        "autocomp.progress",
+        "autocomp.records",
+        "autocomp.runfolder",
+        "autocomp.task",
+    ],
+)
+def test_import_is_light(module: str) -> None:
+    code = f"import sys, {module}; print(*sorted(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not HEAVY & set(run.stdout.split())
+
+
+def test_public_names() -> None:
+    import autocomp
+
+    assert {"Task", "search", "SearchResult", "measure", "compile", "load_task", "list_profiles"} <= set(dir(autocomp))
+    assert autocomp.Task.__module__ == "autocomp.task"
+    assert autocomp.Latency.__module__ == "autocomp.records"
+    with pytest.raises(AttributeError, match="no attribute 'serch'"):
+        _ = autocomp.serch  # type: ignore[attr-defined]  # the name that is not there is the point

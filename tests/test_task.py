@@ -1,0 +1,179 @@
+"""Tasks: what a user may bring, and how what cannot work is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from autocomp.errors import UsageError
+from autocomp.task import Task, evaluate_task, load_task, objective_of
+
+
+def parts(**changes: Any) -> dict[str, Any]:
+    fields = {
+        "model": nn.Linear(3, 2),
+        "example_inputs": (torch.ones(1, 3),),
+        "calibration": [(torch.ones(4, 3),)],
+        "evaluate": lambda model: {"accuracy": 1.0},
+    }
+    return {**fields, **changes}
+
+
+def poisoned() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    with torch.no_grad():
+        model[1].weight[0, 0] = float("nan")
+    return model
+
+
+def bad_buffer() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    model[1].running_var[0] = float("inf")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "resnet"}, ["Task.model must be a torch.nn.Module", "str"]),
+        ({"model": poisoned()}, ["parameter '1.weight'", "1 value(s)", "NaN", "of 6"]),
+        ({"model": bad_buffer()}, ["buffer '1.running_var'"]),
+        ({"example_inputs": torch.ones(1, 3)}, ["Task.example_inputs", "write (tensor,)"]),
+        ({"example_inputs": ()}, ["Task.example_inputs must be a non-empty tuple"]),
+        ({"example_inputs": (3,)}, ["Task.example_inputs[0] must be a tensor", "int"]),
+        ({"example_inputs": (torch.ones(0, 3),)}, ["must hold samples", "(0, 3)"]),
+        ({"calibration": []}, ["Task.calibration is empty"]),
+        ({"calibration": iter([])}, ["Task.calibration must be a sequence", "list(loader)"]),
+        ({"calibration": [torch.ones(4, 3)]}, ["Task.calibration[0]", "write (tensor,)"]),
+        (
+            {"calibration": [(torch.ones(4, 3),), (torch.ones(4, 3),) * 2]},
+            ["Task.calibration[1] must have 1 tensor(s)"],
+        ),
+        ({"calibration": [(torch.ones(4, 3).double(),)]}, ["Task.calibration[0][0]", "float64"]),
+        ({"calibration": [(torch.full((4, 3), float("inf")),)]}, ["Task.calibration[0][0] holds 12 value(s)"]),
+        ({"evaluate": None}, ["Task.evaluate must be a function", "None"]),
+        ({"test": 3}, ["Task.test must be a function"]),
+        ({"train": 3}, ["Task.train must be an iterable"]),
+        ({"name": ""}, ["Task.name"]),
+    ],
+)
+def test_parts_that_cannot_work(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        Task(**parts(**changes))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_lists_become_tuples() -> None:
+    task = Task(**parts(example_inputs=[torch.ones(1, 3)], calibration=([torch.ones(4, 3)],)))
+    assert isinstance(task.example_inputs, tuple)
+    assert isinstance(task.calibration[0], tuple)
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        ({"accuracy": float("nan")}, "'accuracy' is nan"),
+        ({"accuracy": 0.5, "wer": float("inf")}, "'wer' is inf"),
+        ({}, "with an entry, got an empty dict"),
+        (0.5, "must return a mapping"),
+        ({"accuracy": "high"}, "'accuracy' is a value of type str"),
+        ({"accuracy": torch.ones(2)}, "'accuracy' is a value of type Tensor"),
+        ({3: 0.5}, "the key 3"),
+    ],
+)
+def test_metrics_that_cannot_work(returned: Any, words: str) -> None:
+    task = Task(**parts(evaluate=lambda model: returned))
+    with pytest.raises(UsageError, match=r"Task\.evaluate must") as caught:
+        evaluate_task(task, task.model)
+    assert words in str(caught.value)
+
+
+def test_objective_comes_first() -> None:
+    task = Task(**parts(evaluate=lambda model: {"wer": torch.tensor(0.25), "loss": 1}, objective="loss"))
+    metrics = evaluate_task(task, task.model)
+    assert list(metrics.items()) == [("loss", 1.0), ("wer", 0.25)]
+    assert objective_of(Task(**parts()), {"a": 1.0, "b": 2.0}) == "a"
+    with pytest.raises(UsageError, match="Did you mean 'loss'"):
+        objective_of(Task(**parts(objective="lose")), metrics)
+
+
+def test_test_split_is_its_own() -> None:
+    task = Task(**parts(test=lambda model: {"accuracy": 0.5}))
+    assert evaluate_task(task, task.model, "test") == {"accuracy": 0.5}
+    with pytest.raises(UsageError, match=r"Task\.test is None"):
+        evaluate_task(Task(**parts()), task.model, "test")
+
+
+MODULE = """
+import torch
+from torch import nn
+import autocomp
+
+def make():
+    return autocomp.Task(model=nn.Linear(3, 2), example_inputs=(torch.ones(1, 3),), calibration=[(torch.ones(4, 3),)],
+                         evaluate=lambda model: {"accuracy": 1.0})
+
+def empty():
+    return autocomp.Task(model=nn.Linear(3, 2), example_inputs=(torch.ones(1, 3),), calibration=[],
+                         evaluate=lambda model: {"accuracy": 1.0})
+
+def number():
+    return 3
+
+def broken():
+    raise ValueError("no such data")
+
+value = 3
+"""
+
+
+@pytest.fixture
+def _module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "users_own.py").write_text(MODULE)
+    (tmp_path / "users_bad.py").write_text("import users_missing_dependency")
+    (tmp_path / "users_typo.py").write_text("def make(:")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("_module")
+def test_own_task_loads_and_takes_the_functions_name() -> None:
+    task = load_task("users_own:make")
+    assert task.name == "make"
+
+
+@pytest.mark.usefixtures("_module")
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("digit", ["unknown task 'digit'", "Did you mean 'digits'?", "package.module:function"]),
+        ("users_own:mak", ["'users_own' has no 'mak'", "Did you mean 'make'?"]),
+        ("users_own:value", ["'value' must be a function"]),
+        ("users_own:number", ["must return an autocomp.Task", "int"]),
+        ("users_own:broken", ["raised ValueError: no such data"]),
+        ("users_own:empty", ["users_own:empty", "Task.calibration is empty"]),
+        ("users_nowhere:make", ["there is no module 'users_nowhere'", "looked for"]),
+        ("users_bad:make", ["there is no module 'users_missing_dependency'", "install it"]),
+        ("users_typo:make", ["raised SyntaxError"]),
+        ("users_own:", ["package.module:function"]),
+        ("../users_own:make", ["package.module:function"]),
+    ],
+)
+def test_specs_that_cannot_work(spec: str, words: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_task(spec)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_working_folder_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    (tmp_path / "users_here.py").write_text(MODULE)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.chdir(tmp_path)
+    assert load_task("users_here:make").name == "make"
