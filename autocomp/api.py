@@ -175,7 +175,8 @@ def measure(
 ) -> Latency:
     """Compile a model with tuned kernels, compare it with torch, and measure one inference on a profile.
 
-    ``.seconds`` is the median, ``.spread`` its relative interquartile range, ``.how`` how it was obtained, ``.kernels`` each kernel's own time.
+    ``.seconds`` is the median, ``.spread`` its relative interquartile range, ``.how`` how it was obtained, ``.kernels`` each
+    kernel's own time.
     ExportError if the model cannot be compiled, MismatchError if it computes something else than torch.
     """
     device, compiled = _compiled(model, example_inputs, profile)
@@ -183,7 +184,7 @@ def measure(
     return latency
 
 
-def compile(  # noqa: A001 - the name users know from torch
+def compile(
     model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...], profile: str | Profile = "x86-host"
 ) -> CompiledModel:
     """Compile a model for a profile: ``.run(*tensors)``, ``.save(path)``. Errors as ``measure``."""
@@ -205,11 +206,21 @@ def check(settings: Settings, progress: Progress | None = None) -> dict[str, Any
         "profiles": list(settings.profiles),
         "candidates": space.size,
         "groups": [
-            {"group": name, "width": group.width, "offered": list(space.widths[name]), "layers": [*group.producers, *group.consumers]}
+            {
+                "group": name,
+                "width": group.width,
+                "offered": list(space.widths[name]),
+                "layers": [*group.producers, *group.consumers],
+            }
             for name, group in graph.groups.items()
         ],
         "layers": [
-            {"layer": name, "kind": layer.kind, "macs": layer.macs, "methods": [str(method) for method in space.methods[name]]}
+            {
+                "layer": name,
+                "kind": layer.kind,
+                "macs": layer.macs,
+                "methods": [str(method) for method in space.methods[name]],
+            }
             for name, layer in graph.layers.items()
         ],
         "refused": [{"subject": r.subject, "option": r.option, "reason": r.reason} for r in space.refused],
@@ -239,8 +250,13 @@ def _run(settings: Settings, task: Task, folder: Path, resume: bool, progress: P
 
 
 def _settings(
-    task: Task | str | None, profiles: Sequence[str] | None, trials: int | None, out: str | Path | None, seed: int | None, options: Mapping[str, Any]
-) -> Settings:  # fmt: skip
+    task: Task | str | None,
+    profiles: Sequence[str] | None,
+    trials: int | None,
+    out: str | Path | None,
+    seed: int | None,
+    options: Mapping[str, Any],
+) -> Settings:
     name = task.name if isinstance(task, Task) else task
     given: dict[str, Any] = {
         "task": name,

@@ -18,7 +18,7 @@ from autocomp.errors import AutocompError, UsageError, suggest
 from autocomp.hardware import profile_schema
 from autocomp.progress import Progress
 from autocomp.quantities import parse_bytes, parse_seconds
-from autocomp.report.data import FRONT, read_run
+from autocomp.report.data import FRONT
 from autocomp.resources import shipped_files
 from autocomp.runfolder import CONFIG, check_run_folder, unwritable_reason
 
@@ -118,11 +118,11 @@ def search(
 
     from autocomp import api
 
-    api.search(settings=settings, task=None, resume=resume, progress=_progress())
+    result = api.search(settings=settings, task=None, resume=resume, progress=_progress())
     if as_json:
         click.echo((folder / FRONT).read_text(encoding="utf-8"), nl=False)
     else:
-        terminal.show_front(read_run(folder))
+        terminal.show_front(result.run)
         click.echo(f"\nreport: {folder / 'report.html'}")
 
 
@@ -201,11 +201,11 @@ def check(task_name: str | None, config: Path | None, task_option: str | None, a
 
     from autocomp import api
 
-    found = api.check(settings)
+    found = api.check(settings, _progress())
     if as_json:
-        click.echo(json.dumps(dict(found)))
+        click.echo(json.dumps(found))
     else:
-        terminal.show_table(["part", "offered", "why not more"], [[str(cell) for cell in row] for row in found.rows])
+        terminal.show_check(found)
 
 
 @cli.command()

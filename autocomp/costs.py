@@ -13,8 +13,6 @@ from autocomp.search.solver import Factor, Problem, make_problem
 from autocomp.space import Space, resized
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from autocomp.compress.database import LayerTable
     from autocomp.graph import Graph, Layer
 
@@ -23,29 +21,25 @@ class Costs:
     """The layer tables joined with the devices' latency models; refitted as kernels and modules are measured."""
 
     def __init__(
-        self, model: nn.Module, graph: Graph, space: Space, tables: Sequence[LayerTable], devices: Mapping[str, LocalDevice]
+        self, graph: Graph, space: Space, tables: Sequence[LayerTable], devices: Mapping[str, LocalDevice]
     ) -> None:
         self.graph, self.space, self.tables, self.devices = graph, space, list(tables), devices
-        self._fixed_bytes = _bytes_outside(model, graph)
         self._problem: Problem | None = None
 
     def problem(self) -> Problem:
         """The additive problem at the present state of the latency models; seconds are the mean over profiles, dense being 1."""
         if self._problem is None:
             dense = self.predict(self.space.dense())
-            factors = [
-                Factor(
-                    table.layer, table.in_group, table.out_group, table.widths_in, table.widths_out, table.methods,
-                    table.error, self._seconds(table, dense), table.bytes,
-                )
-                for table in self.tables
-            ]  # fmt: skip
-            self._problem = make_problem(factors, self.space.widths, fixed_bytes=self._fixed_bytes)
+            factors = [Factor(**vars(table), seconds=self._seconds(table, dense)) for table in self.tables]
+            self._problem = make_problem(factors, self.space.widths, fixed_bytes=self.graph.other_bytes)
         return self._problem
 
     def predict(self, candidate: Candidate) -> dict[str, float]:
         """Predicted seconds of one inference by profile."""
-        return {name: device.model.module_seconds(*self._kernel_sum(device, candidate)) for name, device in self.devices.items()}
+        return {
+            name: device.model.module_seconds(*self._kernel_sum(device, candidate))
+            for name, device in self.devices.items()
+        }
 
     def relative(self, candidate: Candidate) -> float:
         """Predicted seconds over dense's, the mean over profiles."""
@@ -86,15 +80,7 @@ class Costs:
         shares = []
         for name, device in self.devices.items():
             total, count = device.model.layer_seconds(layer, method)
-            shares.append((device.model.module_seconds(total, count) - device.model.module_seconds(0.0, 0)) / dense[name])
+            shares.append(
+                (device.model.module_seconds(total, count) - device.model.module_seconds(0.0, 0)) / dense[name]
+            )
         return float(np.mean(shares))
-
-
-def _bytes_outside(model: nn.Module, graph: Graph) -> int:
-    """Bytes of the parameters that belong to no layer of the graph, nor to a BatchNorm that is folded into one."""
-    inside = set(graph.layers) | {layer.norm for layer in graph.layers.values() if layer.norm}
-    return sum(
-        parameter.numel() * parameter.element_size()
-        for name, parameter in model.named_parameters()
-        if name.rpartition(".")[0] not in inside
-    )

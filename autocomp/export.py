@@ -77,23 +77,33 @@ def _onnx(model: torch.nn.Module, path: Path, inputs: Sequence[tuple[torch.Tenso
     try:
         export_onnx(model, inputs[0], path)
         session = onnx_session(path)
-        return Verified(True, check_outputs(model, lambda *arguments: run_session(session, *arguments), inputs, path.name))
+        return Verified(
+            True, check_outputs(model, lambda *arguments: run_session(session, *arguments), inputs, path.name)
+        )
     except AutocompError as failure:
         return Verified(False, note=str(failure))
 
 
-def _write_manifest(folder: Path, evaluation: Evaluation, example: tuple[torch.Tensor, ...], verified: Mapping[str, Verified]) -> None:
+def _write_manifest(
+    folder: Path, evaluation: Evaluation, example: tuple[torch.Tensor, ...], verified: Mapping[str, Verified]
+) -> None:
     manifest = {
         "format_version": FORMAT_VERSION,
         "id": evaluation.candidate.id,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "candidate": evaluation.candidate.to_json(),
-        "inputs": [{"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")} for tensor in example],
+        "inputs": [
+            {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")} for tensor in example
+        ],
         "metrics": dict(evaluation.metrics),
         "bytes": evaluation.bytes,
         "latency": {name: _brief(latency_to_json(latency)) for name, latency in evaluation.latency.items()},
         "verified": {kind: asdict(check) for kind, check in verified.items()},
-        "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir()) if path.name != MANIFEST},
+        "sha256": {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.iterdir())
+            if path.name != MANIFEST
+        },
     }
     write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
 

@@ -74,7 +74,9 @@ def _make_run(pipeline: Pipeline) -> Run:
         for evaluation in front:
             points.append(_point(pipeline, evaluation))
             stage.advance()
-    dense_point = next((p for p in points if p.evaluation.trial == dense.trial), None) or FrontPoint(dense, _test(pipeline, dense))
+    dense_point = next((p for p in points if p.evaluation.trial == dense.trial), None) or FrontPoint(
+        dense, _test(pipeline, dense)
+    )
     references = _references(pipeline)
     parameters = sum(parameter.numel() for parameter in task.model.parameters())
     return Run(
@@ -87,7 +89,8 @@ def _make_run(pipeline: Pipeline) -> Run:
         hypervolume=tuple(pipeline.search.hypervolume()),
         summary=_summary(pipeline, objective),
         layers=tuple(
-            LayerInfo(layer.name, layer.kind, layer.out_group, layer.out_channels) for layer in pipeline.graph.layers.values()
+            LayerInfo(layer.name, layer.kind, layer.out_group, layer.out_channels)
+            for layer in pipeline.graph.layers.values()
         ),
         warnings=tuple(_warnings(pipeline, points)),
     )
@@ -195,7 +198,9 @@ def write_provenance(folder: Path, pipeline: Pipeline) -> Path:
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "platform": platform.platform(),
-        "processor": next((d.profile.device for d in pipeline.devices.values() if d.profile.device), platform.machine()),
+        "processor": next(
+            (d.profile.device for d in pipeline.devices.values() if d.profile.device), platform.machine()
+        ),
         "cpus": os.cpu_count(),
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "unknown",
         "load_average": os.getloadavg()[0],
@@ -239,8 +244,9 @@ def _read(path: str) -> str:
 def _git() -> str:
     """The commit of the working folder, with ``-dirty`` where it has changes; empty outside a repository."""
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, timeout=10)
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
-

@@ -34,6 +34,7 @@ def export_onnx(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...]
                 fold_batchnorm(model).eval(), example_inputs, dynamo=True, verbose=False, external_data=False,
                 custom_translation_table=_translations(),
             )  # fmt: skip
+            assert program is not None  # only dynamo=False returns nothing
             program.save(str(path), external_data=False)
     except Exception as error:
         detail = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -56,7 +56,7 @@ class Pipeline:
             self.statistics = collect(task, self.graph, settings.calibration_samples, settings.seed)
         self.database = LayerDatabase(folder / "layers", task.model, self.graph, self.space, self.statistics)
         self.database.build(progress)
-        self.costs = Costs(task.model, self.graph, self.space, self.database.tables(), self.devices)
+        self.costs = Costs(self.graph, self.space, self.database.tables(), self.devices)
         self.inputs = check_inputs(task)
         self.search = self._open_search(resume)
 
@@ -84,7 +84,9 @@ class Pipeline:
         """The evaluation of the untouched model. AutocompError if it was not measured."""
         found = next((e for e in self.search.told if e.source == "dense"), None)
         if found is None or found.state != "measured":
-            raise AutocompError(f"the uncompressed model was not measured: {(found and found.failure) or 'the time was up'}")
+            raise AutocompError(
+                f"the uncompressed model was not measured: {(found and found.failure) or 'the time was up'}"
+            )
         return found
 
     def stitch(self, candidate: Candidate) -> torch.nn.Module:
@@ -98,7 +100,9 @@ class Pipeline:
         name = self.folder.name if self.settings.storage else "autocomp"
         resume = resume and (bool(self.settings.storage) or (self.folder / "study.db").exists())
         levels = Space(self.space.widths, self.space.methods)
-        return open_search(storage, name, levels, self.settings.seed, resume, self.costs.problem(), self.space.normalise)
+        return open_search(
+            storage, name, levels, self.settings.seed, resume, self.costs.problem(), self.space.normalise
+        )
 
     def _baselines(self) -> None:
         """Tell and measure dense and the uniform compressions: they stand beside the front, and fit the latency models."""
@@ -142,7 +146,13 @@ class Pipeline:
         start = time.perf_counter()
         cost = self.costs.problem().cost(self.space.normalise(asked.candidate))
         evaluation = Evaluation(
-            asked.trial, asked.candidate, asked.source, "told", cost.error, cost.bytes, self.costs.predict(asked.candidate)
+            asked.trial,
+            asked.candidate,
+            asked.source,
+            "told",
+            cost.error,
+            cost.bytes,
+            self.costs.predict(asked.candidate),
         )
         try:
             _, divergence = stitch_and_score(self.task.model, self.graph, self.database, asked.candidate)
@@ -179,7 +189,8 @@ class Pipeline:
         try:
             model = self.stitch(evaluation.candidate)
             latency = {
-                name: device.time(device.compile(model, self.inputs), self.inputs[0]) for name, device in self.devices.items()
+                name: device.time(device.compile(model, self.inputs), self.inputs[0])
+                for name, device in self.devices.items()
             }
             done = replace(evaluation, state="measured", latency=latency, metrics=evaluate_task(self.task, model))
         except (AutocompError, RuntimeError) as error:
@@ -216,4 +227,3 @@ def _open_device(name: str, stage: Stage) -> LocalDevice:
 
 def _is_baseline(source: Source) -> bool:
     return source in ("dense", "uniform")
-

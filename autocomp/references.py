@@ -37,7 +37,10 @@ def measure_references(task: Task, compiled: CompiledModel, samples: int) -> lis
         int8 = _quantise_static(fp32, folder / "int8.onnx", task, samples)
         sessions = {FP32: onnx_session(fp32), INT8: onnx_session(int8)}
         sizes = {FP32: fp32.stat().st_size, INT8: int8.stat().st_size}
-        metrics = {name: evaluate_task(task, _session_module(session, task.example_inputs)) for name, session in sessions.items()}
+        metrics = {
+            name: evaluate_task(task, _session_module(session, task.example_inputs))
+            for name, session in sessions.items()
+        }
     arrays = [np.ascontiguousarray(tensor.detach().numpy()) for tensor in task.example_inputs]
     calls: dict[str, Any] = {OURS: compiled.prepare(*task.example_inputs)}
     for name, session in sessions.items():
@@ -55,7 +58,9 @@ def measure_references(task: Task, compiled: CompiledModel, samples: int) -> lis
     for name, times in samples_by_name.items():
         seconds, spread = median_and_spread(times)
         latency = Latency(seconds, spread, "measured", compiled.profile.name, f"{name}, 1 thread", tuple(times))
-        references.append(Reference(name, metrics[name], latency, sizes[name], "timed in one run, interleaved, called from Python"))
+        references.append(
+            Reference(name, metrics[name], latency, sizes[name], "timed in one run, interleaved, called from Python")
+        )
     return references
 
 
@@ -63,9 +68,11 @@ def _quantise_static(source: Path, target: Path, task: Task, samples: int) -> Pa
     """ONNX Runtime's own post-training quantisation: QDQ, uint8 activations, int8 weights a channel, min-max ranges."""
     from onnxruntime import quantization as ort
 
-    class Reader(ort.CalibrationDataReader):  # type: ignore[misc]  # onnxruntime ships no types
+    class Reader(ort.CalibrationDataReader):
         def __init__(self, names: Sequence[str]) -> None:
-            self._feeds = ({name: x.numpy() for name, x in zip(names, row, strict=True)} for row in _rows(task, samples))
+            self._feeds = (
+                {name: x.numpy() for name, x in zip(names, row, strict=True)} for row in _rows(task, samples)
+            )
 
         def get_next(self) -> dict[str, Any] | None:
             return next(self._feeds, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal  # candidates outnumber what a float holds
 from typing import TYPE_CHECKING, Any
 
 from autocomp.errors import UsageError
@@ -64,6 +65,30 @@ def show_front(run: Run) -> None:
         if not is_dense or not rows:  # the front may hold dense itself
             rows.append([*row, format_bytes(evaluation.bytes)])
     show_table([*headings, ">size"], rows)
+
+
+def show_check(found: Mapping[str, Any]) -> None:
+    """Print what a search would choose from and what it would not, from what `autocomp.api.check` returns."""
+    # Each part's own reasons stand in the last table: most parts have several.
+    groups = [
+        [group["group"], str(group["width"]), ", ".join(map(str, group["offered"])), ", ".join(group["layers"])]
+        for group in found["groups"]
+    ]
+    show_table(["group of channels", ">width", "widths offered", "layers tied by it"], groups)
+    layers = [
+        [layer["layer"], layer["kind"], f"{layer['macs'] / 1e6:.3g}", ", ".join(layer["methods"])]
+        for layer in found["layers"]
+    ]
+    output().print()
+    show_table(["layer", "kind", ">MMAC", "methods offered"], layers)
+    if found["refused"]:
+        output().print()
+        refused = [[refusal["subject"], str(refusal["option"]), refusal["reason"]] for refusal in found["refused"]]
+        show_table(["not offered for", "option", "why"], refused)
+    profiles = ", ".join(found["profiles"])
+    output().print(
+        f"\n{found['task']} on {profiles}: about {Decimal(found['candidates']):.1e} candidates", markup=False
+    )
 
 
 def format_latency(latency: Latency) -> str:

@@ -85,44 +85,43 @@ def first_differing_layer(
     import torch
 
     names = [name for name, module in model.named_modules() if name and not list(module.children())]
-    probe = _Probe(model, names)
+    probe, seen = _probe(model, names)
     with torch.no_grad():
         reference = probe(*arguments)
     try:
         values = _flat(compile_model(probe)(*arguments))
     except Exception:  # the search for the culprit must not hide the mismatch that was found
         return ""
-    for name, value, expected in zip(probe.seen, values, reference, strict=False):
+    for name, value, expected in zip(seen, values, reference, strict=False):
         if relative_error(value, expected) > tolerance(model):
             return name
     return ""
 
 
-def _probe_class() -> type:
+def _probe(model: torch.nn.Module, names: list[str]) -> tuple[torch.nn.Module, list[str]]:
+    """A model that returns the output of each of its named layers, and the list it keeps of their names, in order of execution."""
     import torch
 
-    class Probe(torch.nn.Module):
-        """A model that returns the output of each of its named layers, in order of execution."""
+    seen: list[str] = []
 
-        def __init__(self, model: torch.nn.Module, names: list[str]) -> None:
+    class Probe(torch.nn.Module):
+        def __init__(self) -> None:
             super().__init__()
             self.model = model
-            self.names = names
-            self.seen: list[str] = []
 
         def forward(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
             outputs: list[torch.Tensor] = []
-            self.seen = []
+            seen.clear()
 
             def hook_for(name: str) -> Callable[..., None]:
                 def hook(_module: torch.nn.Module, _inputs: object, output: object) -> None:
                     if isinstance(output, torch.Tensor):
                         outputs.append(output)
-                        self.seen.append(name)
+                        seen.append(name)
 
                 return hook
 
-            handles = [self.model.get_submodule(name).register_forward_hook(hook_for(name)) for name in self.names]
+            handles = [self.model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
             try:
                 self.model(*arguments)
             finally:
@@ -130,9 +129,4 @@ def _probe_class() -> type:
                     handle.remove()
             return tuple(outputs)
 
-    return Probe
-
-
-def _Probe(model: torch.nn.Module, names: list[str]) -> torch.nn.Module:  # noqa: N802 - a class made late, torch being heavy
-    probe: torch.nn.Module = _probe_class()(model, names)
-    return probe
+    return Probe(), seen

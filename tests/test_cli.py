@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,18 +74,19 @@ ENDED = FrontRun(
 )
 
 
-def search_that_ends_well(settings: Settings, **others: Any) -> None:
+def search_that_ends_well(settings: Settings, **others: Any) -> SimpleNamespace:
     folder = Path(settings.out)
     folder.mkdir(parents=True)
     write_front(folder, ENDED)
+    return SimpleNamespace(run=ENDED)
 
 
 def test_search_passes_settings_and_shows_the_front(run: Run, api: ModuleType) -> None:
     seen: dict[str, Any] = {}
 
-    def search(**arguments: Any) -> None:
+    def search(**arguments: Any) -> SimpleNamespace:
         seen.update(arguments)
-        search_that_ends_well(**arguments)
+        return search_that_ends_well(**arguments)
 
     api.search = search
     code, out, err = run(
@@ -219,9 +220,13 @@ def test_resume_with_other_settings_shows_what_differs(run: Run, tmp_path: Path)
 
 def test_resume_needs_no_more_than_the_folder(run: Run, api: ModuleType, tmp_path: Path) -> None:
     started(tmp_path / "here", seed=1, trials=5)
-    write_front(tmp_path / "here", ENDED)
     seen: dict[str, Any] = {}
-    api.search = lambda **arguments: seen.update(arguments)
+
+    def search(**arguments: Any) -> SimpleNamespace:
+        seen.update(arguments)
+        return SimpleNamespace(run=ENDED)
+
+    api.search = search
     code, _, err = run("search", "--resume", "--out", "here", "--trials", "50")
     assert (code, err) == (0, "")
     assert seen["resume"] is True
@@ -276,15 +281,30 @@ def test_report_says_where_it_lies(run: Run, api: ModuleType, tmp_path: Path) ->
     assert json.loads(run("report", "there", "--json")[1]) == {"report": "there/report.html"}
 
 
-def test_check_prints_rows(run: Run, api: ModuleType) -> None:
-    class Found(dict[str, Any]):
-        rows = (("classifier", "fp32, w8a8", "rank 64: above break-even [32]"),)
+CHECKED = {
+    "task": "digits",
+    "profiles": ["x86-host"],
+    "candidates": 10**400,
+    "groups": [{"group": "stem.0", "width": 32, "offered": [32, 16], "layers": ["stem.0", "block.conv2"]}],
+    "layers": [{"layer": "stem.0", "kind": "conv2d", "macs": 73_728, "methods": ["fp32", "w8a8"]}],
+    "refused": [{"subject": "classifier", "option": "rank 64", "reason": "above break-even [32]"}],
+}
 
-    api.check = lambda settings: Found(task=settings.task)
+
+def test_check_says_what_is_offered_and_what_not(run: Run, api: ModuleType) -> None:
+    api.check = lambda settings, progress: CHECKED
     code, out, _ = run("check", "digits")
     assert code == 0
-    assert "rank 64: above break-even [32]" in out
-    assert json.loads(run("check", "digits", "--json")[1]) == {"task": "digits"}
+    for words in (
+        "32, 16",
+        "stem.0, block.conv2",
+        "0.0737",
+        "fp32, w8a8",
+        "above break-even [32]",
+        "1.0e+400 candidates",
+    ):
+        assert words in out
+    assert json.loads(run("check", "digits", "--json")[1]) == CHECKED
 
 
 def test_lists_and_schemas(run: Run) -> None:

@@ -15,7 +15,9 @@ from autocomp.kernels.intrinsics import dot_product
 QUICK = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def run_kernel(outputs: list, inputs: list, arrays: list[np.ndarray], profile: Profile, pick: int = 0) -> tuple[np.ndarray, int]:
+def run_kernel(
+    outputs: list, inputs: list, arrays: list[np.ndarray], profile: Profile, pick: int = 0
+) -> tuple[np.ndarray, int]:
     """Schedule TE outputs with the ``pick``-th tile (wrapping), run them, and return the result and the number of tiles."""
     import tvm
     from tvm import te
@@ -55,7 +57,13 @@ def conv_spec(case: dict, lanes: int, groups: int = 1) -> compute.ConvSpec | Non
     (h, w), (ci, co), (kh, kw) = case["size"], case["channels"], case["kernel"]
     padding = [kh // 2, kw // 2] * 2
     spec = compute.ConvSpec.of(
-        (case["batch"], h, w, ci), (co, ci // groups, kh, kw), [case["stride"]] * 2, padding, [case["dilation"]] * 2, groups, lanes
+        (case["batch"], h, w, ci),
+        (co, ci // groups, kh, kw),
+        [case["stride"]] * 2,
+        padding,
+        [case["dilation"]] * 2,
+        groups,
+        lanes,
     )
     return spec if min(spec.out_size) > 0 else None
 
@@ -76,7 +84,12 @@ def test_float_convolution_equals_torch(profile: Profile, case: dict) -> None:
     data, constant = te.placeholder(x.shape, name="data"), te.placeholder(packed.shape, name="weight")
     value, _ = run_kernel([compute.conv2d(data, constant, spec)], [data, constant], [x, packed], profile, case["pick"])
     expected = torch.nn.functional.conv2d(
-        torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(weight), None, spec.stride, spec.padding[:2], spec.dilation
+        torch.from_numpy(x).permute(0, 3, 1, 2),
+        torch.from_numpy(weight),
+        None,
+        spec.stride,
+        spec.padding[:2],
+        spec.dilation,
     ).permute(0, 2, 3, 1)
     np.testing.assert_allclose(value, expected.numpy(), rtol=1e-4, atol=1e-4)
 
@@ -102,9 +115,13 @@ def test_integer_convolution_is_exact(profile: Profile, case: dict, zero_point: 
         [out], [data, constant, zero], [x, packed, np.array([zero_point], "int32")], profile, case["pick"]
     )
     padding = torch.nn.functional.pad(
-        torch.from_numpy(x.astype("float64")).permute(0, 3, 1, 2), [spec.padding[1]] * 2 + [spec.padding[0]] * 2, value=zero_point
+        torch.from_numpy(x.astype("float64")).permute(0, 3, 1, 2),
+        [spec.padding[1]] * 2 + [spec.padding[0]] * 2,
+        value=zero_point,
     )
-    expected = torch.nn.functional.conv2d(padding, torch.from_numpy(weight).double(), None, spec.stride, 0, spec.dilation)
+    expected = torch.nn.functional.conv2d(
+        padding, torch.from_numpy(weight).double(), None, spec.stride, 0, spec.dilation
+    )
     np.testing.assert_array_equal(value, expected.permute(0, 2, 3, 1).numpy().astype("int64"))
 
 
@@ -141,13 +158,17 @@ def test_dense_equals_numpy(profile: Profile, rows: tuple, depth: int, out: int,
     channels=st.sampled_from([3, 8, 16, 40, 64]), size=st.integers(3, 17), kernel=st.integers(1, 5), stride=st.integers(1, 2),
     pick=st.integers(0, 40),
 )  # fmt: skip
-def test_depthwise_equals_torch(profile: Profile, channels: int, size: int, kernel: int, stride: int, pick: int) -> None:
+def test_depthwise_equals_torch(
+    profile: Profile, channels: int, size: int, kernel: int, stride: int, pick: int
+) -> None:
     from tvm import te
 
     rng = np.random.default_rng(size)
     x = rng.standard_normal((1, size, size, channels)).astype("float32")
     weight = rng.standard_normal((channels, 1, kernel, kernel)).astype("float32")
-    spec = compute.ConvSpec.of(x.shape, weight.shape, (stride, stride), [kernel // 2] * 4, (1, 1), channels, profile.lanes)
+    spec = compute.ConvSpec.of(
+        x.shape, weight.shape, (stride, stride), [kernel // 2] * 4, (1, 1), channels, profile.lanes
+    )
     packed = compute.pack_conv_weight(weight, spec, None)
     data, constant = te.placeholder(x.shape, name="data"), te.placeholder(packed.shape, name="weight")
     value, _ = run_kernel([compute.conv2d(data, constant, spec)], [data, constant], [x, packed], profile, pick)

@@ -17,11 +17,12 @@ from autocomp.compiler.expressions import array_of, is_constant, shape_of
 _TO_NHWC = (0, 2, 3, 1)
 _TO_NCHW = (0, 3, 1, 2)
 _ELEMENTWISE = {
-    f"relax.{name}"
-    for name in (
-        "add subtract multiply divide maximum minimum power nn.relu nn.relu6 nn.gelu nn.gelu_tanh nn.silu nn.leakyrelu sigmoid tanh "
-        "exp log sqrt rsqrt abs negative round floor ceil erf astype clip square less greater equal where"
-    ).split()
+    "relax." + name
+    for name in """
+    add subtract multiply divide maximum minimum power less greater equal where
+    nn.relu nn.relu6 nn.gelu nn.gelu_tanh nn.silu nn.leakyrelu sigmoid tanh exp log sqrt rsqrt erf square
+    abs negative round floor ceil clip astype
+    """.split()  # noqa: SIM905 - a list of quoted names would be harder to read
 }
 _POOLS = {"relax.nn.max_pool2d", "relax.nn.avg_pool2d", "relax.nn.adaptive_avg_pool2d"}
 _REDUCTIONS = {"relax.mean", "relax.sum", "relax.max", "relax.min"}
@@ -121,7 +122,7 @@ class _Walk:
             return source
         key = (source, axes)
         if key not in self.made:
-            shape = shape_of(source)
+            shape = shape_of(source) or ()
             target = [shape[axis] for axis in axes]
             moved = [axis for axis in axes if shape[axis] != 1]
             free = moved == sorted(moved)  # only axes of size 1 move: the data stay where they are
@@ -141,7 +142,7 @@ class _Walk:
 
     def _permute(self, call: Any) -> Any:
         value = self._lookup(call.args[0])
-        rank = len(shape_of(call.args[0]))
+        rank = len(shape_of(call.args[0]) or ())
         axes = tuple(int(axis) for axis in call.attrs.axes) if call.attrs.axes else tuple(reversed(range(rank)))
         if not isinstance(value, _Permuted):
             return _Permuted(value, axes)
@@ -164,7 +165,7 @@ class _Walk:
                 "NHWC",
                 "OHWI",
                 out_dtype=attrs.out_dtype,
-            )  # fmt: skip
+            )
         )
         return _Permuted(out, _TO_NCHW)
 
@@ -192,7 +193,6 @@ class _Walk:
 
     def _common_axes(self, arguments: Any) -> tuple[int, ...] | None:
         """The order that the permuted inputs share, if every other input can be brought to it."""
-        from tvm import relax
 
         permuted = [value for value in map(self._lookup, arguments) if isinstance(value, _Permuted)]
         if not permuted or len({value.axes for value in permuted}) != 1:
@@ -247,10 +247,10 @@ class _Walk:
 
         value = self._lookup(call.args[0])
         if is_constant(call.args[0]):
-            shape = [int(size) for size in call.args[1].values]
-            return relax.const(array_of(call.args[0]).reshape(shape))
+            target = [int(size) for size in call.args[1].values]
+            return relax.const(array_of(call.args[0]).reshape(target))
         if isinstance(value, _Permuted):
-            shape = shape_of(value.source)
+            shape = shape_of(value.source) or ()
             moved = [axis for axis in value.axes if shape[axis] != 1]
             if moved == sorted(moved):  # (N, C, 1, 1) flattened: the order in memory is the same
                 return self.builder.emit(relax.op.reshape(value.source, call.args[1]))

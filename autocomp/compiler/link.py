@@ -39,4 +39,6 @@ def link_shared(output: str | Path, objects: Sequence[str | Path], options: Sequ
     command = [*linker, "-o", str(output), *map(str, objects)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise AutocompError(f"linking {output} failed: {' '.join(command)}: {(done.stderr or done.stdout).strip()[-500:]}")
+        raise AutocompError(
+            f"linking {output} failed: {' '.join(command)}: {(done.stderr or done.stdout).strip()[-500:]}"
+        )

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from autocomp.kernels.intrinsics import DotProduct, dot_product
+from autocomp.kernels.intrinsics import DotProduct
 
 TEMPLATE = "autocomp.template"  # block annotations by which the scheduler knows an anchor
 FLOPS = "autocomp.flops"

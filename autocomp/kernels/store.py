@@ -44,6 +44,7 @@ class KernelStore:
         self.folder = folder
         self.corrupt = 0
         self._records: dict[str, KernelRecord] = {}
+        self._by_loops: dict[tuple[str, tuple[int, ...], tuple[int, ...]], KernelRecord] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder / "lock")
         self._path = folder / "kernels.jsonl"
@@ -69,6 +70,10 @@ class KernelStore:
     def get(self, key: str) -> KernelRecord | None:
         return self._records.get(key)
 
+    def find(self, operator: str, spatial: tuple[int, ...], reduction: tuple[int, ...]) -> KernelRecord | None:
+        """A record of the same operator over the same loop extents, whatever was fused behind it."""
+        return self._by_loops.get((operator, spatial, reduction))
+
     def records(self) -> list[KernelRecord]:
         return list(self._records.values())
 
@@ -81,7 +86,11 @@ class KernelStore:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+        self._keep(record)
+
+    def _keep(self, record: KernelRecord) -> None:
         self._records[record.key] = record
+        self._by_loops.setdefault((record.operator, record.spatial, record.reduction), record)
 
     def _ends_with_newline(self) -> bool:
         with self._path.open("rb") as file:
@@ -115,7 +124,7 @@ class KernelStore:
             if record is None:
                 self.corrupt += 1
             else:
-                self._records[record.key] = record
+                self._keep(record)
 
 
 def _encode(record: KernelRecord) -> bytes:

@@ -11,10 +11,11 @@ from autocomp.devices.timing import quiet_core
 from autocomp.errors import AutocompError
 from autocomp.hardware import Profile
 from autocomp.kernels import compute, templates
+from autocomp.kernels.intrinsics import dot_product
 from autocomp.kernels.store import KernelRecord, KernelStore
 
 _GOOD_ENOUGH = 0.92  # of the measured peak: what is left is within the noise of a short measurement
-_PATIENCE = 5  # trials without a gain of 1 % before giving up
+_PATIENCE = 4  # trials without a gain of 1 % before giving up
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Tuned:
 class Tuner:
     """Tunes fused functions for one profile, through its kernel store. Counts trials and store hits."""
 
-    def __init__(self, profile: Profile, store: KernelStore, *, budget: int = 12) -> None:
+    def __init__(self, profile: Profile, store: KernelStore, *, budget: int = 10) -> None:
         from tvm.target import Target
 
         self.profile = profile
@@ -49,7 +50,7 @@ class Tuner:
         if record is not None:
             tile = templates.Tile(**record.tile)
             return Tuned(templates.apply(function, tile, anchor, self.profile), record, 0)
-        best, scheduled, trials = self._measure_tiles(function, anchor)
+        best, scheduled, trials = self._measure_tiles(function, anchor, self._tiles(anchor))
         record = KernelRecord(
             key, anchor.template, best[1].to_json(), best[0], anchor.flops, trials, anchor.spatial, anchor.reduction
         )
@@ -71,7 +72,7 @@ class Tuner:
         if record is None:
             from tvm import te
 
-            dot = compute.dot_product(self.profile) if int8 else None
+            dot = dot_product(self.profile) if int8 else None
             spec = compute.DenseSpec.of((24, 256), 64, self.profile.lanes)
             data = te.placeholder((24, 256), dot.activation if dot else "float32", name="data")
             packed = compute.pack_dense_weight(
@@ -80,19 +81,26 @@ class Tuner:
             weight = te.placeholder(packed.shape, str(packed.dtype), name="weight")
             function = te.create_prim_func([data, weight, compute.dense(data, weight, spec, dot)])
             anchor = templates.describe(function)
-            best, _, trials = self._measure_tiles(function, anchor, stop_early=False)
+            tiles = templates.tiles(anchor, self.profile)[: self.budget]
+            best, _, trials = self._measure_tiles(function, anchor, tiles, stop_early=False)
             record = KernelRecord(key, anchor.template, best[1].to_json(), best[0], anchor.flops, trials)
             self.store.add(record)
         return record.flops / record.seconds
 
+    def _tiles(self, anchor: templates.Anchor) -> list[templates.Tile]:
+        """The tiles worth measuring; only one where a kernel with the same loops and another epilogue was tuned before."""
+        if anchor.spatial and (sibling := self.store.find(anchor.template, anchor.spatial, anchor.reduction)):
+            return [templates.Tile(**sibling.tile)]
+        return templates.tiles(anchor, self.profile)[: self.budget]
+
     def _measure_tiles(
-        self, function: Any, anchor: templates.Anchor, *, stop_early: bool = True
+        self, function: Any, anchor: templates.Anchor, tiles: list[templates.Tile], *, stop_early: bool = True
     ) -> tuple[tuple[float, templates.Tile], Any, int]:
         peak = self.peak(anchor.template) if stop_early else None
         arguments = _random_arguments(function)
         best: tuple[float, templates.Tile] | None = None
         best_function, since, trials, failure = None, 0, 0, ""
-        for tile in templates.tiles(anchor, self.profile)[: self.budget]:
+        for tile in tiles:
             trials += 1
             try:
                 scheduled = templates.apply(function, tile, anchor, self.profile)

@@ -216,10 +216,27 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-_COLUMN_ORDER = (
-    "id trial source state tier error kl metric predicted_ms latency_ms latency_how latency_spread latency_error bytes "
-    "seconds_spent failure widths methods format_version"
-).split()
+_COLUMN_ORDER = [
+    "id",
+    "trial",
+    "source",
+    "state",
+    "tier",
+    "error",
+    "kl",
+    "metric",
+    "predicted_ms",
+    "latency_ms",
+    "latency_how",
+    "latency_spread",
+    "latency_error",
+    "bytes",
+    "seconds_spent",
+    "failure",
+    "widths",
+    "methods",
+    "format_version",
+]
 
 
 def _row(evaluation: Evaluation) -> dict[str, Any]:

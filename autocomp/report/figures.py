@@ -79,8 +79,9 @@ def front_figure(
     shown = [point.evaluation for point in (run.dense, *run.front)]
     largest = max([e.bytes for e in shown] + [r.bytes for r in run.references] + [1])
     dense = run.dense.evaluation
-    front = [p.evaluation for p in run.front if profile in p.evaluation.latency]
-    front.sort(key=lambda e: e.latency[profile].seconds)
+    every = [p.evaluation for p in run.front if profile in p.evaluation.latency]
+    front = front_of(every, metric, dense, profile)
+    beaten = [e for e in every if e not in front]
     special = {e.candidate.id for e in (*shown, *run.baselines)}
     others = [e for e in evaluations if profile in e.latency and e.metrics and e.candidate.id not in special]
     hover = _hover(run, profile)
@@ -96,16 +97,22 @@ def front_figure(
 
     line = {"color": "@front", "width": 1.5, "shape": "hv"}
     outline = {"width": 1.5, "color": "@surface"}
-    how = {e.latency[profile].how for e in (*others, *front)}
-    label = "measured" if how <= {"measured"} else "measured or estimated (see the table)"
+    how = {e.latency[profile].how for e in (*others, *every)}
+    label = "measured" if how <= {"measured"} else "estimated" if how == {"estimated"} else "measured or estimated"
     traces = [
         points(f"other candidates, {label}", others, marker={"color": "@faint", "opacity": 0.55, "line": {"width": 0}}),
         points("Pareto front", front, "lines+markers", line=line, marker={"color": "@front", "line": outline}),
+        points("on another profile's front", beaten, marker={"color": "@front", "symbol": "circle-open"}),
         points("uniform compression", run.baselines, marker={"color": "@uniform", "symbol": "square", "line": outline}),
         points("dense", [dense], marker={"color": "@dense", "symbol": "diamond", "line": outline}),
     ]
     if ringed := [e for e in front if e.candidate.id == knee]:
-        ring = {"color": "rgba(0,0,0,0)", "size": _MARKER_DIAMETER, "line": {"color": "@front", "width": 2}, "symbol": "circle-open"}
+        ring = {
+            "color": "rgba(0,0,0,0)",
+            "size": _MARKER_DIAMETER,
+            "line": {"color": "@front", "width": 2},
+            "symbol": "circle-open",
+        }
         at = points("knee", ringed, marker=ring)
         traces.append({**at, "marker": ring, "hoverinfo": "skip", "hovertemplate": None})
     symbols = ("triangle-up", "star", "pentagon", "hexagon", "cross")
@@ -125,9 +132,10 @@ def front_figure(
             }
         )  # fmt: skip
     traces = [trace for trace in traces if trace["x"]]
-    y = [*(e.metrics[metric.name] for e in (*front, dense) if metric.name in e.metrics)]
+    y = [*(e.metrics[metric.name] for e in (*every, dense) if metric.name in e.metrics)]
     y += [r.metrics[metric.name] for r in references]
-    layout = _layout(f"latency of one inference on {profile} (ms)", metric.title)
+    kinds = " or ".join(sorted(how)) or "measured"
+    layout = _layout(f"latency of one inference on {profile}, {kinds} (ms)", metric.title)
     layout["yaxis"] |= _framed([v * metric.scale for v in y])
     layout["xaxis"]["rangemode"] = "tozero"
     shapes, notes = _goal_lines(metric, dense, goals)
@@ -152,7 +160,13 @@ def hypervolume_figure(run: Run, evaluations: Sequence[Evaluation]) -> Figure | 
     traces: list[Figure] = [line]
     rises = [k for k in range(1, len(history)) if history[k] > history[k - 1]]
     sources = [evaluation.source for evaluation in evaluations]
-    colours = {"dense": "@dense", "uniform": "@uniform", "solver": "@reference", "mutation": "@front", "optuna": "@optuna"}
+    colours = {
+        "dense": "@dense",
+        "uniform": "@uniform",
+        "solver": "@reference",
+        "mutation": "@front",
+        "optuna": "@optuna",
+    }
     names = {"solver": "solver seed", "mutation": "mutation of the front", "optuna": "Optuna (TPE)"}
     if len(sources) == len(history):
         for source in dict.fromkeys(sources[k] for k in rises):
@@ -228,7 +242,8 @@ def _hover(run: Run, profile: str) -> Callable[[Evaluation], str]:
         test = tests.get(e.candidate.id)
         lines = [
             f"<b>{e.candidate.id}</b> ({e.source}, trial {e.trial})",
-            f"{html.escape(metric.name)} {metric.text(e.metrics[metric.name])}" + (f", test {metric.text(test)}" if test else ""),
+            f"{html.escape(metric.name)} {metric.text(e.metrics[metric.name])}"
+            + (f", test {metric.text(test)}" if test else ""),
             latency_text(e.latency[profile]) + _times(dense, e, profile),
             f"{format_bytes(e.bytes)} ({dense.bytes / e.bytes:.1f}× smaller)" if e.bytes else format_bytes(e.bytes),
             choices_text(e, dense),
@@ -255,7 +270,9 @@ def _framed(values: Sequence[float], upper: float | None = None) -> Figure:
     return {"range": [low - room, high + room if upper is None else min(high + room, upper)]}
 
 
-def _goal_lines(metric: Metric, dense: Evaluation, goals: Mapping[str, float | None]) -> tuple[list[Figure], list[Figure]]:
+def _goal_lines(
+    metric: Metric, dense: Evaluation, goals: Mapping[str, float | None]
+) -> tuple[list[Figure], list[Figure]]:
     line = {"type": "line", "line": {"color": "@goal", "width": 1.5, "dash": "dash"}, "layer": "below"}
     note = {"showarrow": False, "font": {"color": "@goal", "size": 12}}
     shapes, notes = [], []
@@ -291,5 +308,7 @@ def _layout(x: str, y: str) -> Figure:
 def front_of(evaluations: Sequence[Evaluation], metric: Metric, dense: Evaluation, profile: str) -> list[Evaluation]:
     """Those evaluations that no other dominates in (loss of the metric, seconds) on one profile, fast to slow."""
     kept = [e for e in evaluations if profile in e.latency and metric.name in e.metrics]
-    pairs = [(metric.loss(e.metrics[metric.name], dense.metrics[metric.name]), e.latency[profile].seconds) for e in kept]
+    pairs = [
+        (metric.loss(e.metrics[metric.name], dense.metrics[metric.name]), e.latency[profile].seconds) for e in kept
+    ]
     return [kept[k] for k in pareto_set(pairs)]

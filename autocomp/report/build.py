@@ -1,0 +1,346 @@
+"""``report.html`` from the files of a run folder: one page, everything embedded, opened from a file without a network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autocomp.cache import write_atomically
+from autocomp.errors import CorruptError, InfeasibleError
+from autocomp.quantities import format_bytes
+from autocomp.records import Evaluation, Latency, Reference
+from autocomp.report import figures
+from autocomp.report.data import FrontPoint, Run, check_version, finite, read_evaluations, read_run
+from autocomp.report.figures import Metric, milliseconds
+from autocomp.search.goals import best
+from autocomp.search.pareto import knee
+
+REPORT = "report.html"
+MAX_KERNELS = 14  # rows of a kernel table; the rest is summed in one more
+
+
+@dataclass(frozen=True)
+class Goals:
+    """The limits of a run's config, as ``autocomp.search.goals`` reads them."""
+
+    max_drop: float | None = None
+    max_latency: float | None = None
+    max_bytes: int | None = None
+
+
+def build_report(folder: Path) -> Path:
+    """Build ``report.html`` of a run folder from its ``front.json``, ``evaluations.csv``, config and provenance.
+
+    Returns its path. UsageError and CorruptError as ``read_run``; a missing config or provenance is left out.
+    """
+    run, evaluations = read_run(folder), read_evaluations(folder)
+    config, provenance = _read_yaml(folder / "config.yaml"), _read_json(folder / "provenance.json")
+    path = folder / REPORT
+    write_atomically(path, render(run, evaluations, config, provenance, folder).encode())
+    return path
+
+
+def render(
+    run: Run,
+    evaluations: Sequence[Evaluation],
+    config: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    folder: Path | None = None,
+) -> str:
+    """The page as text. With a ``folder``, only files that exist in it are linked."""
+    from jinja2 import Environment, FileSystemLoader
+    from plotly.offline import get_plotlyjs
+
+    here = Path(__file__).parent
+    environment = Environment(loader=FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    goals = Goals(**{key: (config or {}).get("goals", {}).get(key) for key in ("max_drop", "max_latency", "max_bytes")})
+    page = _Page(run, goals, folder)
+    drawn = _figures(run, evaluations, page, goals)
+    return environment.get_template("template.html.j2").render(
+        page=page,
+        run=run,
+        metric=page.metric,
+        cards=page.cards(),
+        rows=[page.row(point) for point in (run.dense, *run.front)],
+        others=[page.other(item) for item in (*run.baselines, *run.references)],
+        figures=drawn,
+        figure_json=_embedded({name: figure for name, (figure, _) in drawn.items()}),
+        kernels={profile: page.kernels(profile) for profile in run.profiles},
+        failed=[e for e in evaluations if e.state == "failed"],
+        stages=page.stages(),
+        provenance=_flat({key: value for key, value in (provenance or {}).items() if key != "format_version"}),
+        config=_flat({key: value for key, value in (config or {}).items() if key != "format_version"}),
+        created=str((provenance or {}).get("created", ""))[:16].replace("T", " "),
+        style=(here / "report.css").read_text(encoding="utf-8"),
+        script=(here / "report.js").read_text(encoding="utf-8"),
+        plotly=get_plotlyjs().replace("</script", "<\\/script"),
+        milliseconds=milliseconds,
+        size=format_bytes,
+    )
+
+
+class _Page:
+    """What the template shows, worked out: texts and shares, no markup."""
+
+    def __init__(self, run: Run, goals: Goals, folder: Path | None) -> None:
+        self.run, self.goals, self.folder = run, goals, folder
+        self.metric = Metric(run)
+        self.profiles = list(run.profiles)
+        self.slices = [name for name in run.dense.evaluation.metrics if name != self.metric.name]
+        self.dense = run.dense.evaluation
+        self.knee = self._knee()
+        self.recommended = self._recommended()
+        self.estimated = any(
+            latency.how == "estimated" for point in run.front for latency in point.evaluation.latency.values()
+        )
+
+    def short(self, name: str) -> str:
+        """``noisy`` of ``accuracy/noisy``."""
+        return name.removeprefix(f"{self.metric.name}/")
+
+    def cards(self) -> list[dict[str, str]]:
+        """The headline: what the point to take costs and saves, in the reader's units."""
+        chosen = self.recommended
+        if chosen is None or not self.profiles:
+            return []
+        evaluation, profile = chosen.evaluation, self.profiles[0]
+        test, dense_test = chosen.test_metrics.get(self.metric.name), self.run.dense.test_metrics.get(self.metric.name)
+        split = "test" if test is not None else "validation"
+        now = test if test is not None else evaluation.metrics.get(self.metric.name)
+        then = dense_test if test is not None else self.dense.metrics.get(self.metric.name)
+        cards = []
+        if profile in evaluation.latency and profile in self.dense.latency:
+            here, there = evaluation.latency[profile], self.dense.latency[profile]
+            cards.append(
+                {
+                    "title": "faster than dense",
+                    "value": f"{there.seconds / here.seconds:.1f}×",
+                    "note": f"{milliseconds(there.seconds)} → {milliseconds(here.seconds)}, {here.how}",
+                }
+            )
+            references = [r for r in self.run.references if r.latency.profile == profile]
+            if references:
+                fastest = min(references, key=lambda r: r.latency.seconds)
+                cards.append(
+                    {
+                        "title": f"faster than {fastest.name}",
+                        "value": f"{fastest.latency.seconds / here.seconds:.1f}×",
+                        "note": f"{milliseconds(fastest.latency.seconds)}, {fastest.latency.how} in the same run",
+                    }
+                )
+        if evaluation.bytes:
+            cards.append(
+                {
+                    "title": "smaller weights",
+                    "value": f"{self.dense.bytes / evaluation.bytes:.1f}×",
+                    "note": f"{format_bytes(self.dense.bytes)} → {format_bytes(evaluation.bytes)}",
+                }
+            )
+        cards.append(
+            {
+                "title": f"{self.metric.name} against dense",
+                "value": self.metric.change(now, then),
+                "note": f"{self.metric.text(then)} → {self.metric.text(now)}, {split} split",
+            }
+        )
+        return cards
+
+    def row(self, point: FrontPoint) -> dict[str, Any]:
+        """One point of the table."""
+        e = point.evaluation
+        name = self.metric.name
+        return {
+            "id": e.candidate.id,
+            "evaluation": e,
+            "dense": point is self.run.dense,
+            "knee": e.candidate.id == self.knee,
+            "recommended": self.recommended is not None and e.candidate.id == self.recommended.evaluation.candidate.id,
+            "validation": [self.metric.bare(e.metrics.get(key)) for key in (name, *self.slices)],
+            "test": [self.metric.bare(point.test_metrics.get(key)) for key in (name, *self.slices)],
+            "change": self.metric.change(e.metrics.get(name), self.dense.metrics.get(name)),
+            "latency": [self._time(e.latency.get(profile), profile) for profile in self.profiles],
+            "size": format_bytes(e.bytes),
+            "smaller": f"{self.dense.bytes / e.bytes:.1f}×" if e.bytes else "–",
+            "checks": [(kind, check) for kind, check in point.verified.items()],
+            "files": [
+                (kind, path)
+                for kind, path in point.files.items()
+                if self.folder is None or (self.folder / path).exists()
+            ],
+            "choices": figures.choices_text(e, self.dense),
+            "layers": self._layers(e),
+        }
+
+    def other(self, item: Evaluation | Reference) -> dict[str, Any]:
+        """A baseline or a reference in the same table."""
+        latencies = item.latency if isinstance(item, Evaluation) else {item.latency.profile: item.latency}
+        value = item.metrics.get(self.metric.name)
+        if isinstance(item, Evaluation):
+            title, note = "uniform", figures.choices_text(item, self.dense)
+        else:
+            title, note = item.name, item.note
+        return {
+            "title": title,
+            "note": note,
+            "validation": [self.metric.bare(item.metrics.get(key)) for key in (self.metric.name, *self.slices)],
+            "change": self.metric.change(value, self.dense.metrics.get(self.metric.name)),
+            "latency": [self._time(latencies.get(profile), profile) for profile in self.profiles],
+            "size": format_bytes(item.bytes),
+            "smaller": f"{self.dense.bytes / item.bytes:.1f}×" if item.bytes else "–",
+        }
+
+    def kernels(self, profile: str) -> list[dict[str, Any]]:
+        """Where time goes in dense and in the recommended point, on one scale."""
+        tables = []
+        for title, point in (("dense", self.run.dense), ("recommended", self.recommended)):
+            latency = point.evaluation.latency.get(profile) if point is not None else None
+            if latency is None or not latency.kernels or (title != "dense" and point is self.run.dense):
+                continue
+            kernels = sorted(latency.kernels, key=lambda kernel: -kernel.seconds)
+            rest = kernels[MAX_KERNELS:]
+            tables.append(
+                {
+                    "title": title,
+                    "latency": latency,
+                    "sum": sum(kernel.seconds for kernel in kernels),
+                    "count": len(kernels),
+                    "kernels": kernels[:MAX_KERNELS],
+                    "rest": sum(kernel.seconds for kernel in rest),
+                    "rest_count": len(rest),
+                }
+            )
+        longest = max((table["kernels"][0].seconds for table in tables), default=1.0)
+        return [{**table, "longest": longest or 1.0} for table in tables]
+
+    def stages(self) -> list[tuple[str, float, float]]:
+        """Stage, seconds, and share of the longest."""
+        seconds = self.run.summary.seconds
+        longest = max(seconds.values(), default=0.0) or 1.0
+        return [(name, value, value / longest) for name, value in seconds.items()]
+
+    def _time(self, latency: Latency | None, profile: str) -> dict[str, str] | None:
+        if latency is None:
+            return None
+        error = latency.spread / 2 if latency.how == "measured" else latency.error
+        there = self.dense.latency.get(profile)
+        return {
+            "ms": milliseconds(latency.seconds).removesuffix(" ms"),
+            "around": f"± {error * 100:.1f} %" if error is not None else "",
+            "how": latency.how,
+            "times": f"{there.seconds / latency.seconds:.2f}×" if there and latency.seconds else "–",
+        }
+
+    def _layers(self, evaluation: Evaluation) -> list[dict[str, Any]]:
+        widths, full = evaluation.candidate.widths, self.dense.candidate.widths
+        known = {layer.name: layer for layer in self.run.layers}
+        rows = []
+        for name in [*known, *(layer for layer in evaluation.candidate.methods if layer not in known)]:
+            if (method := evaluation.candidate.methods.get(name)) is None:
+                continue
+            layer = known.get(name)
+            group = layer.out_group if layer else None
+            dense = full.get(group, layer.out_channels if layer else 0) if group else layer.out_channels if layer else 0
+            kept = widths.get(group, dense) if group else dense
+            rows.append(
+                {
+                    "name": name, "kind": layer.kind if layer else "", "kept": kept, "dense": dense,
+                    "share": kept / dense if dense else 1.0, "precision": method.precision,
+                    "rank": " × ".join(map(str, method.ranks)), "fixed": group is None,
+                }
+            )  # fmt: skip
+        return rows
+
+    def _knee(self) -> str | None:
+        for profile in self.profiles:
+            name = self.metric.name
+            kept = [
+                p.evaluation for p in self.run.front if profile in p.evaluation.latency and name in p.evaluation.metrics
+            ]
+            dense = self.dense.metrics.get(name, 0.0)
+            at = knee([(self.metric.loss(e.metrics[name], dense), e.latency[profile].seconds) for e in kept])
+            if at is not None:
+                return kept[at].candidate.id
+        return None
+
+    def _recommended(self) -> FrontPoint | None:
+        """The point that meets the goals best; without goals, or where none meets them, the knee."""
+        points = {point.evaluation.candidate.id: point for point in self.run.front}
+        if any(limit is not None for limit in (self.goals.max_drop, self.goals.max_latency, self.goals.max_bytes)):
+            try:
+                chosen = best(
+                    [point.evaluation for point in self.run.front], self.dense, self.goals, self.metric.name,
+                    self.metric.higher_is_better,
+                )  # fmt: skip
+                return points[chosen.candidate.id]
+            except InfeasibleError:
+                pass
+        return points.get(self.knee or "")
+
+
+def _figures(
+    run: Run, evaluations: Sequence[Evaluation], page: _Page, goals: Goals
+) -> dict[str, tuple[figures.Figure, dict[str, Any]]]:
+    """Figures by element id, each with what its caption needs."""
+    drawn: dict[str, tuple[figures.Figure, dict[str, Any]]] = {}
+    limits = {"max_drop": goals.max_drop, "max_latency": goals.max_latency}
+    for k, profile in enumerate(run.profiles):
+        figure = figures.front_figure(run, evaluations, profile, page.knee, limits)
+        drawn[f"front-{k}"] = (figure, {"profile": profile, "outside": figures.outside_frame(figure)})
+    if history := figures.hypervolume_figure(run, evaluations):
+        drawn["hypervolume"] = (history, {})
+    for proxy in ("error", "kl"):
+        if scatter := figures.proxy_figure(run, evaluations, proxy):
+            drawn[f"proxy-{proxy}"] = (scatter, {"spearman": run.summary.spearman.get(proxy)})
+    for k, profile in enumerate(run.profiles):
+        if scatter := figures.prediction_figure(evaluations, profile):
+            drawn[f"prediction-{k}"] = (scatter, {"profile": profile})
+    return drawn
+
+
+def _embedded(data: Any) -> str:
+    """JSON that may stand inside a script element."""
+    text = json.dumps(finite(data), allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{key} · ")
+        elif value is not None:
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            rows.append((f"{prefix}{key}", shown))
+    return rows
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any] | None:
+    import yaml
+
+    if not path.exists():
+        return None
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CorruptError(f"{path} does not read as YAML: {error}") from error
+    return _checked(data, path)
+
+
+def _read_json(path: Path) -> Mapping[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorruptError(f"{path} does not read as JSON: {error}") from error
+    return _checked(data, path)
+
+
+def _checked(data: Any, path: Path) -> Mapping[str, Any]:
+    if not isinstance(data, Mapping):
+        raise CorruptError(f"{path} must hold a mapping, found {type(data).__name__}")
+    check_version(data.get("format_version"), path)
+    return data

@@ -1,0 +1,73 @@
+// Draws the figures embedded in the page, in the colours of the theme in use, and again when that changes.
+(function () {
+  "use strict";
+  var figures = JSON.parse(document.getElementById("figures").textContent);
+  var root = document.documentElement;
+  var dark = window.matchMedia("(prefers-color-scheme: dark)");
+
+  // "@front" in a specification is the custom property --front of the style sheet.
+  function coloured(value, style) {
+    if (typeof value === "string") {
+      return value[0] === "@" && /^@[a-z]+$/.test(value) ? style.getPropertyValue("--" + value.slice(1)).trim() : value;
+    }
+    if (Array.isArray(value)) return value.map(function (item) { return coloured(item, style); });
+    if (value && typeof value === "object") {
+      var copy = {};
+      Object.keys(value).forEach(function (key) { copy[key] = coloured(value[key], style); });
+      return copy;
+    }
+    return value;
+  }
+
+  function show(id, row) {
+    var target = document.getElementById("p-" + id);
+    if (!target) return;
+    var details = target.querySelector("details");
+    if (details) details.open = true;
+    target.scrollIntoView({ behavior: "smooth", block: "center" });
+    target.classList.add("flash");
+    setTimeout(function () { target.classList.remove("flash"); }, 1600);
+  }
+
+  function draw() {
+    var style = getComputedStyle(root);
+    var narrow = window.innerWidth < 640;
+    Object.keys(figures).forEach(function (id) {
+      var element = document.getElementById(id);
+      if (!element) return;
+      var figure = coloured(figures[id], style);
+      figure.layout.font.family = style.getPropertyValue("--sans").trim();
+      figure.layout.autosize = true;
+      if (narrow) {
+        figure.layout.margin.l = 40;
+        figure.layout.margin.r = 6;
+        figure.layout.font.size = 12;
+        // Above a narrow plot a legend would wrap into it.
+        Object.assign(figure.layout.legend, { y: -0.22, yanchor: "top" });
+      }
+      var config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+      if (narrow) config.displayModeBar = false;
+      Plotly.react(element, figure.data, figure.layout, config).then(function () {
+        if (element.dataset.drawn) return;
+        element.dataset.drawn = "yes";
+        element.on("plotly_click", function (event) { show(event.points[0].customdata); });
+        // Out of the frame that was opened with: everything there is.
+        element.on("plotly_doubleclick", function () {
+          var opened = figures[id].layout.yaxis.range;
+          if (!opened) return;
+          var all = element.dataset.all !== "yes";
+          element.dataset.all = all ? "yes" : "";
+          Plotly.relayout(element, all ? { "yaxis.autorange": true, "xaxis.autorange": true } : { "yaxis.range": opened.slice(), "xaxis.autorange": true });
+        });
+      });
+    });
+  }
+
+  document.getElementById("theme").addEventListener("click", function () {
+    var now = root.dataset.theme || (dark.matches ? "dark" : "light");
+    root.dataset.theme = now === "dark" ? "light" : "dark";
+    draw();
+  });
+  dark.addEventListener("change", draw);
+  draw();
+})();

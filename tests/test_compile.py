@@ -1,0 +1,204 @@
+"""Whole models: compiled and equal to torch, or refused with a clear message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nets
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autocomp.compiler.build import CompiledModel, build
+from autocomp.compiler.importer import export_program
+from autocomp.compress.quantize import activation_parameters, quantised
+from autocomp.devices.local import LocalDevice
+from autocomp.errors import ExportError, MismatchError, UsageError
+from autocomp.hardware import load_profile
+from autocomp.kernels.store import KernelStore
+from autocomp.verify import check_outputs, first_differing_layer, relative_error
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> LocalDevice:
+    profile = load_profile("x86-host")
+    device = LocalDevice(profile, KernelStore.open(profile, tmp_path_factory.mktemp("store")))
+    device.tuner.budget = 1  # the first guess of every kernel: what is computed does not depend on the tile
+    return device
+
+
+class InvertedResidual(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        hidden = inputs * 3
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6(),
+            nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6(),
+            nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs),
+        )  # fmt: skip
+        self.residual = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x) if self.residual else self.body(x)
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.pool, self.down, self.up = nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, 8, 1), nn.Conv2d(8, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.up(nn.functional.silu(self.down(self.pool(x)))))
+
+
+class SmallViT(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 48, 4, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, 48))
+        layer = nn.TransformerEncoderLayer(48, 4, 96, batch_first=True, norm_first=True, activation="gelu")
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(x.shape[0], -1, -1), tokens], 1)
+        return self.head(self.encoder(tokens)[:, 0])
+
+
+def mobile() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU6(), InvertedResidual(16, 24, 2), InvertedResidual(24, 24, 1),
+        SqueezeExcite(24), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10),
+    )  # fmt: skip
+
+
+def awkward() -> nn.Module:
+    """Odd channels, a large kernel, dilation, stride 3, groups, pooling, and a flatten of channels that are not last."""
+    return nn.Sequential(
+        nn.Conv2d(3, 20, 5, 1, 2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(20, 33, 3, 3, 1, dilation=2), nn.GELU(), nn.Conv2d(33, 48, 1),
+        nn.Conv2d(48, 32, 3, groups=2, padding=1), nn.Conv2d(32, 32, 3, groups=4, padding=1), nn.Flatten(), nn.Linear(512, 100),
+        nn.Softmax(-1),
+    )  # fmt: skip
+
+
+FAMILIES = {
+    "mobile": (mobile, (1, 3, 37, 37)),
+    "mobile, batch of 3": (mobile, (3, 3, 32, 32)),
+    "awkward": (awkward, (2, 3, 29, 29)),
+    "transformer": (SmallViT, (1, 3, 16, 16)),
+    "perceptron": (lambda: nn.Sequential(nn.Linear(17, 33), nn.Tanh(), nn.Linear(33, 5)), (7, 17)),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_family_equals_torch(device: LocalDevice, name: str) -> None:
+    make, shape = FAMILIES[name]
+    torch.manual_seed(0)
+    model = nets.randomise(make().eval())
+    inputs = [(torch.randn(shape),) for _ in range(2)]
+    compiled = build(model, inputs[0], device.profile, device.tuner)
+    assert check_outputs(model, compiled.run, inputs, name) < 1e-4
+
+
+def quantise_all(model: nn.Module, x: Tensor) -> nn.Module:
+    """Every convolution and linear layer in int8, ranges from one batch."""
+    ranges: dict[str, tuple[float, int]] = {}
+    handles = [
+        module.register_forward_hook(
+            lambda _m, inputs, _o, name=name: ranges.update(
+                {name: activation_parameters(float(inputs[0].min()), float(inputs[0].max()))}
+            )
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    for name, parameters in ranges.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, quantised(model.get_submodule(name), *parameters))
+    return model
+
+
+@pytest.mark.parametrize("profile_name", ["x86-host", "x86-64-v3"])
+def test_int8_chain_equals_the_specification_bit_for_bit(profile_name: str, tmp_path: Path) -> None:
+    profile = load_profile(profile_name)
+    device = LocalDevice(profile, KernelStore.open(profile, tmp_path))
+    device.tuner.budget = 1
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 40, 3, 2, 1), nn.ReLU(), nn.Conv2d(40, 48, 1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(48 * 36, 10),
+    )  # fmt: skip
+    model = quantise_all(model.eval(), torch.randn(8, 3, 12, 12))
+    x = torch.randn(1, 3, 12, 12)
+    compiled = build(model, (x,), profile, device.tuner)
+    assert torch.equal(compiled.run(x), model(x))
+    assert sum(kernel.operator.endswith("int8") for kernel in compiled.kernels) == 4
+    between = [kernel.name for kernel in compiled.kernels if kernel.name.startswith("quantise")]
+    assert len(between) <= 1, "activations stay integers between quantised layers"
+
+
+def test_saved_module_reads_back_and_runs(device: LocalDevice, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU()).eval()
+    x = torch.randn(2, 8)
+    compiled = build(model, (x,), device.profile, device.tuner)
+    loaded = CompiledModel.load(compiled.save(tmp_path / "model.so"), device.profile)
+    assert torch.equal(loaded.run(x), compiled.run(x))
+    latency = compiled.time(x, repeats=5, seconds=1e-3)
+    assert latency.how == "measured"
+    assert len(latency.samples) == 5
+    assert latency.seconds > 0
+    with pytest.raises(UsageError, match="not a compiled model"):
+        CompiledModel.load(tmp_path / "absent.so", device.profile)
+
+
+def test_recurrent_layers_are_refused_by_name() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(4, 8, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rnn(x)[0]
+
+    with pytest.raises(ExportError, match=r"'rnn' \(operation aten\.lstm\) is refused"):
+        export_program(Recurrent().eval(), (torch.randn(1, 3, 4),))
+
+
+def test_untraceable_model_is_refused() -> None:
+    class Branches(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ExportError, match="cannot be exported"):
+        export_program(Branches().eval(), (torch.randn(3),))
+
+
+def test_mismatch_names_the_layer_that_differs(device: LocalDevice) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval()
+    x = torch.randn(1, 8)
+
+    def compile_wrong(candidate: nn.Module):  # the compiled second linear layer has another weight
+        import copy
+
+        wrong = copy.deepcopy(candidate)
+        layers = [module for module in wrong.modules() if isinstance(module, nn.Linear)]
+        with torch.no_grad():
+            layers[1].weight.add_(0.5)
+        return build(wrong, (x,), device.profile, device.tuner).run
+
+    with pytest.raises(MismatchError, match="differs from torch by"):
+        check_outputs(model, compile_wrong(model), [(x,)], "the module")
+    assert first_differing_layer(model, compile_wrong, (x,)) == "2"
+
+
+def test_relative_error_of_shapes_and_values() -> None:
+    one = torch.ones(3)
+    assert relative_error(one, one) == 0
+    assert relative_error(torch.ones(2), one) == float("inf")
+    assert relative_error(torch.tensor([1.0, 1.0, float("nan")]), one) == float("inf")
+    assert relative_error(torch.tensor([1.0, 1.0, 1.5]), one) == pytest.approx(0.5)
+    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0

@@ -1,0 +1,68 @@
+"""The kernel store: append-only, shared, and read back whatever happened to its file."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from autocomp.errors import UsageError
+from autocomp.kernels.store import KernelRecord, KernelStore
+
+IDENTITY = {"target": "one"}
+
+
+def record(key: str, seconds: float = 1e-6) -> KernelRecord:
+    return KernelRecord(key, "dense", {"rows": 4}, seconds, 1000, 3, (4, 16), (8,))
+
+
+def test_records_survive_and_the_last_of_a_key_counts(tmp_path: Path) -> None:
+    store = KernelStore(tmp_path, IDENTITY)
+    store.add(record("a"))
+    store.add(record("b"))
+    store.add(record("a", 2e-6))
+    again = KernelStore(tmp_path, IDENTITY)
+    assert len(again) == 2
+    assert again.get("a") == record("a", 2e-6)
+    assert again.find("dense", (4, 16), (8,)) is not None
+    assert again.find("dense", (4, 16), (9,)) is None
+
+
+def test_damaged_lines_are_skipped_and_counted(tmp_path: Path) -> None:
+    store = KernelStore(tmp_path, IDENTITY)
+    for key in "abc":
+        store.add(record(key))
+    path = tmp_path / "kernels.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1].replace(b"1e-06", b"9e-06") + lines[2][:20])  # altered, and torn by a kill
+    again = KernelStore(tmp_path, IDENTITY)
+    assert again.corrupt == 2
+    assert again.get("a") == record("a")
+    assert again.get("b") is None
+    again.add(record("d"))  # after a torn line a new one still reads back
+    assert KernelStore(tmp_path, IDENTITY).get("d") == record("d")
+
+
+def test_another_target_is_refused(tmp_path: Path) -> None:
+    KernelStore(tmp_path, IDENTITY)
+    with pytest.raises(UsageError, match="filled for another target"):
+        KernelStore(tmp_path, {"target": "two"})
+
+
+def _write(folder: str, start: int) -> None:
+    store = KernelStore(Path(folder), IDENTITY)
+    for index in range(start, start + 25):
+        store.add(record(f"k{index}"))
+
+
+def test_two_processes_append_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_write, args=(str(tmp_path), start)) for start in (0, 25)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    store = KernelStore(tmp_path, IDENTITY)
+    assert len(store) == 50
+    assert store.corrupt == 0
