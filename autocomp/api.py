@@ -17,6 +17,7 @@ from autocomp.records import Candidate, Evaluation, Latency
 from autocomp.report.data import FrontPoint, Run, read_run
 from autocomp.runfolder import check_run_folder, open_run_folder, unwritable_reason
 from autocomp.search import goals as goal_rules
+from autocomp.space import SpaceFile, load_space
 from autocomp.task import Task, load_task
 
 if TYPE_CHECKING:
@@ -139,11 +140,11 @@ def search(
     if settings is None:
         settings = _settings(task, profiles, trials, out, seed, options)
     check_run_folder(settings, resume)
+    _check_names(settings)
     if not isinstance(task, Task):
-        name = settings.task
-        if name is None:
+        if settings.task is None:
             raise UsageError("no task: give one, such as autocomp.search(task='digits')")
-        task = load_task(name, progress)
+        task = load_task(settings.task, progress)
     folder = open_run_folder(settings, resume)
     try:
         with FileLock(folder / ".lock", timeout=0):
@@ -194,13 +195,14 @@ def compile(
 def check(settings: Settings, progress: Progress | None = None) -> dict[str, Any]:
     """Say what a search would do: layers, groups, the choices offered, and what is not offered and why. Nothing is measured."""
     from autocomp.graph import analyse
-    from autocomp.space import build_space, load_space
+    from autocomp.space import build_space
 
     if settings.task is None:
         raise UsageError("no task: name one, such as `autocomp check digits`")
+    profiles, rules = _check_names(settings)
     task = load_task(settings.task, progress)
     graph = analyse(task.model, task.example_inputs)
-    space = build_space(graph, load_space(settings.space), [load_profile(name) for name in settings.profiles])
+    space = build_space(graph, rules, profiles)
     return {
         "task": task.name,
         "profiles": list(settings.profiles),
@@ -225,6 +227,11 @@ def check(settings: Settings, progress: Progress | None = None) -> dict[str, Any
         ],
         "refused": [{"subject": r.subject, "option": r.option, "reason": r.reason} for r in space.refused],
     }
+
+
+def _check_names(settings: Settings) -> tuple[list[Profile], SpaceFile]:
+    """Load the profiles and the search space, so that a wrong name is refused before a task is trained or a folder made."""
+    return [load_profile(name) for name in settings.profiles], load_space(settings.space)
 
 
 def _run(settings: Settings, task: Task, folder: Path, resume: bool, progress: Progress) -> SearchResult:

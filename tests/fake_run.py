@@ -180,8 +180,8 @@ def write_fake_run(folder: Path, seed: int = 0, profiles: tuple[str, ...] = (PRO
         "goals:\n  max_drop: 0.01\n  max_latency: null\n  max_bytes: null\n"
     )
     provenance = {
-        "format_version": 1, "created": "2026-11-20T17:43:31+00:00", "command": "autocomp search --task digits --out runs/digits",
-        "versions": {"autocomp": "0.1.0", "torch": "2.13.0+cpu", "apache-tvm": "0.27.0.post1", "optuna": "5.0.0", "onnxruntime": "1.31.1", "python": "3.11.7"},
+        "format_version": 1, "written": "2026-11-20T17:43:31Z", "command": "autocomp search --task digits --out runs/digits",
+        "packages": {"autocomp": "0.1.0", "torch": "2.13.0+cpu", "apache-tvm": "0.27.0.post1", "optuna": "5.0.0"},
         "machine": {"cpu": "AMD EPYC 9R45", "cores": 2, "governor": None, "memory_bytes": 24_000_000_000}, "seed": 0,
         "git": {"commit": "3f2a9c1", "dirty": False},
     }  # fmt: skip

@@ -51,15 +51,17 @@ def import_program(program: torch.export.ExportedProgram, profile: Profile) -> t
     from tvm.relax.frontend.torch import from_exported_program
 
     try:
-        return from_exported_program(
-            program,
-            keep_params_as_input=False,
-            unwrap_unit_return_tuple=True,
-            custom_convert_map={
-                "conv2d_w8a8.default": _QuantisedConverter(program, profile, convolution=True),
-                "linear_w8a8.default": _QuantisedConverter(program, profile, convolution=False),
-            },
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TVM copies the graph in a way torch deprecates
+            return from_exported_program(
+                program,
+                keep_params_as_input=False,
+                unwrap_unit_return_tuple=True,
+                custom_convert_map={
+                    "conv2d_w8a8.default": _QuantisedConverter(program, profile, convolution=True),
+                    "linear_w8a8.default": _QuantisedConverter(program, profile, convolution=False),
+                },
+            )
     except Exception as error:
         detail = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise ExportError(f"the compiler cannot import the model: {detail}{_culprit(program, detail)}") from error

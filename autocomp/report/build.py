@@ -56,7 +56,9 @@ def render(
 
     here = Path(__file__).parent
     environment = Environment(loader=FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    goals = Goals(**{key: (config or {}).get("goals", {}).get(key) for key in ("max_drop", "max_latency", "max_bytes")})
+    goals = Goals(
+        **{key: ((config or {}).get("goals") or {}).get(key) for key in ("max_drop", "max_latency", "max_bytes")}
+    )
     page = _Page(run, goals, folder)
     drawn = _figures(run, evaluations, page, goals)
     return environment.get_template("template.html.j2").render(
@@ -64,8 +66,8 @@ def render(
         run=run,
         metric=page.metric,
         cards=page.cards(),
-        rows=[page.row(point) for point in (run.dense, *run.front)],
-        others=[page.other(item) for item in (*run.baselines, *run.references)],
+        rows=[page.row(run.dense), *(page.row(point) for point in run.front if not page.is_dense(point))],
+        others=[page.other(item) for item in page.comparisons()],
         figures=drawn,
         figure_json=_embedded({name: figure for name, (figure, _) in drawn.items()}),
         kernels={profile: page.kernels(profile) for profile in run.profiles},
@@ -73,7 +75,7 @@ def render(
         stages=page.stages(),
         provenance=_flat({key: value for key, value in (provenance or {}).items() if key != "format_version"}),
         config=_flat({key: value for key, value in (config or {}).items() if key != "format_version"}),
-        created=str((provenance or {}).get("created", ""))[:16].replace("T", " "),
+        created=str((provenance or {}).get("written", ""))[:16].replace("T", " "),
         style=(here / "report.css").read_text(encoding="utf-8"),
         script=(here / "report.js").read_text(encoding="utf-8"),
         plotly=get_plotlyjs().replace("</script", "<\\/script"),
@@ -92,10 +94,21 @@ class _Page:
         self.slices = [name for name in run.dense.evaluation.metrics if name != self.metric.name]
         self.dense = run.dense.evaluation
         self.knee = self._knee()
+        self.unmet = False  # whether there are goals that no point meets
+        self.met = False  # whether the recommended point was chosen by goals
         self.recommended = self._recommended()
         self.estimated = any(
             latency.how == "estimated" for point in run.front for latency in point.evaluation.latency.values()
         )
+
+    def is_dense(self, point: FrontPoint) -> bool:
+        """Whether a point is the uncompressed model: on the front too if nothing is as accurate."""
+        return point.evaluation.candidate == self.dense.candidate
+
+    def comparisons(self) -> list[Evaluation | Reference]:
+        """Baselines that are not on the front themselves, and references."""
+        shown = {point.evaluation.candidate.id for point in self.run.front}
+        return [*(e for e in self.run.baselines if e.candidate.id not in shown), *self.run.references]
 
     def short(self, name: str) -> str:
         """``noisy`` of ``accuracy/noisy``."""
@@ -155,7 +168,8 @@ class _Page:
         return {
             "id": e.candidate.id,
             "evaluation": e,
-            "dense": point is self.run.dense,
+            "dense": self.is_dense(point),
+            "uniform": e.source == "uniform",
             "knee": e.candidate.id == self.knee,
             "recommended": self.recommended is not None and e.candidate.id == self.recommended.evaluation.candidate.id,
             "validation": [self.metric.bare(e.metrics.get(key)) for key in (name, *self.slices)],
@@ -164,15 +178,27 @@ class _Page:
             "latency": [self._time(e.latency.get(profile), profile) for profile in self.profiles],
             "size": format_bytes(e.bytes),
             "smaller": f"{self.dense.bytes / e.bytes:.1f}×" if e.bytes else "–",
-            "checks": [(kind, check) for kind, check in point.verified.items()],
-            "files": [
-                (kind, path)
-                for kind, path in point.files.items()
-                if self.folder is None or (self.folder / path).exists()
-            ],
+            "files": self._files(point),
             "choices": figures.choices_text(e, self.dense),
             "layers": self._layers(e),
         }
+
+    def _files(self, point: FrontPoint) -> list[dict[str, Any]]:
+        """Kinds of files with their check, where one was made, and their path, where it is there to be opened."""
+        found = []
+        for kind in dict.fromkeys([*point.verified, *point.files]):
+            path, check = point.files.get(kind), point.verified.get(kind)
+            if path is not None and self.folder is not None and not (self.folder / path).exists():
+                path = None
+            said = []
+            if check is not None:
+                said.append("verified" if check.ok else "verification failed")
+                said += [check.note] if check.note else []
+                said += [f"largest relative error {check.max_error:.1e}"] if check.max_error is not None else []
+                said += [f"timed again at {milliseconds(check.seconds)}"] if check.seconds is not None else []
+            if path or check:
+                found.append({"kind": kind, "path": path, "check": check, "title": ", ".join(said)})
+        return found
 
     def other(self, item: Evaluation | Reference) -> dict[str, Any]:
         """A baseline or a reference in the same table."""
@@ -194,10 +220,12 @@ class _Page:
 
     def kernels(self, profile: str) -> list[dict[str, Any]]:
         """Where time goes in dense and in the recommended point, on one scale."""
-        tables = []
+        tables: list[dict[str, Any]] = []
         for title, point in (("dense", self.run.dense), ("recommended", self.recommended)):
             latency = point.evaluation.latency.get(profile) if point is not None else None
-            if latency is None or not latency.kernels or (title != "dense" and point is self.run.dense):
+            if point is None or latency is None or not latency.kernels:
+                continue
+            if title != "dense" and self.is_dense(point):
                 continue
             kernels = sorted(latency.kernels, key=lambda kernel: -kernel.seconds)
             rest = kernels[MAX_KERNELS:]
@@ -274,9 +302,10 @@ class _Page:
                     [point.evaluation for point in self.run.front], self.dense, self.goals, self.metric.name,
                     self.metric.higher_is_better,
                 )  # fmt: skip
+                self.met = True
                 return points[chosen.candidate.id]
             except InfeasibleError:
-                pass
+                self.unmet = True
         return points.get(self.knee or "")
 
 
@@ -287,13 +316,15 @@ def _figures(
     drawn: dict[str, tuple[figures.Figure, dict[str, Any]]] = {}
     limits = {"max_drop": goals.max_drop, "max_latency": goals.max_latency}
     for k, profile in enumerate(run.profiles):
-        figure = figures.front_figure(run, evaluations, profile, page.knee, limits)
+        taken = page.recommended.evaluation.candidate.id if page.recommended and page.met else None
+        figure = figures.front_figure(run, evaluations, profile, page.knee, limits, taken)
         drawn[f"front-{k}"] = (figure, {"profile": profile, "outside": figures.outside_frame(figure)})
     if history := figures.hypervolume_figure(run, evaluations):
         drawn["hypervolume"] = (history, {})
     for proxy in ("error", "kl"):
         if scatter := figures.proxy_figure(run, evaluations, proxy):
-            drawn[f"proxy-{proxy}"] = (scatter, {"spearman": run.summary.spearman.get(proxy)})
+            found = (value for name, value in run.summary.spearman.items() if proxy in name.lower())
+            drawn[f"proxy-{proxy}"] = (scatter, {"spearman": next(found, None)})
     for k, profile in enumerate(run.profiles):
         if scatter := figures.prediction_figure(evaluations, profile):
             drawn[f"prediction-{k}"] = (scatter, {"profile": profile})

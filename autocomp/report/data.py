@@ -198,7 +198,7 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
         table = pd.read_csv(path, dtype={"id": str, "failure": str}, keep_default_na=True)
         for version in table.get("format_version", pd.Series(dtype=int)).unique():
             check_version(int(version), path)
-        return [_evaluation({k: v for k, v in row.items() if not _missing(v)}) for row in table.to_dict("records")]
+        return [_evaluation({str(k): v for k, v in row.items() if not _missing(v)}) for row in table.to_dict("records")]
     except FileNotFoundError as error:
         raise UsageError(
             f"{folder} holds no {EVALUATIONS}: it is no run folder, or its search has not finished"
@@ -250,10 +250,10 @@ def _row(evaluation: Evaluation) -> dict[str, Any]:
         "error": evaluation.error,
         "kl": evaluation.kl,
         **{f"metric:{name}": value for name, value in evaluation.metrics.items()},
-        **{f"predicted_ms:{profile}": seconds * 1e3 for profile, seconds in evaluation.predicted.items()},
+        **{f"predicted_ms:{profile}": _milliseconds(seconds) for profile, seconds in evaluation.predicted.items()},
     }
     for profile, latency in evaluation.latency.items():
-        row[f"latency_ms:{profile}"] = latency.seconds * 1e3
+        row[f"latency_ms:{profile}"] = _milliseconds(latency.seconds)
         row[f"latency_how:{profile}"] = latency.how
         row[f"latency_spread:{profile}"] = latency.spread
         row[f"latency_error:{profile}"] = latency.error
@@ -292,6 +292,10 @@ def _evaluation(row: Mapping[str, Any]) -> Evaluation:
         failure=row.get("failure"),
         seconds_spent=float(row.get("seconds_spent", 0.0)),
     )
+
+
+def _milliseconds(seconds: float) -> float:
+    return float(f"{seconds * 1e3:.12g}")  # without the last bits, so that reading and writing again changes nothing
 
 
 def _missing(value: Any) -> bool:

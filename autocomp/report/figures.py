@@ -16,7 +16,7 @@ from autocomp.search.pareto import pareto_set
 
 Figure = dict[str, Any]
 
-_MARKER_DIAMETER = 34  # pixels, of the largest model shown; areas are in proportion to bytes
+_MARKER_DIAMETER = 28  # pixels, of the largest model shown; areas are in proportion to bytes
 
 
 class Metric:
@@ -72,9 +72,17 @@ def milliseconds(seconds: float | None) -> str:
 
 
 def front_figure(
-    run: Run, evaluations: Sequence[Evaluation], profile: str, knee: str | None, goals: Mapping[str, float | None]
+    run: Run,
+    evaluations: Sequence[Evaluation],
+    profile: str,
+    knee: str | None,
+    goals: Mapping[str, float | None],
+    taken: str | None = None,
 ) -> Figure:
-    """Metric against latency in milliseconds on one profile, marker area by bytes: front, dense, baselines, references."""
+    """Metric against latency in milliseconds on one profile, marker area by bytes: front, dense, baselines, references.
+
+    ``knee`` and ``taken`` (the point that meets the ``goals`` best) are candidate ids.
+    """
     metric = Metric(run)
     shown = [point.evaluation for point in (run.dense, *run.front)]
     largest = max([e.bytes for e in shown] + [r.bytes for r in run.references] + [1])
@@ -88,19 +96,19 @@ def front_figure(
 
     def points(name: str, chosen: Sequence[Evaluation], mode: str = "markers", **style: Any) -> Figure:
         kept = [e for e in chosen if profile in e.latency and metric.name in e.metrics]
-        marker = {"size": [e.bytes for e in kept], **_by_area(largest), **style.pop("marker")}
+        marker = {"size": [e.bytes for e in kept], "opacity": 1, **_by_area(largest), **style.pop("marker")}
         return {
             "type": "scatter", "name": name, "mode": mode, "x": [e.latency[profile].seconds * 1e3 for e in kept],
             "y": [e.metrics[metric.name] * metric.scale for e in kept], "text": [hover(e) for e in kept],
             "customdata": [e.candidate.id for e in kept], "hovertemplate": "%{text}<extra></extra>", "marker": marker, **style,
         }  # fmt: skip
 
-    line = {"color": "@front", "width": 1.5, "shape": "hv"}
+    line = {"color": "@front", "width": 2, "shape": "hv"}
     outline = {"width": 1.5, "color": "@surface"}
     how = {e.latency[profile].how for e in (*others, *every)}
     label = "measured" if how <= {"measured"} else "estimated" if how == {"estimated"} else "measured or estimated"
     traces = [
-        points(f"other candidates, {label}", others, marker={"color": "@faint", "opacity": 0.55, "line": {"width": 0}}),
+        points(f"other candidates, {label}", others, marker={"color": "@faint", "opacity": 0.4, "line": {"width": 0}}),
         points("Pareto front", front, "lines+markers", line=line, marker={"color": "@front", "line": outline}),
         points("on another profile's front", beaten, marker={"color": "@front", "symbol": "circle-open"}),
         points("uniform compression", run.baselines, marker={"color": "@uniform", "symbol": "square", "line": outline}),
@@ -108,9 +116,9 @@ def front_figure(
     ]
     if ringed := [e for e in front if e.candidate.id == knee]:
         ring = {
-            "color": "rgba(0,0,0,0)",
-            "size": _MARKER_DIAMETER,
-            "line": {"color": "@front", "width": 2},
+            "color": "@front",
+            "size": _MARKER_DIAMETER + 6,
+            "line": {"width": 2},
             "symbol": "circle-open",
         }
         at = points("knee", ringed, marker=ring)
@@ -128,18 +136,42 @@ def front_figure(
                 "type": "scatter", "name": html.escape(reference.name), "mode": "markers",
                 "x": [reference.latency.seconds * 1e3], "y": [reference.metrics[metric.name] * metric.scale],
                 "text": [text], "hovertemplate": "%{text}<extra></extra>",
-                "marker": {"size": [reference.bytes], **_by_area(largest), **marker},
+                "marker": {"size": [reference.bytes], "opacity": 1, **_by_area(largest), "sizemin": 7, **marker},
             }
         )  # fmt: skip
     traces = [trace for trace in traces if trace["x"]]
-    y = [*(e.metrics[metric.name] for e in (*every, dense) if metric.name in e.metrics)]
-    y += [r.metrics[metric.name] for r in references]
+    y = [r.metrics[metric.name] for r in references]
+    y += [e.metrics[metric.name] for e in (*every, dense) if metric.name in e.metrics]
+    y = _of_interest(metric, dense, [e.metrics[metric.name] for e in ringed], y)
     kinds = " or ".join(sorted(how)) or "measured"
     layout = _layout(f"latency of one inference on {profile}, {kinds} (ms)", metric.title)
     layout["yaxis"] |= _framed([v * metric.scale for v in y])
     layout["xaxis"]["rangemode"] = "tozero"
+    layout["margin"]["r"] = 40  # the buttons' column
     shapes, notes = _goal_lines(metric, dense, goals)
+    for e in every:
+        if e.candidate.id == taken and taken != knee and metric.name in e.metrics:
+            at = {"x": e.latency[profile].seconds * 1e3, "y": e.metrics[metric.name] * metric.scale, "ax": 36, "ay": 44}
+            arrow = {
+                "showarrow": True,
+                "arrowhead": 0,
+                "arrowcolor": "@goal",
+                "arrowwidth": 1.2,
+                "standoff": 9,
+                "xanchor": "left",
+            }
+            notes.append({**at, **arrow, "text": "best within the goals", "font": {"color": "@goal", "size": 13}})
     return {"data": traces, "layout": {**layout, "shapes": shapes, "annotations": notes}}
+
+
+def _of_interest(metric: Metric, dense: Evaluation, at_knee: Sequence[float], values: Sequence[float]) -> list[float]:
+    """Those values that lose at most three times what the knee loses: a front's fast end is often of no use to anyone."""
+    full = dense.metrics.get(metric.name)
+    if full is None or not at_knee:
+        return list(values)
+    allowed = 3 * max(metric.loss(at_knee[0], full), 0.0)
+    kept = [value for value in values if metric.loss(value, full) <= allowed]
+    return kept if len(kept) > 2 else list(values)
 
 
 def outside_frame(figure: Figure) -> int:
@@ -154,7 +186,14 @@ def hypervolume_figure(run: Run, evaluations: Sequence[Evaluation]) -> Figure | 
     if len(history) < 2:
         return None
     numbers = list(range(1, len(history) + 1))
-    line = {"type": "scatter", "mode": "lines", "name": "share", "x": numbers, "y": history, "showlegend": False}
+    line: Figure = {
+        "type": "scatter",
+        "mode": "lines",
+        "name": "share",
+        "x": numbers,
+        "y": history,
+        "showlegend": False,
+    }
     line |= {"line": {"color": "@front", "width": 2, "shape": "hv"}, "fill": "tozeroy", "fillcolor": "@wash"}
     line["hovertemplate"] = "after trial %{x}: %{y:.4f}<extra></extra>"
     traces: list[Figure] = [line]
@@ -213,9 +252,9 @@ def prediction_figure(evaluations: Sequence[Evaluation], profile: str) -> Figure
     x = [e.latency[profile].seconds * 1e3 for e in kept]
     y = [e.predicted[profile] * 1e3 for e in kept]
     ends = [0.0, max([*x, *y]) * 1.05]
-    same = {"type": "scatter", "mode": "lines", "x": ends, "y": ends, "name": "equal", "hoverinfo": "skip"}
+    same: Figure = {"type": "scatter", "mode": "lines", "x": ends, "y": ends, "name": "equal", "hoverinfo": "skip"}
     same |= {"line": {"color": "@muted", "width": 1, "dash": "dot"}, "showlegend": False}
-    dots = {"type": "scatter", "mode": "markers", "x": x, "y": y, "showlegend": False}
+    dots: Figure = {"type": "scatter", "mode": "markers", "x": x, "y": y, "showlegend": False}
     dots |= {"text": [f"trial {e.trial}" for e in kept], "marker": {"color": "@front", "size": 8, "opacity": 0.75}}
     dots["hovertemplate"] = "%{text}: measured %{x:.3f} ms, predicted %{y:.3f} ms<extra></extra>"
     return {"data": [same, dots], "layout": _layout("measured (ms)", "predicted (ms)")}
@@ -300,6 +339,7 @@ def _layout(x: str, y: str) -> Figure:
         "yaxis": {**axis, "title": {"text": html.escape(y), "standoff": 8}},
         "margin": {"l": 48, "r": 16, "t": 12, "b": 44}, "hovermode": "closest",
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "itemsizing": "constant"},
+        "modebar": {"orientation": "v", "bgcolor": "rgba(0,0,0,0)", "color": "@muted", "activecolor": "@text"},
         "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "font": {"color": "@text", "size": 13},
         "hoverlabel": {"align": "left", "bgcolor": "@surface", "bordercolor": "@line", "font": {"color": "@text"}},
     }  # fmt: skip

@@ -19,8 +19,8 @@
     return value;
   }
 
-  function show(id, row) {
-    var target = document.getElementById("p-" + id);
+  function show(id) {
+    var target = id && document.getElementById("p-" + id);
     if (!target) return;
     var details = target.querySelector("details");
     if (details) details.open = true;
@@ -40,13 +40,16 @@
       figure.layout.autosize = true;
       if (narrow) {
         figure.layout.margin.l = 40;
-        figure.layout.margin.r = 6;
+        figure.layout.margin.r = 8;
         figure.layout.font.size = 12;
         // Above a narrow plot a legend would wrap into it.
         Object.assign(figure.layout.legend, { y: -0.22, yanchor: "top" });
       }
-      var config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
-      if (narrow) config.displayModeBar = false;
+      // Buttons are named one by one: plotly's own set has one that uploads the chart.
+      var buttons = [["zoomIn2d", "zoomOut2d", "resetScale2d"], ["zoom2d", "pan2d"], ["toImage"]];
+      var config = { responsive: true, displaylogo: false, modeBarButtons: buttons, showSendToCloud: false };
+      // The buttons are for a pointer and for figures with room beside them.
+      if (narrow || element.clientHeight < 400) config.displayModeBar = false;
       Plotly.react(element, figure.data, figure.layout, config).then(function () {
         if (element.dataset.drawn) return;
         element.dataset.drawn = "yes";

@@ -130,7 +130,7 @@ class Search:
         self._running: dict[int, tuple[int, Asked]] = {}
         self._seen: set[Candidate] = set()
         self._levels: dict[int, list[int]] = {}  # by told trial, each worked out once
-        self._values: dict[int, tuple[float, float]] = {}
+        self._values: dict[int, tuple[float, float]] = {}  # objectives as told: updates change no yardstick
         self._tpe = Tpe(self._names, self._sizes)
         self._load()
 
@@ -178,7 +178,10 @@ class Search:
         self._remember(evaluation)
 
     def update(self, trial: int, evaluation: Evaluation) -> None:
-        """Replace the evaluation of a told trial, in one statement. KeyError if it was not told."""
+        """Replace the evaluation of a told trial, in one statement. KeyError if it was not told.
+
+        Its objective values stay as they were told, unless it failed since: then no proposal is made from it any more.
+        """
         evaluation = replace(evaluation, trial=trial, candidate=self._told[trial].candidate)
         self.set_attr(f"{_UPDATE}{trial}", evaluation_to_json(evaluation))
         self._remember(evaluation)
@@ -233,7 +236,7 @@ class Search:
             stored = updates.get(f"{_UPDATE}{row.number}", row.user_attrs.get("evaluation"))
             if stored is not None:
                 evaluation = evaluation_from_json(stored)
-                self._remember(evaluation)
+                self._remember(evaluation, None if row.state != TrialState.COMPLETE else tuple(row.values))
                 self._seen.add(candidate)
                 if not row.state.is_finished():
                     self._finish(row._trial_id, evaluation)
@@ -280,11 +283,17 @@ class Search:
         else:
             self._storage.set_trial_state_values(row, TrialState.FAIL)
 
-    def _remember(self, evaluation: Evaluation) -> None:
-        self._told[evaluation.trial] = evaluation
-        if evaluation.trial not in self._levels:
-            self._levels[evaluation.trial] = self._encode(evaluation.candidate)
-        self._values[evaluation.trial] = self._objectives(evaluation)
+    def _remember(self, evaluation: Evaluation, values: tuple[float, ...] | None = None) -> None:
+        number = evaluation.trial
+        self._told[number] = evaluation
+        if number not in self._levels:
+            self._levels[number] = self._encode(evaluation.candidate)
+        if evaluation.state == "failed":
+            self._values[number] = (float("nan"), float("nan"))
+        elif values is not None:
+            self._values[number] = (values[0], values[1])
+        elif number not in self._values:
+            self._values[number] = self._objectives(evaluation)
 
     def _objectives(self, evaluation: Evaluation) -> tuple[float, float]:
         if evaluation.state == "failed":

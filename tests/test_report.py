@@ -1,0 +1,309 @@
+"""The report: records that read back as written, and a page made from the files alone that loads nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_run import make_run, write_fake_run
+
+from autocomp.errors import CorruptError, UsageError
+from autocomp.records import Latency
+from autocomp.report.build import build_report, render
+from autocomp.report.data import Run, read_evaluations, read_run, write_evaluations, write_front
+from autocomp.report.figures import Metric, front_figure, milliseconds
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_fake_run(tmp_path_factory.mktemp("run"))
+
+
+class Page(HTMLParser):
+    """Text outside scripts and styles, ids, and every address an element would load or link."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text, self.ids, self.loads, self.links, self.skip = "", [], [], [], ""  # type: ignore[var-annotated]
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.skip = tag if tag in ("script", "style") else self.skip
+        if values.get("id"):
+            self.ids.append(values["id"])
+        self.loads += [values["src"]] if "src" in values else []
+        if "href" in values:
+            (self.loads if tag == "link" else self.links).append(values["href"])
+
+    def handle_endtag(self, tag: str) -> None:
+        self.skip = "" if tag == self.skip else self.skip
+
+    def handle_data(self, data: str) -> None:
+        self.text += "" if self.skip else data
+
+
+def page(run: Run, *more: Any) -> Page:
+    return Page(render(run, *more))
+
+
+def test_records_round_trip(tmp_path: Path) -> None:
+    run, told = make_run()
+    write_front(tmp_path, run)
+    write_evaluations(tmp_path, told)
+    assert read_run(tmp_path) == run
+    back = read_evaluations(tmp_path)
+    assert len(back) == len(told)
+    for ours, theirs in zip(told, back, strict=True):
+        assert theirs.candidate == ours.candidate
+        assert (theirs.trial, theirs.source, theirs.state, theirs.tier) == (
+            ours.trial,
+            ours.source,
+            ours.state,
+            ours.tier,
+        )
+        assert theirs.metrics == ours.metrics
+        assert theirs.failure == ours.failure
+        assert theirs.kl == pytest.approx(ours.kl)
+        for profile, latency in ours.latency.items():
+            assert theirs.latency[profile].seconds == pytest.approx(latency.seconds)
+            assert (theirs.latency[profile].how, theirs.latency[profile].spread) == (latency.how, latency.spread)
+
+
+def test_csv_is_a_plain_table(folder: Path) -> None:
+    import pandas as pd
+
+    table = pd.read_csv(folder / "evaluations.csv")
+    assert list(table.columns[:7]) == ["id", "trial", "source", "state", "tier", "error", "kl"]
+    assert {"metric:accuracy/noisy", "predicted_ms:x86-host", "latency_ms:x86-host", "latency_how:x86-host"} <= set(
+        table
+    )
+    assert table["id"].is_unique
+    assert json.loads(table["methods"][0])["stem"] == "fp32"
+    assert set(table.loc[table["latency_ms:x86-host"].notna(), "latency_how:x86-host"]) == {"measured"}
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
+    run, told = make_run()
+    strange = replace(told[5], error=float("inf"), kl=float("nan"), failure="nan, it says", state="failed")
+    write_front(tmp_path, replace(run, hypervolume=(0.1, float("nan"))))
+    assert "NaN" not in (tmp_path / "front.json").read_text()
+    write_evaluations(tmp_path, [strange])
+    assert read_evaluations(tmp_path)[0].failure == "nan, it says"
+    write_evaluations(tmp_path, [])
+    assert read_evaluations(tmp_path) == []
+
+
+def test_files_of_the_first_format_still_read(tmp_path: Path) -> None:
+    """``golden/run_v1`` lies as the first format wrote it; it must read, and be written back the same."""
+    run = read_run(GOLDEN / "run_v1")
+    assert run.task.objective == "accuracy"
+    assert [point.evaluation.candidate.id for point in run.front] == ["e13b14005a", "24392c2d1f"]
+    assert run.front[0].verified["so"].ok
+    write_front(tmp_path, run)
+    assert json.loads((tmp_path / "front.json").read_text()) == json.loads((GOLDEN / "run_v1/front.json").read_text())
+    evaluations = read_evaluations(GOLDEN / "run_v1")
+    write_evaluations(tmp_path, evaluations)
+    assert (tmp_path / "evaluations.csv").read_text() == (GOLDEN / "run_v1/evaluations.csv").read_text()
+    assert "accuracy" in page(run, evaluations).text
+
+
+@pytest.mark.parametrize("file", ["front.json", "evaluations.csv", "provenance.json", "config.yaml"])
+def test_a_newer_format_is_refused_with_what_to_do(tmp_path: Path, file: str) -> None:
+    write_fake_run(tmp_path)
+    path = tmp_path / file
+    text = path.read_text()
+    if file == "evaluations.csv":
+        text = re.sub(r",1$", ",2", text, flags=re.MULTILINE)
+    else:
+        text = re.sub(r'("?format_version"?: )1', r"\g<1>2", text, count=1)
+    path.write_text(text)
+    message = rf"{file} has format_version 2, and this autocomp reads up to 1: .*pip install --upgrade autocomp"
+    with pytest.raises(UsageError, match=message):
+        build_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "kind", "message"),
+    [
+        ("front.json", "{", CorruptError, "does not read as JSON"),
+        ("front.json", "[]", CorruptError, "carries no format_version"),
+        ("front.json", '{"format_version": 1}', CorruptError, "format_version 1 but not its content .KeyError: 'task'"),
+        ("evaluations.csv", "id,trial\nx,one\n", CorruptError, "does not read as a table of evaluations"),
+        ("provenance.json", "[1]", CorruptError, "must hold a mapping"),
+        ("config.yaml", "a: [", CorruptError, "does not read as YAML"),
+        ("front.json", None, UsageError, "holds no front.json: it is no run folder"),
+        ("evaluations.csv", None, UsageError, "holds no evaluations.csv"),
+    ],
+)
+def test_broken_folders_are_named(
+    tmp_path: Path, file: str, content: str | None, kind: type[Exception], message: str
+) -> None:
+    write_fake_run(tmp_path)
+    if content is None:
+        (tmp_path / file).unlink()
+    else:
+        (tmp_path / file).write_text(content)
+    with pytest.raises(kind, match=message):
+        build_report(tmp_path)
+
+
+def test_rebuild_needs_neither_torch_nor_tvm(tmp_path: Path) -> None:
+    write_fake_run(tmp_path)
+    code = (
+        "import sys; from pathlib import Path; from autocomp.report.build import build_report; "
+        "build_report(Path(sys.argv[1])); print(*sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert not {"torch", "tvm", "optuna", "onnxruntime", "sklearn"} & set(done.stdout.split())
+    assert (tmp_path / "report.html").stat().st_size > 4_000_000  # plotly's script is in it
+
+
+def test_page_loads_nothing_and_links_only_what_exists(folder: Path) -> None:
+    found = Page(build_report(folder).read_text(encoding="utf-8"))
+    assert all(address.startswith("data:") for address in found.loads)
+    assert len(found.ids) == len(set(found.ids))
+    for link in found.links:
+        if link.startswith("#"):
+            assert link[1:] in found.ids
+        else:
+            assert (folder / link).exists(), link
+
+
+def test_page_says_what_was_found(folder: Path) -> None:
+    text = Page(build_report(folder).read_text(encoding="utf-8")).text
+    run = read_run(folder)
+    for point in run.front:
+        assert point.evaluation.candidate.id in text
+    for expected in (
+        "ONNX Runtime int8",
+        "knee",
+        "goals met",
+        "LLVM ran out of registers",
+        "AMD EPYC",
+        "Read this first",
+    ):
+        assert expected in text
+    assert "Every latency on this front was measured" in " ".join(text.split())
+
+
+def test_figures_are_valid_plotly(folder: Path) -> None:
+    import plotly.graph_objects as go
+
+    html = build_report(folder).read_text(encoding="utf-8")
+    match = re.search(r'id="figures">(.*?)</script>', html, re.DOTALL)
+    assert match is not None
+    style = (Path(build_report.__code__.co_filename).parent / "report.css").read_text()
+    for name in set(re.findall(r'"@([a-z]+)"', match[1])):
+        assert style.count(f"--{name}:") == 3  # light, dark by the system, dark by the button
+    figures = json.loads(re.sub(r'"@[a-z]+"', '"#123456"', match[1]))
+    assert set(figures) == {"front-0", "hypervolume", "proxy-error", "proxy-kl", "prediction-0"}
+    for figure in figures.values():
+        go.Figure(figure)  # raises for a property plotly does not know
+
+
+def test_estimates_say_so() -> None:
+    run, told = make_run()
+
+    def estimated(latency: Latency) -> Latency:
+        return replace(latency, how="estimated", error=0.08, spread=0.0)
+
+    def change(e: Any) -> Any:
+        return replace(e, latency={name: estimated(latency) for name, latency in e.latency.items()})
+
+    front = tuple(replace(point, evaluation=change(point.evaluation)) for point in run.front)
+    text = " ".join(page(replace(run, front=front), told).text.split())
+    assert "± 8.0 % estimated" in text
+    assert "Some points here are estimated" in text
+    figure = front_figure(replace(run, front=front), told, "x86-host", None, {})
+    assert "estimated or measured" in figure["layout"]["xaxis"]["title"]["text"]
+
+
+def test_texts_are_escaped() -> None:
+    run, told = make_run()
+    evil = "<img src=x onerror=alert(1)></script><script>"
+    run = replace(
+        run,
+        task=replace(run.task, name=evil, description=evil),
+        warnings=(evil,),
+        references=tuple(replace(reference, name=evil) for reference in run.references),
+    )
+    told[-1] = replace(told[-1], state="failed", failure=evil)
+    html = render(run, told, {"task": evil}, {"command": evil})
+    assert evil not in html
+    assert "<img" not in html.replace("plotly", "").split("<script>")[0]
+
+
+def test_two_profiles_and_lower_is_better() -> None:
+    run, told = make_run(profiles=("x86-host", "x86-64-v3"))
+    found = page(run, told)
+    assert {"front-0", "front-1", "prediction-1"} <= set(found.ids)
+
+    def inverted(metrics: Any) -> dict[str, float]:
+        return {"loss": 3.0 * (1.1 - metrics["accuracy"])}
+
+    front = tuple(
+        replace(p, evaluation=replace(p.evaluation, metrics=inverted(p.evaluation.metrics)), test_metrics={})
+        for p in run.front
+    )
+    dense = replace(
+        run.dense,
+        evaluation=replace(run.dense.evaluation, metrics=inverted(run.dense.evaluation.metrics)),
+        test_metrics={},
+    )
+    task = replace(run.task, objective="loss", higher_is_better=False)
+    text = page(replace(run, task=task, front=front, dense=dense, baselines=(), references=()), told).text
+    assert "validation" in text
+    assert "%)" not in re.sub(r"\s+", "", text.split("Points of the front")[1].split("Where the time goes")[0])
+
+
+def test_dense_or_uniform_on_the_front_appear_once() -> None:
+    run, told = make_run()
+    uniform = replace(run.front[0], evaluation=run.baselines[0])
+    found = page(replace(run, front=(*run.front, run.dense, uniform)), told)
+    assert len(found.ids) == len(set(found.ids))
+    assert f"p-{run.baselines[0].candidate.id}" in found.ids
+
+
+def test_nothing_measured_still_makes_a_page() -> None:
+    run, told = make_run()
+    dense = replace(run.dense, evaluation=replace(run.dense.evaluation, latency={}, metrics={}), test_metrics={})
+    empty = replace(run, dense=dense, front=(), baselines=(), references=(), hypervolume=(), layers=(), warnings=())
+    assert "No point was measured" in page(empty, []).text
+    assert "No point was measured" in page(empty, [replace(told[3], latency={}, metrics={})]).text
+
+
+def test_goals_that_nothing_meets_are_admitted() -> None:
+    run, told = make_run()
+    goals = {"goals": {"max_drop": None, "max_latency": 1e-9, "max_bytes": None}}
+    text = page(run, told, goals).text
+    assert "No measured candidate meets the goals" in text
+    assert "is the knee" in text
+
+
+def test_units() -> None:
+    run, _ = make_run()
+    metric = Metric(run)
+    assert (metric.text(0.9742), metric.bare(0.9742), metric.text(None)) == ("97.4 %", "97.4", "–")
+    assert (metric.change(0.97, 0.98), metric.change(0.98, 0.98), metric.change(0.99, 0.98)) == (
+        "−1.0 pt",
+        "±0 pt",
+        "+1.0 pt",
+    )
+    plain = Metric(replace(run, task=replace(run.task, objective="score")))
+    assert (plain.text(0.12345), plain.change(0.5, 0.25)) == ("0.1235", "+0.25")
+    assert [milliseconds(s) for s in (1.234e-4, 1.234e-3, 0.01234, 1.234)] == [
+        "0.123 ms",
+        "1.23 ms",
+        "12.3 ms",
+        "1234 ms",
+    ]
