@@ -15,7 +15,7 @@ from autocomp.kernels.intrinsics import dot_product
 from autocomp.kernels.store import KernelRecord, KernelStore
 
 _GOOD_ENOUGH = 0.92  # of the measured peak: what is left is within the noise of a short measurement
-_PATIENCE = 4  # trials without a gain of 1 % before giving up
+_PATIENCE = 3  # trials without a gain of 1 % before giving up
 
 
 @dataclass(frozen=True)
