@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,7 +38,6 @@ _HOMES = {
     "list_profiles": "autocomp.hardware",
     "load_task": "autocomp.task",
     "measure": "autocomp.api",
-    "search": "autocomp.api",
 }
 
 
@@ -55,3 +56,20 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(set(globals()) | set(__all__))
+
+
+class _Package(ModuleType):
+    """Keeps ``autocomp.search`` the function: importing the folder of that name would put the folder in its place."""
+
+    @property
+    def search(self) -> Any:
+        from autocomp.api import search
+
+        return search
+
+    @search.setter
+    def search(self, folder: ModuleType) -> None:
+        pass
+
+
+sys.modules[__name__].__class__ = _Package

@@ -145,9 +145,11 @@ def search(
         if settings.task is None:
             raise UsageError("no task: give one, such as autocomp.search(task='digits')")
         task = load_task(settings.task, progress)
-    folder = open_run_folder(settings, resume)
+    folder = Path(settings.out)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
+            open_run_folder(settings, resume)  # under the lock: a search that is refused leaves the settings as they are
             return _run(settings, task, folder, resume, progress)
     except Timeout as error:
         raise UsageError(f"another search is running in {folder}; wait for it, or choose another --out") from error

@@ -6,23 +6,24 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from autocomp import terminal
+from autocomp.commands import Commands, F, common_options
 from autocomp.config import Settings, load_settings, read_mapping, settings_schema
-from autocomp.errors import AutocompError, UsageError, suggest
+from autocomp.errors import AutocompError, UsageError
 from autocomp.hardware import profile_schema
+from autocomp.kernels_cli import kernels
 from autocomp.progress import Progress
 from autocomp.quantities import parse_bytes, parse_seconds
 from autocomp.report.data import FRONT
 from autocomp.resources import shipped_files
 from autocomp.runfolder import CONFIG, check_run_folder, unwritable_reason
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -39,32 +40,6 @@ class Quantity(click.ParamType):
             return self.parse(value) if isinstance(value, str) else value
         except ValueError as error:
             self.fail(str(error), param, ctx)
-
-
-class Commands(click.Group):
-    """A group that names the nearest command to one it does not have."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
-            known = ", ".join(self.commands)
-            ctx.fail(f"there is no command {args[0]!r}.{suggest(args[0], self.commands)} Commands: {known}")
-        return super().resolve_command(ctx, args)
-
-
-def _remember_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
-    if value:
-        ctx.find_root().ensure_object(dict)["debug"] = True
-
-
-def _common(command: F) -> F:
-    """Options every command has."""
-    as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
-    debug = click.option(
-        "--debug", is_flag=True, expose_value=False, callback=_remember_debug, help="Show the traceback of an error."
-    )
-    return as_json(debug(command))
 
 
 def _settings_options(command: F) -> F:
@@ -102,7 +77,7 @@ def cli() -> None:
     "--max-latency", type=Quantity("duration", parse_seconds), help="Largest latency, such as 0.5ms or 300us."
 )
 @click.option("--max-size", "max_bytes", type=Quantity("size", parse_bytes), help="Largest size, such as 500KB.")
-@_common
+@common_options
 def search(
     task_name: str | None, config: Path | None, task_option: str | None, resume: bool, as_json: bool, **options: Any
 ) -> None:
@@ -128,7 +103,7 @@ def search(
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@_common
+@common_options
 def report(run: Path, as_json: bool) -> None:
     """Build the report of the run folder RUN again from its files."""
     if not run.is_dir():
@@ -143,7 +118,7 @@ def report(run: Path, as_json: bool) -> None:
 @click.argument("model", metavar="TASK_OR_PT2")
 @click.option("--profile", "profiles", multiple=True, default=["x86-host"], help="Hardware profile; may be repeated.")
 @click.option("--kernels", type=click.IntRange(min=0), default=10, show_default=True, help="Dearest kernels to show.")
-@_common
+@common_options
 def measure(model: str, profiles: tuple[str, ...], kernels: int, as_json: bool) -> None:
     """Compile a model, tune its kernels and time it.
 
@@ -167,7 +142,7 @@ def measure(model: str, profiles: tuple[str, ...], kernels: int, as_json: bool) 
 
 
 @cli.command()
-@_common
+@common_options
 def profiles(as_json: bool) -> None:
     """List the hardware profiles, resolved on this machine."""
     described = terminal.describe_profiles()
@@ -178,7 +153,7 @@ def profiles(as_json: bool) -> None:
 
 
 @cli.command()
-@_common
+@common_options
 def spaces(as_json: bool) -> None:
     """List the search spaces."""
     described = [
@@ -194,7 +169,7 @@ def spaces(as_json: bool) -> None:
 
 @cli.command()
 @_settings_options
-@_common
+@common_options
 def check(task_name: str | None, config: Path | None, task_option: str | None, as_json: bool, **options: Any) -> None:
     """Say what a search of TASK would choose from, and why other options are not offered."""
     settings = _resolve(task_name, task_option, config, options)
@@ -210,13 +185,16 @@ def check(task_name: str | None, config: Path | None, task_option: str | None, a
 
 @cli.command()
 @click.argument("kind", type=click.Choice(["config", "profile", "space"]), default="config")
-@_common
+@common_options
 def schema(kind: str, as_json: bool) -> None:
     """Print the JSON schema of a config file, a hardware profile or a search space."""
     from autocomp.space import SpaceFile
 
     schemas = {"config": settings_schema, "profile": profile_schema, "space": SpaceFile.model_json_schema}
     click.echo(json.dumps(schemas[kind](), indent=None if as_json else 2))
+
+
+cli.add_command(kernels)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -271,7 +249,9 @@ def _load_model(name: str) -> tuple[Any, tuple[Any, ...]]:
     import torch
 
     try:
-        program = torch.export.load(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch reads its own files by a way it deprecates
+            program = torch.export.load(name)
     except Exception as error:  # a file of another kind makes torch raise whatever its reader meets first
         raise UsageError(f"{name} is not a torch.export file: {type(error).__name__}: {error}") from error
     if program.example_inputs is None:
@@ -281,7 +261,10 @@ def _load_model(name: str) -> tuple[Any, tuple[Any, ...]]:
     positional, keywords = program.example_inputs
     if keywords:
         raise UsageError(f"{name} takes keyword inputs ({', '.join(keywords)}): export it with positional ones")
-    return program.module(), tuple(positional)
+    module = program.module()
+    for name in ("train", "eval"):  # refused by torch on such modules; their mode was settled when they were exported
+        module.__dict__.pop(name, None)
+    return module, tuple(positional)
 
 
 def _progress() -> Progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,9 @@ def export_point(
         path = folder / ("model.so" if first else f"model.{profile}.so")
         verified["so" if first else f"so:{profile}"] = _library(module, path, model, inputs)
     verified["onnx"] = _onnx(model, folder / "model.onnx", inputs)
-    torch.save(model, folder / WEIGHTS)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    write_atomically(folder / WEIGHTS, buffer.getvalue())
     _write_manifest(folder, evaluation, inputs[0], verified)
     return verified
 

@@ -37,3 +37,10 @@ def test_public_names() -> None:
     assert autocomp.Latency.__module__ == "autocomp.records"
     with pytest.raises(AttributeError, match="no attribute 'serch'"):
         _ = autocomp.serch  # type: ignore[attr-defined]  # the name that is not there is the point
+
+
+@pytest.mark.parametrize("first", ["autocomp.api", "autocomp.search.goals", "autocomp"])
+def test_search_is_the_function_whatever_was_imported_before(first: str) -> None:
+    code = f"import {first}, autocomp; autocomp.measure; print(autocomp.search.__module__)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "autocomp.api\n"

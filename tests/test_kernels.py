@@ -180,17 +180,20 @@ def test_depthwise_equals_torch(
 
 @QUICK
 @given(
-    a=st.sampled_from([(4, 7), (2, 9, 5), (1, 3, 17, 8)]), out=st.sampled_from([5, 16, 64]), pick=st.integers(0, 40)
+    a=st.sampled_from([(4, 7), (2, 9, 5), (1, 3, 17, 8)]), out=st.sampled_from([5, 16, 64]), pick=st.integers(0, 40),
+    transposed=st.booleans(),
 )  # fmt: skip
-def test_batch_matmul_equals_numpy(profile: Profile, a: tuple, out: int, pick: int) -> None:
+def test_batch_matmul_equals_numpy(profile: Profile, a: tuple, out: int, pick: int, transposed: bool) -> None:
     from tvm import te
 
     rng = np.random.default_rng(out)
     x = rng.standard_normal(a).astype("float32")
-    y = rng.standard_normal((*a[:-2], a[-1], out)).astype("float32")
+    y = rng.standard_normal((*a[:-2], *((out, a[-1]) if transposed else (a[-1], out)))).astype("float32")
     left, right = te.placeholder(x.shape, name="left"), te.placeholder(y.shape, name="right")
-    value, _ = run_kernel([compute.batch_matmul(left, right)], [left, right], [x, y], profile, pick)
-    np.testing.assert_allclose(value, x @ y, rtol=1e-4, atol=1e-5)
+    value, _ = run_kernel(
+        [compute.batch_matmul(left, right, profile.lanes, transposed=transposed)], [left, right], [x, y], profile, pick
+    )
+    np.testing.assert_allclose(value, x @ (y.swapaxes(-1, -2) if transposed else y), rtol=1e-4, atol=1e-5)
 
 
 @given(rows=st.integers(1, 5000))

@@ -23,20 +23,18 @@ CALLS: list[str] = []
 
 
 class TinyNet(nn.Module):
-    """Stem, one residual block, a strided convolution, pool, classifier. Input [N, 1, 8, 8], output [N, 4]."""
+    """Stem, one residual block, pool, classifier. Input [N, 1, 8, 8], output [N, 4]."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.stem, self.bn0 = nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
         self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-        self.down, self.bn3 = nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width)
         self.head = nn.Linear(width, CLASSES)
 
     def features(self, x: Tensor) -> Tensor:
         x = torch.relu(self.bn0(self.stem(x)))
-        x = torch.relu(self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))) + x)
-        return torch.relu(self.bn3(self.down(x))).mean((2, 3))
+        return torch.relu(self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))) + x).mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))

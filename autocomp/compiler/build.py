@@ -77,7 +77,7 @@ class CompiledModel:
     def time(self, *inputs: torch.Tensor, repeats: int = 20, seconds: float = 0.01) -> Latency:
         """Measure one inference: pinned, warmed up, ``repeats`` samples that each average over about ``seconds``."""
         arguments = self._arguments(inputs)
-        with quiet_core():
+        with quiet_core(self.profile.cores):
             warm = self._machine.time_evaluator("main", self._device, number=2, repeat=3)(*arguments)
             number = int(min(max(seconds / max(min(warm.results), 1e-7), 1), 100_000))
             result = self._machine.time_evaluator("main", self._device, number=number, repeat=repeats)(*arguments)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from autocomp.compiler.normalise import decomposed, origin
 from autocomp.errors import ExportError
 from autocomp.hardware import Profile
 from autocomp.kernels import compute
@@ -15,9 +16,6 @@ from autocomp.kernels.intrinsics import dot_product
 if TYPE_CHECKING:
     import torch
     import tvm
-
-# Operations this TVM imports with no warning and a wrong result (an LSTM came out 4e13 off): refused by name.
-_IMPORTED_WRONGLY = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 def export_program(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...]) -> torch.export.ExportedProgram:
@@ -28,14 +26,7 @@ def export_program(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, .
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.export.export(model, example_inputs)
-            for node in program.graph.nodes:
-                operation = str(node.target).split(".")[1] if str(node.target).startswith("aten.") else ""
-                if operation in _IMPORTED_WRONGLY:
-                    raise ExportError(
-                        f"the compiler imports recurrent layers wrongly, so {_origin(node)} (operation aten.{operation}) is "
-                        "refused; replace the layer, or keep it outside the compressed model"
-                    )
-            return program.run_decompositions()
+            return decomposed(program)
     except ExportError:
         raise
     except Exception as error:
@@ -67,18 +58,12 @@ def import_program(program: torch.export.ExportedProgram, profile: Profile) -> t
         raise ExportError(f"the compiler cannot import the model: {detail}{_culprit(program, detail)}") from error
 
 
-def _origin(node: Any) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next((name for name, _ in reversed(list(stack.values())) if name), "")
-    return f"module {path!r}" if path else f"node {node.name!r}"
-
-
 def _culprit(program: torch.export.ExportedProgram, detail: str) -> str:
     for node in program.graph.nodes:
         if node.op == "call_function":
             name = str(node.target).removeprefix("aten.")
             if name in detail or name.split(".")[0] + "'" in detail:
-                return f" (used by {_origin(node)})"
+                return f" (used by {origin(node)})"
     return ""
 
 

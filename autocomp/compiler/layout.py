@@ -16,6 +16,7 @@ from autocomp.compiler.expressions import array_of, is_constant, shape_of
 
 _TO_NHWC = (0, 2, 3, 1)
 _TO_NCHW = (0, 3, 1, 2)
+_TO_NCL = (0, 2, 1)
 _ELEMENTWISE = {
     "relax." + name
     for name in """
@@ -55,6 +56,13 @@ class _Permuted:
     axes: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class _Outputs:
+    """The outputs of an operation that has several, each as a value of its own."""
+
+    outputs: tuple[Any, ...]
+
+
 class _Walk:
     def __init__(self, builder: Any) -> None:
         self.builder = builder
@@ -70,7 +78,12 @@ class _Walk:
 
         if isinstance(expression, relax.Tuple):
             return relax.Tuple([self.rewrite(field) for field in expression.fields])
-        value = self.known.get(expression, expression) if isinstance(expression, relax.Var) else expression
+        value = self._lookup(expression)
+        if isinstance(value, _Outputs):
+            return relax.Tuple([self._plain(output) for output in value.outputs])
+        return self._plain(value)
+
+    def _plain(self, value: Any) -> Any:
         return self._transpose(value.source, value.axes) if isinstance(value, _Permuted) else value
 
     def _lookup(self, expression: Any) -> Any:
@@ -83,6 +96,11 @@ class _Walk:
 
         if isinstance(value, relax.Var):
             return self._lookup(value)
+        if isinstance(value, relax.TupleGetItem):
+            found = self._lookup(value.tuple_value)
+            return found.outputs[value.index] if isinstance(found, _Outputs) else self._emit(value)
+        if isinstance(value, relax.Tuple):  # (a max-pool's values, and indices that nobody reads)
+            return _Outputs(tuple(map(self._lookup, value.fields)))
         if not isinstance(value, relax.Call) or not isinstance(value.op, ir.Op):
             return self._emit(value)
         name = value.op.name
@@ -90,6 +108,10 @@ class _Walk:
             return self._permute(value)
         if name == "relax.nn.conv2d" and value.attrs.data_layout == "NCHW" and is_constant(value.args[1]):
             return self._conv2d(value)
+        if name == "relax.nn.conv1d" and value.attrs.data_layout == "NCW" and is_constant(value.args[1]):
+            return self._conv1d(value)
+        if name == "relax.nn.batch_norm" and not value.attrs.training and all(map(is_constant, value.args[1:])):
+            return self._batch_norm(value)
         if name in _POOLS and value.attrs.layout == "NCHW":
             return self._pool(value)
         if name in _ELEMENTWISE:
@@ -98,8 +120,16 @@ class _Walk:
             return self._reduce(value)
         if name == "relax.concat":
             return self._concat(value)
-        if name == "relax.reshape":
+        if name in ("relax.reshape", "relax.expand_dims", "relax.squeeze"):
             return self._reshape(value)
+        if name == "relax.broadcast_to" and shape_of(value) is not None and shape_of(value) == shape_of(value.args[0]):
+            return self._lookup(value.args[0])
+        if name == "relax.matmul":
+            return self._matmul(value)
+        if name == "relax.strided_slice":
+            return self._slice(value)
+        if name == "relax.split":
+            return self._split(value)
         return self._emit(value)
 
     def _emit(self, value: Any) -> Any:
@@ -168,6 +198,42 @@ class _Walk:
             )
         )
         return _Permuted(out, _TO_NCHW)
+
+    def _conv1d(self, call: Any) -> Any:
+        """A convolution over a picture one row high: the templates of 2-D convolutions serve it."""
+        from tvm import relax
+
+        attrs = call.attrs
+        data = self._as(call.args[0], _TO_NCL)
+        n, length, channels = shape_of(data) or ()
+        weight = array_of(call.args[1])[:, :, None].transpose(0, 2, 3, 1)
+        (left, right), (stride,), (dilation,) = attrs.padding, attrs.strides, attrs.dilation
+        row = self.builder.emit(relax.op.reshape(data, [n, 1, length, channels]))
+        out = self.builder.emit(
+            relax.op.nn.conv2d(
+                row, relax.const(np.ascontiguousarray(weight)), [1, stride], [0, left, 0, right], [1, dilation], attrs.groups,
+                "NHWC", "OHWI", out_dtype=attrs.out_dtype,
+            )
+        )  # fmt: skip
+        n, _, length, channels = shape_of(out) or ()
+        return _Permuted(self.builder.emit(relax.op.reshape(out, [n, length, channels])), _TO_NCL)
+
+    def _batch_norm(self, call: Any) -> Any:
+        """A BatchNorm that could not be folded, as one multiplication and one addition with constants."""
+        from tvm import relax
+
+        gamma, beta, mean, variance = (array_of(argument).astype("float64") for argument in call.args[1:])
+        factor = gamma / np.sqrt(variance + call.attrs.epsilon)
+        shift = beta - mean * factor
+        rank, axis = len(shape_of(call.args[0]) or ()), int(call.attrs.axis)
+        along = [-1 if position == axis % rank else 1 for position in range(rank)]
+        value = self._lookup(call.args[0])
+        axes = value.axes if isinstance(value, _Permuted) else tuple(range(rank))
+        source = self._as(call.args[0], axes)
+        for op, array in ((relax.op.multiply, factor), (relax.op.add, shift)):
+            constant = relax.const(np.ascontiguousarray(array.reshape(along).transpose(_inverse(axes)), "float32"))
+            source = self.builder.emit(op(source, constant))
+        return _Outputs((_Permuted(source, axes), call.args[3], call.args[4]))
 
     def _pool(self, call: Any) -> Any:
         from tvm import relax
@@ -243,18 +309,67 @@ class _Walk:
         return _Permuted(self.builder.emit(joined), axes)
 
     def _reshape(self, call: Any) -> Any:
+        """Reshape, squeeze and expand_dims. Axes of size 1 that come and go leave a permuted value permuted."""
+        from tvm import relax
+
+        value, target = self._lookup(call.args[0]), shape_of(call)
+        if target is not None and is_constant(call.args[0]):
+            return relax.const(array_of(call.args[0]).reshape(target))
+        if target is None or not isinstance(value, _Permuted):
+            return self._emit(call)
+        shape = shape_of(value.source) or ()
+        moved = [axis for axis in value.axes if shape[axis] != 1]
+        if moved == sorted(moved):  # (N, C, 1, 1) flattened: the order in memory is the same
+            return self.builder.emit(relax.op.reshape(value.source, target))
+        if [shape[axis] for axis in moved] != [size for size in target if size != 1]:
+            return self._emit(call)
+        # the axes that are not 1 stay in the source's order, and the 1s of the target go in front of them
+        ordered, ones = sorted(moved), [position for position, size in enumerate(target) if size == 1]
+        source = self.builder.emit(relax.op.reshape(value.source, [1] * len(ones) + [shape[axis] for axis in ordered]))
+        places = iter(moved)
+        axes = [
+            ones.index(position) if size == 1 else len(ones) + ordered.index(next(places))
+            for position, size in enumerate(target)
+        ]
+        return _Permuted(source, tuple(axes))
+
+    def _matmul(self, call: Any) -> Any:
+        """A right-hand side whose rows lie across memory is made by two transposes, of which the template reads the last as it is."""
+        from tvm import relax
+
+        right = self._lookup(call.args[1])
+        if isinstance(right, _Permuted) and len(right.axes) > 2 and right.axes[-2] == len(right.axes) - 1:
+            *leading, depth, across = right.axes
+            last = [*range(len(leading)), len(leading) + 1, len(leading)]
+            rows = self._transpose(right.source, (*leading, across, depth))
+            transposed = self.builder.emit(relax.op.permute_dims(rows, last))
+            return self.builder.emit(relax.Call(call.op, [self.rewrite(call.args[0]), transposed], call.attrs, call.ty_args))
+        return self._emit(call)
+
+    def _slice(self, call: Any) -> Any:
         from tvm import relax
 
         value = self._lookup(call.args[0])
-        if is_constant(call.args[0]):
-            target = [int(size) for size in call.args[1].values]
-            return relax.const(array_of(call.args[0]).reshape(target))
-        if isinstance(value, _Permuted):
-            shape = shape_of(value.source) or ()
-            moved = [axis for axis in value.axes if shape[axis] != 1]
-            if moved == sorted(moved):  # (N, C, 1, 1) flattened: the order in memory is the same
-                return self.builder.emit(relax.op.reshape(value.source, call.args[1]))
-        return self._emit(call)
+        if not isinstance(value, _Permuted):
+            return self._emit(call)
+        axes, begin, end, *strides = ([int(item) for item in field.fields] for field in call.args[1:])
+        axes = [value.axes[axis % len(value.axes)] for axis in axes]
+        return _Permuted(self.builder.emit(relax.op.strided_slice(value.source, axes, begin, end, *strides)), value.axes)
+
+    def _split(self, call: Any) -> Any:
+        from tvm import relax
+
+        value, sections = self._lookup(call.args[0]), call.attrs.indices_or_sections
+        if not isinstance(value, _Permuted):
+            return self._emit(call)
+        axis = value.axes[int(call.attrs.axis) % len(value.axes)]
+        parts = self.builder.emit(
+            relax.op.split(value.source, int(sections) if hasattr(sections, "value") else [int(i) for i in sections], axis)
+        )
+        count = len(call.ty.fields)
+        return _Outputs(
+            tuple(_Permuted(self.builder.emit(relax.TupleGetItem(parts, i)), value.axes) for i in range(count))
+        )
 
 
 def _inverse(axes: tuple[int, ...]) -> tuple[int, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from autocomp.compiler.expressions import array_of, is_constant, shape_of
 from autocomp.hardware import Profile
-from autocomp.kernels import compute
+from autocomp.kernels import compute, rows, vector_math
 
 
 def lower(mod: Any, profile: Profile, target: Any) -> Any:
@@ -20,13 +22,7 @@ def lower(mod: Any, profile: Profile, target: Any) -> Any:
         [
             relax.transform.CanonicalizeBindings(),
             relax.transform.FoldConstant(),
-            relax.transform.LegalizeOps(
-                {
-                    "relax.nn.conv2d": anchors.conv2d,
-                    "relax.matmul": anchors.matmul,
-                },
-                enable_warning=False,
-            ),
+            relax.transform.LegalizeOps(anchors.rules(), enable_warning=False),
             relax.transform.RewriteDataflowReshape(),  # a reshape of whole tensors is a view: keep it out of the kernels
             relax.transform.AnnotateTIROpPattern(),
             relax.transform.FoldConstant(),
@@ -47,6 +43,18 @@ class _Anchors:
 
     def __init__(self, profile: Profile) -> None:
         self.lanes = profile.lanes
+        self._transposes: dict[str, list[int]] = {}  # axes by name of the function that transposes
+
+    def rules(self) -> dict[str, Any]:
+        """Legalisation by name of the Relax operation."""
+        return {
+            "relax.nn.conv2d": self.conv2d,
+            "relax.matmul": self.matmul,
+            "relax.permute_dims": self.permute_dims,
+            "relax.nn.softmax": self.softmax,
+            "relax.nn.layer_norm": self.layer_norm,
+            **{f"relax.{name}": _vectorised(function) for name, function in _ELEMENTWISE.items()},
+        }
 
     def conv2d(self, builder: Any, call: Any) -> Any:
         from tvm import relax
@@ -82,7 +90,92 @@ class _Anchors:
             spec = compute.DenseSpec.of(shape_a, shape_b[1], self.lanes)
             packed = relax.const(compute.pack_dense_weight(array_of(b).T, self.lanes, None))
             return builder.call_te(lambda x, w: compute.dense(x, w, spec), a, packed, primfunc_name_hint="dense")
-        return builder.call_te(compute.batch_matmul, a, b, primfunc_name_hint="batch_matmul")
+        source = self._transposed_source(builder, b)
+        right = b if source is None else source
+        return builder.call_te(
+            lambda x, y: compute.batch_matmul(x, y, self.lanes, transposed=source is not None),
+            a, right, primfunc_name_hint="batch_matmul",
+        )  # fmt: skip
+
+    def permute_dims(self, builder: Any, call: Any) -> Any:
+        from tvm import topi
+
+        axes = [int(axis) for axis in call.attrs.axes] if call.attrs.axes else None
+        if axes is None or is_constant(call.args[0]):
+            return _default(builder, call)
+        result = builder.call_te(topi.transpose, call.args[0], axes, primfunc_name_hint="transpose")
+        self._transposes[result.args[0].name_hint] = axes
+        return result
+
+    def _transposed_source(self, builder: Any, value: Any) -> Any:
+        """What ``value`` transposes the last two axes of; None if it is no such transpose."""
+        from tvm import relax
+
+        binding = builder.lookup_binding(value) if isinstance(value, relax.Var) else None
+        if not isinstance(binding, relax.Call) or not isinstance(binding.args[0], relax.GlobalVar):
+            return None
+        axes = self._transposes.get(binding.args[0].name_hint)
+        rank = len(axes or ())
+        if rank < 2 or axes != [*range(rank - 2), rank - 1, rank - 2]:
+            return None
+        return binding.args[1].fields[0]
+
+    def softmax(self, builder: Any, call: Any) -> Any:
+        shape = shape_of(call.args[0])
+        if shape is None or int(call.attrs.axis) not in (-1, len(shape) - 1) or _dtype(call) != "float32":
+            return _default(builder, call)
+        function = rows.softmax(math.prod(shape[:-1]), shape[-1], self.lanes)
+        return _by_rows(builder, "softmax", function, [call.args[0]], shape)
+
+    def layer_norm(self, builder: Any, call: Any) -> Any:
+        shape, attrs = shape_of(call.args[0]), call.attrs
+        axes = [int(axis) for axis in attrs.axes]
+        last = shape is not None and axes in ([-1], [len(shape) - 1])
+        if shape is None or not last or not (attrs.center and attrs.scale) or _dtype(call) != "float32":
+            return _default(builder, call)
+        function = rows.layer_norm(math.prod(shape[:-1]), shape[-1], float(attrs.epsilon), self.lanes)
+        return _by_rows(builder, "layer_norm", function, list(call.args), shape)
+
+
+_ELEMENTWISE = {
+    "exp": vector_math.exp,
+    "sigmoid": vector_math.sigmoid,
+    "tanh": vector_math.tanh,
+    "erf": vector_math.erf,
+    "nn.silu": vector_math.silu,
+    "nn.gelu": vector_math.gelu,
+    "nn.gelu_tanh": vector_math.gelu_tanh,
+}
+
+
+def _vectorised(function: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    """The legalisation of an elementwise operation that computes ``function`` of every element."""
+    from tvm import te
+
+    def legalise(builder: Any, call: Any) -> Any:
+        if _dtype(call) != "float32":
+            return _default(builder, call)
+        name = call.op.name.rpartition(".")[2]
+        return builder.call_te(
+            lambda x: te.compute(x.shape, lambda *i: function(x[i]), name=name), call.args[0], primfunc_name_hint=name
+        )
+
+    return legalise
+
+
+def _by_rows(builder: Any, name: str, function: Any, arguments: list[Any], shape: tuple[int, ...]) -> Any:
+    """Call a function over ``[rows, length]`` on a tensor of any rank; the reshapes are views."""
+    from tvm import relax
+
+    flat = [math.prod(shape[:-1]), shape[-1]]
+    first = arguments[0] if list(shape) == flat else builder.emit(relax.op.reshape(arguments[0], flat))
+    called = builder.add_func(function.without_attr("global_symbol"), name)
+    result = relax.call_tir(called, [first, *arguments[1:]], out_ty=relax.TensorType(flat, "float32"))
+    return result if list(shape) == flat else relax.op.reshape(builder.emit(result), list(shape))
+
+
+def _dtype(call: Any) -> str:
+    return str(call.args[0].ty.dtype).removeprefix("T.")
 
 
 def _name(spec: compute.ConvSpec) -> str:

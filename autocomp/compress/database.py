@@ -25,7 +25,7 @@ from autocomp.cache import write_atomically
 from autocomp.compress.entry import Entry, compress_layer, pack, stored_bytes, unpack
 from autocomp.compress.prune import DAMPING, STEPS, keep, order_groups
 from autocomp.compress.quantize import Observer
-from autocomp.errors import AutocompError, CorruptError
+from autocomp.errors import CorruptError, UsageError
 from autocomp.progress import Progress
 from autocomp.records import Method
 
@@ -61,7 +61,7 @@ class LayerTable:
 class LayerDatabase:
     """Entries by (layer, input width, method), and the order in which channels of each group are kept.
 
-    ``folder`` holds the files; ``warnings`` says of every file that had to be rebuilt. AutocompError if the folder
+    ``folder`` holds the files; ``warnings`` says of every file that had to be rebuilt. UsageError if the folder
     cannot be written.
     """
 
@@ -212,7 +212,7 @@ class LayerDatabase:
             write_atomically(path, HEADER + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
         except OSError as error:
             reason = error.strerror or error
-            raise AutocompError(
+            raise UsageError(
                 f"the layer database cannot write {path}: {reason}; free space or choose another folder"
             ) from error
 

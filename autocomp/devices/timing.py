@@ -23,16 +23,16 @@ def median_and_spread(samples: list[float]) -> tuple[float, float]:
 
 
 @contextmanager
-def quiet_core(device: str = "local") -> Iterator[None]:
-    """Hold the device's lock and keep the calling thread on one core; no garbage collection meanwhile.
+def quiet_core(threads: int = 1, device: str = "local") -> Iterator[None]:
+    """Hold the device's lock and keep the calling thread on one core (several threads: on as many); no garbage collection meanwhile.
 
-    The last core that this process may use is taken: interrupts tend to be served by the first.
+    The last cores that this process may use are taken: interrupts tend to be served by the first.
     """
     folder = cache_dir() / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{device}.lock"):
         allowed = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, {max(allowed)})
+        os.sched_setaffinity(0, set(sorted(allowed)[-threads:]))
         collecting = gc.isenabled()
         gc.disable()
         try:

@@ -273,28 +273,56 @@ def _rows_times_packed(
     return te.compute((*leading, out), lambda *i: anchor[_ravel(i[:-1], leading), i[-1]], name="crop")
 
 
-def batch_matmul(a: Any, b: Any) -> Any:
-    """``a [..., M, K]`` times ``b [..., K, N]``, both computed at run time; leading sizes equal, or 1 and broadcast."""
-    from tvm import te
+def batch_matmul(a: Any, b: Any, lanes: int, *, transposed: bool = False) -> Any:
+    """``a [..., M, K]`` times ``b [..., K, N]``, both computed at run time; leading sizes equal, or 1 and broadcast.
 
-    rank = max(len(a.shape), len(b.shape))
+    ``transposed``: b is ``[..., N, K]``. Where that is so, or N is no whole number of vectors, b is packed to blocks first; rows and
+    columns are padded to whole tiles and cropped in the write-back.
+    """
+    from tvm import te, tirx
+
+    rank = max(len(a.shape), len(b.shape)) - 2
     a_lead, b_lead = [[int(size) for size in t.shape[:-2]] for t in (a, b)]
-    lead = [max(x, y) for x, y in zip(_extend(a_lead, rank - 2), _extend(b_lead, rank - 2), strict=True)]
-    m, k, n = int(a.shape[-2]), int(a.shape[-1]), int(b.shape[-1])
+    lead = [max(x, y) for x, y in zip(_extend(a_lead, rank), _extend(b_lead, rank), strict=True)]
+    m, k = int(a.shape[-2]), int(a.shape[-1])
+    n = int(b.shape[-2 if transposed else -1])
+    rows, columns = padded_rows(m), round_up(n, lanes)
     rc = te.reduce_axis((0, k), "rc")
 
     def index(i: Sequence[Any], sizes: list[int]) -> list[Any]:
-        return [axis if size != 1 else 0 for axis, size in zip(i[len(lead) - len(sizes) :], sizes, strict=True)]
+        return [axis if size != 1 else 0 for axis, size in zip(i[len(i) - len(sizes) :], sizes, strict=True)]
 
-    return te.compute(
-        (*lead, m, n),
-        lambda *i: te.sum(
-            a[(*index(i[:-2], a_lead), i[-2], rc)] * b[(*index(i[:-2], b_lead), rc, i[-1])],
-            [rc],
-        ),
+    def from_b(i: Sequence[Any], depth: Any, column: Any) -> Any:
+        return b[(*i, column, depth)] if transposed else b[(*i, depth, column)]
+
+    zero = tirx.const(0, "float32")
+    packed = transposed or columns != n
+    if packed:
+        blocks = te.compute(
+            (*b_lead, columns // lanes, k, lanes),
+            lambda *i: tirx.if_then_else(i[-3] * lanes + i[-1] < n, from_b(i[:-3], i[-2], i[-3] * lanes + i[-1]), zero),
+            name="pack",
+        )
+    padded = a
+    if rows != m:
+        padded = te.compute(
+            (*a_lead, rows, k), lambda *i: tirx.if_then_else(i[-2] < m, a[(*i[:-2], i[-2], i[-1])], zero), name="pad"
+        )
+
+    def product(*i: Any) -> Any:
+        left = padded[(*index(i[:-2], a_lead), i[-2], rc)]
+        at = index(i[:-2], b_lead)
+        return te.sum(
+            left * (blocks[(*at, i[-1] // lanes, rc, i[-1] % lanes)] if packed else from_b(at, rc, i[-1])), [rc]
+        )
+
+    anchor = te.compute(
+        (*lead, rows, columns),
+        product,
         name="anchor",
         attrs={TEMPLATE: "batch_matmul", FLOPS: 2 * math.prod(lead) * m * n * k},
     )
+    return _crop(anchor, (*lead, m, n))
 
 
 def quantise(data: Any, inverse_scale: Any, zero_point: Any, dtype: str) -> Any:

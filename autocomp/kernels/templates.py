@@ -54,6 +54,8 @@ def describe(function: Any) -> Anchor:
     """Read a fused function's anchor; template ``rowwise`` where it has none."""
     from tvm import s_tir
 
+    if _is_scheduled(function):
+        return Anchor("rowwise", 0)
     schedule = s_tir.Schedule(function)
     block = _anchor_block(schedule)
     if block is None:
@@ -81,10 +83,10 @@ def tiles(anchor: Anchor, profile: Profile) -> list[Tile]:
 def _contraction_tiles(anchor: Anchor, vectors: int, profile: Profile) -> Iterator[Tile]:
     *_, up, across = (1, *anchor.spatial[:-1])
     square = anchor.template in ("conv2d", "conv2d_int8", "depthwise")
-    spare = 3 if anchor.template != "depthwise" else 4  # registers for the broadcast input and the weights in flight
     for rows, count in itertools.product(_divisors(across, 28), _divisors(vectors, 8)):
         for rows_up in _divisors(up, 8) if square and rows == across and rows < 8 else (1,):
-            if rows * rows_up * count > profile.vector_registers - spare:
+            # beside the accumulators: a register of weights for each vector, and the broadcast input (or a depthwise product)
+            if rows * rows_up * count + count + 1 > profile.vector_registers:
                 continue
             for unroll in (1, 4) if anchor.reduction[-1] % 4 == 0 and not anchor.template.endswith("int8") else (1,):
                 for channels_outer in (True, False) if vectors > count else (True,):
@@ -112,6 +114,8 @@ def apply(function: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:
     """Schedule a fused function with one tile; returns a PrimFunc marked as scheduled."""
     from tvm import s_tir
 
+    if _is_scheduled(function):
+        return function
     schedule = s_tir.Schedule(function)
     if anchor.template in _CONTRACTIONS and tile.vectors:
         _tile_contraction(schedule, tile, anchor, profile)
@@ -169,7 +173,7 @@ def _tile_contraction(schedule: Any, tile: Tile, anchor: Anchor, profile: Profil
     for loop in unrolled:
         schedule.unroll(loop)
     for pad in _blocks(schedule):
-        if schedule.get(pad).name_hint == "pad":
+        if schedule.get(pad).name_hint in ("pad", "pack"):
             _vectorise_last(schedule, pad, profile)
 
 
@@ -251,6 +255,11 @@ def _inline_epilogue(schedule: Any, anchor: Any) -> Any:
     for block in after[:-1]:
         schedule.compute_inline(block)
     return after[-1] if after else None
+
+
+def _is_scheduled(function: Any) -> bool:
+    """Whether a function was written as loops already (``kernels.rows``)."""
+    return bool(function.attrs and function.attrs.get("tirx.is_scheduled", False))
 
 
 def _anchor_block(schedule: Any) -> Any:

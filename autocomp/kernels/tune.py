@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,11 @@ from autocomp.errors import AutocompError
 from autocomp.hardware import Profile
 from autocomp.kernels import compute, templates
 from autocomp.kernels.intrinsics import dot_product
+from autocomp.kernels.isolated import attempt_each
 from autocomp.kernels.store import KernelRecord, KernelStore
 
 _GOOD_ENOUGH = 0.92  # of the measured peak: what is left is within the noise of a short measurement
-_PATIENCE = 3  # trials without a gain of 1 % before giving up
+_PATIENCE = 2  # trials without a gain of 1 % before giving up
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Tuned:
 class Tuner:
     """Tunes fused functions for one profile, through its kernel store. Counts trials and store hits."""
 
-    def __init__(self, profile: Profile, store: KernelStore, *, budget: int = 10) -> None:
+    def __init__(self, profile: Profile, store: KernelStore, *, budget: int = 8) -> None:
         from tvm.target import Target
 
         self.profile = profile
@@ -50,14 +52,14 @@ class Tuner:
         if record is not None:
             tile = templates.Tile(**record.tile)
             return Tuned(templates.apply(function, tile, anchor, self.profile), record, 0)
-        best, scheduled, trials = self._measure_tiles(function, anchor, self._tiles(anchor))
+        best, trials = self._measure_tiles(function, anchor, self._tiles(anchor))
         record = KernelRecord(
             key, anchor.template, best[1].to_json(), best[0], anchor.flops, trials, anchor.spatial, anchor.reduction
         )
         self.store.add(record)
         self.trials += trials
         self.tuned += 1
-        return Tuned(scheduled, record, trials)
+        return Tuned(templates.apply(function, best[1], anchor, self.profile), record, trials)
 
     def peak(self, template: str) -> float | None:
         """Operations a second that this machine reaches in a register-tiled product held in cache; None without arithmetic.
@@ -82,7 +84,7 @@ class Tuner:
             function = te.create_prim_func([data, weight, compute.dense(data, weight, spec, dot)])
             anchor = templates.describe(function)
             tiles = templates.tiles(anchor, self.profile)[: self.budget]
-            best, _, trials = self._measure_tiles(function, anchor, tiles, stop_early=False)
+            best, trials = self._measure_tiles(function, anchor, tiles, stop_early=False)
             record = KernelRecord(key, anchor.template, best[1].to_json(), best[0], anchor.flops, trials)
             self.store.add(record)
         return record.flops / record.seconds
@@ -95,22 +97,25 @@ class Tuner:
 
     def _measure_tiles(
         self, function: Any, anchor: templates.Anchor, tiles: list[templates.Tile], *, stop_early: bool = True
-    ) -> tuple[tuple[float, templates.Tile], Any, int]:
+    ) -> tuple[tuple[float, templates.Tile], int]:
         peak = self.peak(anchor.template) if stop_early else None
         arguments = _random_arguments(function)
         best: tuple[float, templates.Tile] | None = None
-        best_function, since, trials, failure = None, 0, 0, ""
-        for tile in tiles:
+        since, trials, failure = 0, 0, ""
+        threads = self.profile.cores  # TVM's thread pool does not live through a fork: several threads are timed here
+
+        def measure(tile: templates.Tile) -> float:
+            return time_function(templates.apply(function, tile, anchor, self.profile), arguments, self.target, threads)
+
+        answers = attempt_each(tiles, measure) if threads == 1 else _attempt_here(tiles, measure)
+        for tile, seconds, refused in answers:
             trials += 1
-            try:
-                scheduled = templates.apply(function, tile, anchor, self.profile)
-                seconds = time_function(scheduled, arguments, self.target)
-            except Exception as error:  # a tile that TVM or LLVM refuses is one trial lost, not the kernel
-                failure = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            if refused:  # a tile that TVM, LLVM or the machine refuses is one trial lost, not the kernel
+                failure = refused
                 continue
             since = 0 if best is None or seconds < best[0] * 0.99 else since + 1
             if best is None or seconds < best[0]:
-                best, best_function = (seconds, tile), scheduled
+                best = (seconds, tile)
             if peak and anchor.flops / best[0] > _GOOD_ENOUGH * peak:
                 break
             if stop_early and since >= _PATIENCE:
@@ -119,16 +124,27 @@ class Tuner:
             raise AutocompError(
                 f"no schedule of a {anchor.template} kernel {_describe(anchor)} could be built: {failure}"
             )
-        return best, best_function, trials
+        answers.close()
+        return best, trials
 
 
-def time_function(function: Any, arguments: list[Any], target: Any, *, repeats: int = 3) -> float:
+def _attempt_here(items: list[Any], work: Callable[[Any], Any]) -> Generator[tuple[Any, Any, str]]:
+    """``attempt_each`` in this process: an exception is one item's failure, a crash is everybody's."""
+    for item in items:
+        try:
+            yield item, work(item), ""
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            yield item, None, lines[-1] if lines else type(error).__name__
+
+
+def time_function(function: Any, arguments: list[Any], target: Any, threads: int = 1, *, repeats: int = 3) -> float:
     """Seconds one scheduled function takes alone, on this machine: the best of ``repeats`` means over about 2 ms each."""
     import tvm
 
     executable = tvm.compile(tvm.IRModule({"main": function.with_attr("global_symbol", "main")}), target)
     device = tvm.cpu()
-    with quiet_core():
+    with quiet_core(threads):
         executable(*arguments)
         once = executable.mod.time_evaluator("main", device, number=1, repeat=1)(*arguments).mean
         number = int(min(max(2e-3 / max(once, 1e-8), 1), 10_000))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from autocomp.errors import AutocompError, UsageError
+from autocomp.errors import UsageError
 from autocomp.records import Candidate, Evaluation, Method, Source, evaluation_from_json, evaluation_to_json
 from autocomp.search.pareto import Floats, hypervolume_history, pareto_set
 from autocomp.search.propose import Levels, Tpe, propose, quiet_optuna
@@ -74,7 +74,7 @@ def open_search(
         "widths": {group: list(widths) for group, widths in space.widths.items()},
         "methods": {layer: [str(method) for method in methods] for layer, methods in space.methods.items()},
     }
-    with _storage_errors(storage_url, "be opened", UsageError):
+    with _storage_errors(storage_url, "be opened"):
         storage = _open_storage(storage_url)
         exists = name in {study.study_name for study in storage.get_all_studies()}
         if exists and not resume:
@@ -345,7 +345,7 @@ class Search:
         return np.stack(self._problem.costs(rows[:, self._columns])[:2], axis=1)
 
     def _writing(self) -> Any:
-        return _storage_errors(self._storage.url, "be written", AutocompError)
+        return _storage_errors(self._storage.url, "be written")
 
 
 def _problem_columns(problem: Problem, space: Space) -> list[int]:
@@ -381,7 +381,7 @@ def _open_storage(url: str) -> RDBStorage:
 
 
 @contextmanager
-def _storage_errors(url: str, what: str, kind: type[AutocompError]) -> Iterator[None]:
+def _storage_errors(url: str, what: str) -> Iterator[None]:
     """Turn what SQL and Optuna raise into one message."""
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import SQLAlchemyError
@@ -390,7 +390,7 @@ def _storage_errors(url: str, what: str, kind: type[AutocompError]) -> Iterator[
         yield
     except (StorageInternalError, SQLAlchemyError, ImportError) as error:
         reason = str(getattr(error, "orig", None) or error.__cause__ or error).splitlines()[0]
-        raise kind(
+        raise UsageError(
             f"the study's storage {url} cannot {what}: {reason}; what was told before is kept. "
             "Check the path and the free space, or name another with --storage"
         ) from error

@@ -1,0 +1,118 @@
+"""Exported graphs brought to the operations that TVM's importer translates rightly.
+
+This TVM (0.27) imports some core operations with no warning and a wrong result: ``select`` and ``index`` with a negative index
+read outside the tensor (what made LSTMs come out 4e13 off was their ``outputs[:, -1]``), ``alpha`` of ``add`` and ``sub`` is
+dropped, so are ``scale`` and ``input_scale`` of ``elu`` (SELU), and nearest upsampling to a size that is no multiple picks other pixels.
+Each is rewritten here; what has no rewriting is refused by name. GroupNorm, which it cannot lower, is decomposed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from autocomp.errors import ExportError
+
+if TYPE_CHECKING:
+    import torch
+
+# Recurrent layers are unrolled over time; past this many operations the compiled module would take minutes and megabytes.
+_MOST_OPERATIONS = 20_000
+
+
+def decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Decompose to core operations and rewrite those that are imported wrongly. ExportError names what has no rewriting."""
+    import torch
+    from torch._decomp import get_decompositions
+
+    aten = torch.ops.aten
+    table = torch.export.default_decompositions()
+    table.update(get_decompositions([aten.elu, aten.native_group_norm, aten.upsample_nearest2d, aten.upsample_nearest1d]))
+    if not any(_masked(node) for node in program.graph.nodes):
+        table[aten._safe_softmax.default] = _softmax
+    program = program.run_decompositions(table)
+    graph = program.graph
+    if len(graph.nodes) > _MOST_OPERATIONS:
+        raise ExportError(
+            f"the exported model has {len(graph.nodes)} operations (at most {_MOST_OPERATIONS} are compiled): recurrent layers are "
+            "unrolled over time, so shorten the sequence, or keep the layer outside the compressed model"
+        )
+    rewritings = {
+        aten.select.int: _wrap_select,
+        aten.add.Tensor: _spell_out_alpha,
+        aten.sub.Tensor: _spell_out_alpha,
+        aten.index.Tensor: _wrap_index,
+        aten.avg_pool1d.default: _refuse_divisor,
+        aten.avg_pool2d.default: _refuse_divisor,
+    }
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in rewritings:
+            rewritings[node.target](graph, node)
+    graph.lint()
+    program.graph_module.recompile()
+    return program
+
+
+def _masked(node: Any) -> bool:
+    """Whether a node is attention with a mask: only that can forbid every key to a query, which ``_safe_softmax`` guards against."""
+    if not str(node.target).startswith("aten.scaled_dot_product_attention"):
+        return False
+    return (node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")) is not None
+
+
+def _softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return x.softmax(dim, dtype)
+
+
+def origin(node: Any) -> str:
+    """Where in the model an exported operation comes from."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next((name for name, _ in reversed(list(stack.values())) if name), "")
+    return f"module {path!r}" if path else f"node {node.name!r}"
+
+
+def _wrap_select(_graph: Any, node: Any) -> None:
+    source, axis, index = node.args
+    if isinstance(index, int) and index < 0:
+        node.args = (source, axis, index + int(source.meta["val"].shape[axis]))
+
+
+def _spell_out_alpha(graph: Any, node: Any) -> None:
+    import torch
+
+    alpha = node.kwargs.get("alpha", 1)
+    if alpha == 1:
+        return
+    with graph.inserting_before(node):
+        scaled = graph.call_function(torch.ops.aten.mul.Tensor, (node.args[1], alpha))
+        scaled.meta = dict(getattr(node.args[1], "meta", {}))
+    node.args = (node.args[0], scaled)
+    node.kwargs = {key: value for key, value in node.kwargs.items() if key != "alpha"}
+
+
+def _wrap_index(graph: Any, node: Any) -> None:
+    """``x[i]`` with ``i`` negative counts from the end: add the axis' size to what is below zero."""
+    import torch
+
+    source, indices = node.args
+    wrapped = list(indices)
+    for axis, index in enumerate(indices):
+        if index is None or not index.meta["val"].dtype.is_signed:
+            continue
+        size = int(source.meta["val"].shape[axis])
+        with graph.inserting_before(node):
+            below = graph.call_function(torch.ops.aten.lt.Scalar, (index, 0))
+            moved = graph.call_function(torch.ops.aten.add.Tensor, (index, size))
+            wrapped[axis] = graph.call_function(torch.ops.aten.where.self, (below, moved, index))
+        for made in (below, moved, wrapped[axis]):
+            made.meta = dict(index.meta)
+        below.meta["val"] = index.meta["val"] < 0
+    node.args = (source, wrapped)
+
+
+def _refuse_divisor(_graph: Any, node: Any) -> None:
+    divisor = node.args[6] if len(node.args) > 6 else node.kwargs.get("divisor_override")
+    if divisor is not None:
+        raise ExportError(
+            f"{origin(node)} averages with divisor_override={divisor}, which the compiler does not support; "
+            "use the plain average and multiply its result"
+        )

@@ -1,0 +1,532 @@
+"""The main job end to end on real parts: a search of a tiny task, its run folder, and everything that may go wrong on the way."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import tiny_task
+import torch
+import yaml
+from torch import nn
+
+import autocomp
+from autocomp import finish, pipeline
+from autocomp.api import SearchResult
+from autocomp.cli import main
+from autocomp.compress.quantize import QuantConv2d
+from autocomp.config import read_settings
+from autocomp.devices import local
+from autocomp.errors import InfeasibleError, UsageError
+from autocomp.export import MANIFEST
+from autocomp.hardware import load_profile
+from autocomp.kernels.tune import Tuner
+from autocomp.onnx_export import onnx_session, run_session
+from autocomp.report.data import FrontPoint
+from autocomp.verify import relative_error
+
+TRIALS, MEASURE = 12, 2
+TASK = "tiny_task:task"
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_tuning() -> Iterator[None]:
+    """Two tiles a kernel: what is tested here does not depend on how fast a kernel is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(Tuner.__init__.__kwdefaults__, "budget", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def spaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """``wide``: two widths, one rank, two precisions. ``bits``: precisions alone, so that a run has two baselines."""
+    folder = tmp_path_factory.mktemp("spaces")
+    rules = {
+        "wide": {"layers": "*", "keep": [1.0, 0.5], "ranks": [0.25], "precisions": ["fp32", "w8a8"]},
+        "bits": {"layers": "*", "keep": [1.0], "ranks": [], "precisions": ["fp32", "w8a8"]},
+    }
+    for name, rule in rules.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"format_version": 1, "rules": [rule]}))
+    return {name: str(folder / f"{name}.yaml") for name in rules}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that ended well, and who read which split while it ran (``finish`` marks where searching ended)."""
+
+    result: SearchResult
+    calls: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        return self.result.folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, spaces: dict[str, str]) -> Finished:
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    tiny_task.CALLS.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        _mark_finish(patch)
+        result = autocomp.search(
+            task=TASK, trials=TRIALS, measure=MEASURE, out=out, space=spaces["wide"], goals={"max_drop": 1.0}
+        )
+    return Finished(result, tuple(tiny_task.CALLS))
+
+
+@pytest.fixture
+def another(finished: Finished, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be resumed or spoilt."""
+    return Path(shutil.copytree(finished.folder, tmp_path / "another"))
+
+
+@pytest.fixture
+def without_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the files of front points, half of the time of a run, where a test is about what goes before."""
+    monkeypatch.setattr(finish, "_point", lambda _pipeline, evaluation: FrontPoint(evaluation))
+
+
+@pytest.fixture
+def small(spaces: dict[str, str], tmp_path: Path) -> Callable[..., SearchResult]:
+    """Run a search of the ``bits`` space with the fewest steps that have every stage."""
+
+    def run(task: autocomp.Task | str = TASK, **options: Any) -> SearchResult:
+        settings = {"trials": 4, "measure": 1, "out": tmp_path / "run", "space": spaces["bits"], "references": False}
+        return autocomp.search(task=task, **settings | options)
+
+    return run
+
+
+def _mark_finish(patch: pytest.MonkeyPatch) -> None:
+    real = finish.finish
+
+    def marked(run: pipeline.Pipeline) -> Path:
+        tiny_task.CALLS.append("finish")
+        return real(run)
+
+    patch.setattr(finish, "finish", marked)
+
+
+def told(folder: Path) -> dict[int, dict[str, Any]]:
+    """Evaluations of a run's study as they were told, by trial, read from its file while it may be in use."""
+    if not (folder / "study.db").exists():
+        return {}
+    query = (
+        """select number, value_json from trials join trial_user_attributes using (trial_id) where key = 'evaluation'"""
+    )
+    try:
+        with sqlite3.connect(f"file:{folder / 'study.db'}?mode=ro", uri=True, timeout=10) as connection:
+            rows = connection.execute(query).fetchall()
+    except sqlite3.OperationalError:  # the tables are being made
+        return {}
+    finally:
+        if "connection" in locals():
+            connection.close()
+    return {number: json.loads(text) for number, text in rows}
+
+
+# --- a run that ends well ---------------------------------------------------------------------------------------------
+
+
+def test_run_folder_is_complete(finished: Finished) -> None:
+    present = {path.name for path in finished.folder.iterdir()}
+    files = {"config.yaml", "provenance.json", "study.db", "evaluations.csv", "front.json", "report.html"}
+    assert files <= present
+    assert {"layers", "models"} <= present
+    assert list((finished.folder / "layers").glob("*.bin"))
+    for point in finished.result.front:
+        folder = finished.folder / "models" / point.candidate.id
+        assert {path.name for path in folder.iterdir()} == {"model.so", "model.onnx", "manifest.json", "weights.pt"}
+        manifest = json.loads((folder / MANIFEST).read_text())
+        assert manifest["candidate"] == point.candidate.to_json()
+        assert set(manifest["sha256"]) == {"model.so", "model.onnx", "weights.pt"}
+    provenance = json.loads((finished.folder / "provenance.json").read_text())
+    assert {"torch", "apache-tvm", "onnxruntime"} <= set(provenance["packages"])
+    assert provenance["seed"] == 0
+    settings = read_settings(finished.folder / "config.yaml")
+    assert (settings.task, settings.trials, settings.measure) == (TASK, TRIALS, MEASURE)
+    assert (finished.folder / "report.html").stat().st_size > 1e6, "plotly is in the page"
+
+
+def test_counts_add_up(finished: Finished) -> None:
+    run = finished.result.run
+    assert run.summary.told == len(told(finished.folder)) == len(run.hypervolume) == TRIALS
+    rows = pd.read_csv(finished.folder / "evaluations.csv")
+    assert len(rows) == TRIALS
+    assert rows["trial"].is_unique
+    assert (rows["state"] == "measured").sum() == run.summary.measured == 1 + len(run.baselines) + MEASURE
+    assert run.summary.failed == 0
+    assert all(0 <= value <= 1 for value in run.hypervolume)
+
+
+def test_front_is_verified_and_measured(finished: Finished) -> None:
+    points = finished.result.front
+    assert points
+    latencies = [finished.result.dense.latency["x86-host"]]
+    for point in points:
+        assert set(point.record.verified) == {"so", "onnx"}
+        assert all(check.ok for check in point.record.verified.values()), point.record.verified
+        latencies.append(point.latency["x86-host"])
+    latencies += [baseline.latency["x86-host"] for baseline in finished.result.run.baselines]
+    latencies += [reference.latency for reference in finished.result.run.references]
+    assert {latency.how for latency in latencies} == {"measured"}
+    assert all(latency.seconds > 0 and len(latency.samples) >= 5 for latency in latencies)
+    seconds = [point.latency["x86-host"].seconds for point in points]
+    assert seconds == sorted(seconds)
+    accuracy = [point.metrics["accuracy"] for point in points]
+    assert accuracy == sorted(accuracy), "on a front, slower is better"
+
+
+def test_baselines_and_references_stand_beside_the_front(finished: Finished) -> None:
+    run = finished.result.run
+    assert run.dense.evaluation.source == "dense"
+    assert run.dense.evaluation.metrics["accuracy"] > 0.8, "the task is learnt, so that accuracy means something"
+    assert {baseline.source for baseline in run.baselines} == {"uniform"}
+    assert len(run.baselines) == 3  # two widths by two precisions, without dense
+    assert {reference.name for reference in run.references} >= {"ONNX Runtime fp32", "ONNX Runtime int8"}
+    fp32 = next(reference for reference in run.references if reference.name == "ONNX Runtime fp32")
+    assert fp32.metrics == pytest.approx(run.dense.evaluation.metrics)
+
+
+def test_splits_are_read_as_promised(finished: Finished) -> None:
+    searching = finished.calls[: finished.calls.index("finish")]
+    after = finished.calls[finished.calls.index("finish") :]
+    assert set(searching) == {"validation"}
+    ids = {point.candidate.id for point in finished.result.front} | {finished.result.dense.candidate.id}
+    assert after.count("test") == len(ids), "the test split is read once for each point that is reported"
+
+
+def test_loaded_model_equals_its_exports(finished: Finished) -> None:
+    x = tiny_task.data(1, seed=9)[0]
+    profile = load_profile("x86-host")
+    for point in finished.result.front:
+        folder = finished.folder / "models" / point.candidate.id
+        model = point.load()
+        assert not model.training
+        with torch.no_grad():
+            expected = model(x)
+        tolerance = 1e-2 if any(isinstance(m, QuantConv2d) for m in model.modules()) else 1e-3
+        library = local.CompiledModel.load(folder / "model.so", profile)
+        assert relative_error(library.run(x), expected) < tolerance
+        assert relative_error(run_session(onnx_session(folder / "model.onnx"), x), expected) < tolerance
+        size = sum(tensor.numel() for tensor in model.state_dict().values())
+        if point.candidate != finished.result.dense.candidate:
+            assert size != sum(tensor.numel() for tensor in tiny_task.model().state_dict().values())
+        torch.set_num_threads(1)
+        assert tiny_task.task().evaluate(model) == pytest.approx(dict(point.metrics))
+
+
+def test_frame_has_a_row_for_each_point(finished: Finished) -> None:
+    frame = finished.result.to_frame()
+    assert list(frame["id"]) == [point.candidate.id for point in finished.result]
+    assert set(frame["how:x86-host"]) == {"measured"}
+    dense = finished.result.dense
+    assert list(frame["drop"]) == pytest.approx([dense.metrics["accuracy"] - a for a in frame["accuracy"]])
+    assert (frame["seconds:x86-host"] * frame["speedup:x86-host"]).to_numpy() == pytest.approx(
+        dense.latency["x86-host"].seconds
+    )
+
+
+def test_best_meets_its_limits(finished: Finished) -> None:
+    result = finished.result
+    assert result.best(max_drop=1.0).candidate == result.front[0].candidate
+    careful = result.best(max_drop=0.05)
+    assert result.dense.metrics["accuracy"] - careful.metrics["accuracy"] <= 0.05
+    fast = result.front[0].latency["x86-host"].seconds
+    assert result.best(max_latency=fast * 1.001).latency["x86-host"].seconds == fast
+    with pytest.raises(InfeasibleError):
+        result.best(max_bytes=1)
+
+
+def test_report_is_built_again_from_the_files(another: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (another / "report.html").read_text()
+    (another / "report.html").unlink()
+    (another / "study.db").unlink()
+    shutil.rmtree(another / "layers")
+    assert main(["report", str(another)]) == 0
+    assert "report.html" in capsys.readouterr().out
+    assert (another / "report.html").read_text() == before
+
+
+# --- goals, budgets ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("without_exports")
+def test_goals_nobody_meets(spaces: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--out", str(tmp_path), "--space", spaces["bits"], "--trials", "3", "--measure", "1"]
+    assert main(["search", TASK, *arguments, "--max-size", "1KB"]) == 3
+    said = capsys.readouterr()
+    assert "no measured candidate meets the goals (max_bytes 1000)" in said.err
+    assert "Traceback" not in said.err
+    assert (tmp_path / "report.html").exists(), "the report is written all the same"
+    assert SearchResult(tmp_path).front
+
+
+@pytest.mark.usefixtures("without_exports")
+def test_goals_that_are_met(another: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert read_settings(another / "config.yaml").goals.max_drop == 1.0
+    before = told(another)
+    assert main(["search", "--resume", "--out", str(another)]) == 0, (
+        "a finished run, resumed, has nothing left to search"
+    )
+    assert "report:" in capsys.readouterr().out
+    assert told(another) == before
+
+
+@pytest.mark.usefixtures("without_exports")
+def test_minutes_end_a_search_with_a_front(small: Callable[..., SearchResult]) -> None:
+    result = small(trials=500, measure=50, minutes=1e-3)
+    assert result.front
+    assert result.report.exists()
+    assert 2 <= result.run.summary.told < 500
+
+
+# --- candidates that fail ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("without_exports")
+def test_mismatch_is_recorded_with_its_layer(
+    small: Callable[..., SearchResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = local.build
+
+    def faulty(model: nn.Module, *rest: Any) -> Any:
+        """Compiles another model than it is given, wherever the second convolution of the block is quantised."""
+        wrong = copy.deepcopy(model)
+        for name, module in wrong.named_modules():
+            if name.endswith("conv2") and isinstance(module, QuantConv2d):
+                module.scale.mul_(2)
+        return real(wrong, *rest)
+
+    monkeypatch.setattr(local, "build", faulty)
+    result = small()
+    rows = pd.read_csv(result.folder / "evaluations.csv")
+    failed = rows[rows["state"] == "failed"]
+    assert len(rows) == 4
+    assert not failed.empty
+    assert failed["failure"].str.contains("differs from torch by .* the first layer that differs is 'conv2'").all()
+    assert result.run.summary.failed == len(failed)
+    assert any("differs from torch" in warning for warning in result.run.warnings)
+    ids = {point.candidate.id for point in result.front}
+    assert ids
+    assert not ids & set(failed["id"])
+
+
+@pytest.mark.usefixtures("without_exports")
+def test_metric_that_is_no_number_fails_its_candidate(small: Callable[..., SearchResult]) -> None:
+    task = tiny_task.task()
+    honest = task.evaluate
+    task.evaluate = lambda net: (
+        {"accuracy": float("nan")} if any(isinstance(m, QuantConv2d) for m in net.modules()) else honest(net)
+    )
+    rows = pd.read_csv(small(task).folder / "evaluations.csv")
+    failed = rows[rows["state"] == "failed"]
+    assert not failed.empty
+    assert failed["failure"].str.contains("must return finite metrics, but 'accuracy' is nan").all()
+
+
+def test_metric_of_dense_must_be_a_number(
+    spaces: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--out", str(tmp_path / "run"), "--space", spaces["bits"], "--trials", "4"]
+    assert main(["search", "tiny_task:broken", *arguments]) == 2
+    assert "Task.evaluate must return finite metrics, but 'accuracy' is nan" in capsys.readouterr().err
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("without_exports")
+def test_damaged_files_are_rebuilt_and_said_so(
+    another: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = shutil.copytree(os.environ["AUTOCOMP_CACHE"], tmp_path / "cache")
+    monkeypatch.setenv("AUTOCOMP_CACHE", str(cache))
+    (store,) = Path(cache).glob("kernels/*/kernels.jsonl")
+    lines = store.read_bytes().splitlines(keepends=True)
+    store.write_bytes(b"".join([*lines[:-2], lines[-2].replace(b'"seconds"', b'"sEconds"'), lines[-1][:30]]))
+    damaged = sorted((another / "layers").glob("layer-*.bin"))[0]
+    sound = damaged.read_bytes()
+    damaged.write_bytes(sound[:-100] + bytes(100))
+    assert main(["search", "--resume", "--out", str(another), "--trials", str(TRIALS + 1)]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "2 damaged records of the kernel store" in said
+    assert f"{damaged.name} is damaged; it was rebuilt" in said
+    result = SearchResult(another)
+    assert sum("damaged" in warning for warning in result.run.warnings) == 2
+    assert result.run.summary.told == TRIALS + 1
+    assert len(damaged.read_bytes()) == len(sound)
+
+
+# --- kills, interruptions, two at once --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def process(spaces: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Start ``autocomp search`` in a process of its own and wait until it has told some trials."""
+    running: list[subprocess.Popen[str]] = []
+
+    def start(trials: int, at_least: int, **environment: str) -> tuple[subprocess.Popen[str], Path]:
+        out = tmp_path / "run"
+        command = [sys.executable, "-m", "autocomp.cli", "search", TASK, "--space", spaces["bits"], "--out", str(out)]
+        child = subprocess.Popen(
+            [*command, "--trials", str(trials), "--measure", "2"],
+            cwd=TESTS,
+            env={**os.environ, "PYTHONPATH": str(TESTS.parent), **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            ),  # ignored where tests run in the background
+        )
+        running.append(child)
+        end = time.monotonic() + 120
+        while len(told(out)) < at_least:
+            assert child.poll() is None, child.communicate()
+            assert time.monotonic() < end, "the search told nothing in two minutes"
+            time.sleep(0.005)
+        return child, out
+
+    yield start
+    for child in running:
+        child.kill()
+        child.communicate()
+
+
+@pytest.mark.usefixtures("without_exports")
+def test_kill_and_resume_lose_and_double_nothing(
+    process: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    trials = 12
+    child, out = process(trials, at_least=4, TINY_SLEEP="0.3")  # slow metrics: the kill meets a search still at work
+    config = (out / "config.yaml").read_text()
+    assert main(["search", TASK, "--out", str(out)]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert main(["search", "--resume", "--out", str(out), "--trials", "99"]) == 2
+    assert f"another search is running in {out}" in capsys.readouterr().err
+    assert (out / "config.yaml").read_text() == config, "the refused search left the running one's settings alone"
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    before = told(out)
+    assert 4 <= len(before) < trials, "killed in mid-search"
+    assert not (out / "front.json").exists()
+    assert main(["search", "--resume", "--out", str(out)]) == 0
+    after = told(out)
+    assert len(after) == trials
+    assert {number: after[number] for number in before} == before
+    candidates = [json.dumps(evaluation["candidate"], sort_keys=True) for evaluation in after.values()]
+    assert len(set(candidates)) == trials
+    result = SearchResult(out)
+    assert result.run.summary.told == trials
+    assert len(pd.read_csv(out / "evaluations.csv")) == trials
+
+
+@pytest.mark.usefixtures("without_exports")
+def test_interrupt_is_one_line_and_can_be_resumed(process: Callable[..., Any]) -> None:
+    child, out = process(6, at_least=1, TINY_SLEEP="0.5")
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if line.startswith("error:")]
+    assert line == f"error: stopped; every finished trial is kept: continue with --resume --out {out}"
+    before = told(out)
+    assert 1 <= len(before) < 6
+    assert main(["search", "--resume", "--out", str(out)]) == 0
+    after = told(out)
+    assert len(after) == 6
+    assert {number: after[number] for number in before} == before
+
+
+def test_resume_with_other_settings_is_refused(another: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (another / "config.yaml").read_text()
+    assert main(["search", TASK, "--resume", "--out", str(another), "--seed", "5", "--space", "prune-only"]) == 2
+    said = capsys.readouterr().err
+    assert "seed: 0 -> 5" in said
+    assert "-> prune-only" in said
+    assert (another / "config.yaml").read_text() == before
+
+
+# --- a full disk ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def little_room(tmp_path: Path) -> Iterator[Path]:
+    """A file system with little more room than a search asks for, where this machine lets us mount one."""
+    folder = tmp_path / "little"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_disk_that_fills_up_ends_in_one_line(little_room: Path, small: Callable[..., SearchResult]) -> None:
+    with pytest.raises(UsageError, match="disk is full"):
+        small(out=little_room / "run", trials=2)
+    assert not (little_room / "run/report.html").exists()
+
+
+def test_study_that_cannot_grow_keeps_what_was_told(another: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def no_more_pages(connection: Any, _record: object) -> None:
+        connection.execute("PRAGMA max_page_count=1")  # SQLite takes the present size for the least
+
+    before = told(another)
+    more = ["search", "--resume", "--out", str(another), "--trials", str(TRIALS + 20)]
+    event.listen(Engine, "connect", no_more_pages)
+    try:
+        assert main(more) == 2
+    finally:
+        event.remove(Engine, "connect", no_more_pages)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "database or disk is full; what was told before is kept" in said
+    assert {number: evaluation for number, evaluation in told(another).items() if number in before} == before
+
+
+# --- the other commands -----------------------------------------------------------------------------------------------
+
+
+def test_check_says_why_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", TASK, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {layer["layer"] for layer in found["layers"]} == {"stem", "conv1", "conv2", "head"}
+    reasons = {(refusal["subject"], refusal["reason"]) for refusal in found["refused"]}
+    assert ("head", "no layer reads its channels: they are the model's output") in reasons
+    assert any(subject == "stem" and "rank" in reason for subject, reason in reasons)
+    assert main(["check", TASK]) == 0
+    assert "not offered for" in capsys.readouterr().out
+
+
+def test_measure_reads_an_exported_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.pt2"
+    torch.export.save(torch.export.export(tiny_task.model(), (tiny_task.data(1, seed=2)[0],)), path)
+    assert main(["measure", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "ms ±" in out
+    assert "conv2d" in out
+    assert main(["measure", str(path), "--json"]) == 0
+    latency = json.loads(capsys.readouterr().out)["x86-host"]
+    assert latency["how"] == "measured"
+    assert latency["seconds"] > 0
+    assert [kernel["operator"] for kernel in latency["kernels"]].count("conv2d") == 3
