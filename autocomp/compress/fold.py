@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from autocomp.compress.quantize import QuantConv2d, QuantLinear
 
-Foldable = (nn.Conv2d, nn.Linear, QuantConv2d, QuantLinear)
+Foldable = (nn.Conv1d, nn.Conv2d, nn.Linear, QuantConv2d, QuantLinear)
 Norms = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
@@ -52,7 +52,7 @@ def find_norms(model: nn.Module) -> dict[str, str]:
 
 
 def fold_batchnorm(model: nn.Module, norms: Mapping[str, str] | None = None) -> nn.Module:
-    """Return an evaluation-mode copy with every BatchNorm folded into the Conv2d, Linear or 8-bit layer before it.
+    """Return an evaluation-mode copy with every BatchNorm folded into the convolution, Linear or 8-bit layer before it.
 
     ``norms`` maps layer to BatchNorm names (found by symbolic tracing when None). 8-bit layers take the affine map into
     ``scale`` and ``bias``: their integers stay as they are but for the sign of rows whose factor is negative, so that

@@ -125,10 +125,8 @@ def _(
 def linear_w8a8(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor, inv_xs: float, zp: int) -> Tensor:
     """Multiply float32 ``x`` [..., K] by int8 ``w`` [N, K] in integers; ``scale`` and ``bias`` are float32 [N]."""
     q = quantise_centred(x, inv_xs, zp)
-    if _largest_sum(w, zp) < FLOAT32_EXACT:
-        acc = functional.linear(q, w.float())
-    else:
-        acc = functional.linear(q.double(), w.double())
+    exact = torch.float32 if _largest_sum(w, zp) < FLOAT32_EXACT else torch.float64
+    acc = functional.linear(q.to(exact), w.to(exact))
     return _rescale(acc.reshape(-1, w.shape[0], 1), scale, bias).view(acc.shape)
 
 
@@ -270,7 +268,14 @@ class QuantConv2d(nn.Module):
         return f"{i * self.groups}, {o}, kernel={h, w}, stride={self.stride}, groups={self.groups}, zp={self.zp}"
 
 
-def quantised(layer: nn.Conv2d | nn.Linear, inv_xs: float, zp: int) -> QuantConv2d | QuantLinear:
+class QuantConv1d(QuantConv2d):
+    """A convolution of ``[N, C, L]`` in 8 bits: the 2-D one, over a picture one row high (weight ``[O, I, 1, K]``)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.unsqueeze(2)).squeeze(2)
+
+
+def quantised(layer: nn.Conv1d | nn.Conv2d | nn.Linear, inv_xs: float, zp: int) -> QuantConv2d | QuantLinear:
     """Return the 8-bit module of a float layer: weights rounded to nearest, its input quantised with (inv_xs, zp).
 
     Zero-padded convolutions with symmetric integer padding only (ValueError otherwise).
@@ -282,6 +287,10 @@ def quantised(layer: nn.Conv2d | nn.Linear, inv_xs: float, zp: int) -> QuantConv
         return QuantLinear(weight, scale, bias, inv_xs, zp)
     if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
         raise ValueError("only zero padding by a number of pixels has an integer form")
+    if isinstance(layer, nn.Conv1d):
+        (stride,), (padding,), (dilation,) = layer.stride, layer.padding, layer.dilation
+        geometry = (1, int(stride)), (0, int(padding)), (1, int(dilation))
+        return QuantConv1d(weight.unsqueeze(2), scale, bias, inv_xs, zp, *geometry, layer.groups)
     stride, padding, dilation = pair(layer.stride), pair(layer.padding), pair(layer.dilation)
     return QuantConv2d(weight, scale, bias, inv_xs, zp, stride, padding, dilation, layer.groups)
 
