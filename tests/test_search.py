@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,13 +131,10 @@ def told(folder: Path) -> dict[int, dict[str, Any]]:
         """select number, value_json from trials join trial_user_attributes using (trial_id) where key = 'evaluation'"""
     )
     try:
-        with sqlite3.connect(f"file:{folder / 'study.db'}?mode=ro", uri=True, timeout=10) as connection:
+        with closing(sqlite3.connect(f"file:{folder / 'study.db'}?mode=ro", uri=True, timeout=10)) as connection:
             rows = connection.execute(query).fetchall()
     except sqlite3.OperationalError:  # the tables are being made
         return {}
-    finally:
-        if "connection" in locals():
-            connection.close()
     return {number: json.loads(text) for number, text in rows}
 
 
@@ -317,10 +315,10 @@ def test_mismatch_is_recorded_with_its_layer(
         return real(wrong, *rest)
 
     monkeypatch.setattr(local, "build", faulty)
-    result = small()
+    result = small(trials=3)
     rows = pd.read_csv(result.folder / "evaluations.csv")
     failed = rows[rows["state"] == "failed"]
-    assert len(rows) == 4
+    assert len(rows) == 3
     assert not failed.empty
     assert failed["failure"].str.contains("differs from torch by .* the first layer that differs is 'conv2'").all()
     assert result.run.summary.failed == len(failed)
@@ -379,6 +377,11 @@ def test_damaged_files_are_rebuilt_and_said_so(
 # --- kills, interruptions, two at once --------------------------------------------------------------------------------
 
 
+def _take_sigint() -> None:
+    """A shell lets processes in the background ignore SIGINT, and their children after them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def process(spaces: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """Start ``autocomp search`` in a process of its own and wait until it has told some trials."""
@@ -394,9 +397,7 @@ def process(spaces: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., An
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=lambda: signal.signal(
-                signal.SIGINT, signal.SIG_DFL
-            ),  # ignored where tests run in the background
+            preexec_fn=_take_sigint,
         )
         running.append(child)
         end = time.monotonic() + 120

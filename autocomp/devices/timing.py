@@ -14,6 +14,7 @@ from filelock import FileLock
 from autocomp.cache import cache_dir
 
 UNSTABLE = 0.10  # a relative spread above this is reported as unstable
+_BIG_CORES = 1  # TVM's affinity mode: the fastest cores first [tvm/runtime/threading_backend.h]
 
 
 def median_and_spread(samples: list[float]) -> tuple[float, float]:
@@ -33,6 +34,8 @@ def quiet_core(threads: int = 1, device: str = "local") -> Iterator[None]:
     with FileLock(folder / f"{device}.lock"):
         allowed = os.sched_getaffinity(0)
         os.sched_setaffinity(0, set(sorted(allowed)[-threads:]))
+        if threads > 1:
+            _start_threads(threads)
         collecting = gc.isenabled()
         gc.disable()
         try:
@@ -41,6 +44,15 @@ def quiet_core(threads: int = 1, device: str = "local") -> Iterator[None]:
             os.sched_setaffinity(0, allowed)
             if collecting:
                 gc.enable()
+
+
+def _start_threads(count: int) -> None:
+    """Give TVM's pool so many threads; by itself it takes half of what the system reports, for hyper-threading's sake."""
+    import tvm
+
+    os.environ["TVM_NUM_THREADS"] = str(count)  # the limit that the pool is made with
+    configure = tvm.get_global_func("runtime.config_threadpool")
+    configure(_BIG_CORES, count)
 
 
 def interleaved(

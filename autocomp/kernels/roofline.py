@@ -90,9 +90,11 @@ def traffic(record: KernelRecord) -> float | None:
     match record.operator.removesuffix("_int8"):
         case "dense":
             return size * (math.prod(rows) * depth + depth * channels) + outputs
-        case "dense_w8" | "dense_w4":
-            groups = reduction[0]
-            return 4 * math.prod(rows) * depth + channels * (depth * size + 4 * groups) + outputs
+        case "dense_w8" | "dense_w4":  # float inputs and outputs, one float scale for each group of weights
+            return 4 * math.prod(rows) * depth + channels * (depth * size + 4 * reduction[0]) + outputs
+        case "gemv_w8" | "gemv_w4":
+            m, groups = rows
+            return 4 * m * groups * depth + channels * groups * (depth * size + 4) + 4 * m * channels
         case "batch_matmul":
             batch, m = math.prod(rows[:-1]), rows[-1]
             return size * batch * (m * depth + depth * channels) + outputs
@@ -108,7 +110,7 @@ def _element(record: KernelRecord) -> float:
     """Bytes of one weight (and, but for weight-only kernels, of one input)."""
     if record.operator.endswith("int8"):
         return 2 if record.reduction[-1] == 2 else 1  # products of pairs are of 16-bit integers
-    return {"dense_w8": 1.0, "dense_w4": 0.5}.get(record.operator, 4.0)
+    return {"w8": 1.0, "w4": 0.5}.get(record.operator[-2:], 4.0)
 
 
 def measure_bandwidth(profile: Profile, store: KernelStore) -> float:

@@ -17,7 +17,9 @@ from autocomp.hardware import Profile
 from autocomp.kernels.compute import FLOPS, TEMPLATE
 from autocomp.kernels.intrinsics import dot_product
 
-VERSION = 1  # raise when a change here makes stored choices worth finding again
+VERSION = 3  # raise when a change here makes stored choices worth finding again
+
+_SQUARE = 16  # floats of a cache line of 64 bytes
 
 _CONTRACTIONS = ("conv2d", "conv2d_int8", "dense", "dense_int8", "batch_matmul", "depthwise")
 
@@ -158,6 +160,9 @@ def _tile_contraction(schedule: Any, tile: Tile, anchor: Anchor, profile: Profil
         reduction += [step, step_inner]
     schedule.reorder(*outer, *reduction, *inner, vector, lane, *lane_reduction)
     schedule.reverse_compute_at(last, outer[-1], preserve_unit_loops=True)
+    if profile.cores > 1:
+        outer = [schedule.fuse(*outer)]
+        schedule.parallel(outer[0])
     for loop in (*inner, vector):
         schedule.unroll(loop)
     if tile.unroll > 1:
@@ -214,10 +219,34 @@ def schedule_rowwise(schedule: Any, profile: Profile) -> None:
             except Exception:
                 continue
     for block in _blocks(schedule):
-        if _is_spatial(schedule, block):
-            _vectorise_last(schedule, block, profile)
-        else:
+        if not _is_spatial(schedule, block):
             _schedule_reduction(schedule, block, profile)
+        elif not _schedule_transpose(schedule, block):
+            _vectorise_last(schedule, block, profile)
+
+
+def _schedule_transpose(schedule: Any, block: Any) -> bool:
+    """Where reads and writes are contiguous along different axes, go through squares of 16 x 16: every cache line is used whole.
+
+    False if the block is no such transpose; nothing is changed then.
+    """
+    node = schedule.get(block)
+    loops = schedule.get_loops(block)
+    variables = [axis.var for axis in node.iter_vars]
+    if len(node.reads) != 1 or len(loops) != len(variables) or len(loops) < 2:
+        return False
+    inner = node.reads[0].region[-1].min if len(node.reads[0].region) else None
+    position = next((index for index, variable in enumerate(variables) if inner is not None and inner.same_as(variable)), None)
+    if position is None or position == len(loops) - 1:
+        return False
+    across, down = loops[position], loops[-1]
+    if _extent(schedule, across) < _SQUARE or _extent(schedule, down) < _SQUARE:
+        return False
+    across_outer, across_inner = schedule.split(across, [None, math.gcd(_extent(schedule, across), _SQUARE)])
+    down_outer, down_inner = schedule.split(down, [None, math.gcd(_extent(schedule, down), _SQUARE)])
+    schedule.reorder(across_outer, down_outer, across_inner, down_inner)
+    schedule.vectorize(down_inner)
+    return True
 
 
 def _schedule_reduction(schedule: Any, block: Any, profile: Profile) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -64,10 +64,13 @@ class Tuner:
     def peak(self, template: str) -> float | None:
         """Operations a second that this machine reaches in a register-tiled product held in cache; None without arithmetic.
 
-        Measured once per store with the project's own best kernel, so it is a practical peak.
+        Measured once per store with the project's own best kernel on one core, so it is a practical peak; times the cores used.
         """
         if template == "rowwise":
             return None
+        if self.profile.cores > 1:
+            single = Tuner(replace(self.profile, cores=1), self.store, budget=self.budget)
+            return self.profile.cores * (single.peak(template) or 0.0)
         int8 = template.endswith("int8")
         key = f"peak-{'int8' if int8 else 'fp32'}-v{templates.VERSION}"
         record = self.store.get(key)

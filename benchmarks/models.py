@@ -1,0 +1,150 @@
+"""Whole models, one inference: our compiled module against ONNX Runtime, side by side in one run on one pinned thread.
+
+    python benchmarks/models.py [--models resnet18,vit_tiny] [--precision fp32] [--repeats 30]
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from common import geometric_mean, publish, ratio
+from reference import onnx_fp32, onnx_int8, quantise_model
+from zoo import BENCHMARKED, ZOO, like
+
+from autocomp.compiler.build import CompiledModel
+from autocomp.devices.local import LocalDevice
+from autocomp.devices.timing import interleaved, quiet_core
+from autocomp.hardware import load_profile
+from autocomp.records import KernelTime
+from autocomp.verify import output_error, reference_outputs
+
+PRECISIONS = ("fp32", "w8a8")
+CALIBRATION = 4  # inputs that set the int8 ranges, ours and theirs
+GOALS = {"fp32": (0.90, 1.05), "w8a8": (1.00, None)}  # geometric mean of ours / theirs, and the most on any model
+
+
+def measure(name: str, precision: str, device: LocalDevice, repeats: int) -> dict[str, Any]:
+    """Compile one model, check it against torch, and time it in turn with ONNX Runtime."""
+    model, inputs = ZOO[name]()
+    calibration = [like(inputs, seed) for seed in range(1, CALIBRATION + 1)]
+    with torch.no_grad():
+        exact = model(*inputs)
+    if precision == "fp32":
+        ours, theirs, note = model, onnx_fp32(model, inputs), ""
+    else:
+        ours = quantise_model(model, calibration)
+        theirs, note = onnx_int8(model, inputs, calibration)
+    compiled = device.compile(ours, [inputs])
+    with quiet_core():
+        samples = interleaved({"ours": compiled.prepare(*inputs), "theirs": theirs.run}, repeats=repeats)
+    return {
+        "model": name, "precision": precision, "samples": samples, "ratio": ratio(samples["ours"], samples["theirs"]),
+        "milliseconds": {side: 1e3 * float(np.median(values)) for side, values in samples.items()},
+        "reference": note, "error_to_torch": output_error(compiled.run(*inputs), reference_outputs(ours, inputs)),
+        "distance_to_fp32": {"ours": _distance(_first(compiled, inputs), exact), "theirs": _distance(theirs.output(), exact)},
+        **breakdown(compiled.kernels),
+    }  # fmt: skip
+
+
+def _first(compiled: CompiledModel, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    result = compiled.run(*inputs)
+    return result if isinstance(result, torch.Tensor) else result[0]
+
+
+def _distance(value: torch.Tensor, exact: torch.Tensor) -> float:
+    """Root mean square of the difference over that of the exact values: what quantising cost, on random weights."""
+    return float((value - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+def breakdown(kernels: Sequence[KernelTime]) -> dict[str, Any]:
+    """Where the time goes, from each kernel's own time: the parts that are no contraction, and the contractions far from the peak."""
+    total = sum(kernel.seconds for kernel in kernels)
+    groups: dict[str, list[KernelTime]] = defaultdict(list)
+    for kernel in kernels:
+        if not kernel.flops:
+            groups[re.sub(r"\d+$", "", kernel.name)].append(kernel)
+    others = [_row(name, members, total) for name, members in groups.items()]
+    distinct: dict[str, list[KernelTime]] = defaultdict(list)
+    for kernel in kernels:
+        if kernel.flops and kernel.peak_fraction:
+            distinct[kernel.key].append(kernel)
+    lost = [
+        {**_row(members[0].name, members, total), "peak": members[0].peak_fraction}
+        for members in distinct.values()
+        if (members[0].peak_fraction or 1) < 0.7
+    ]
+    return {
+        "kernels": len(kernels), "kernel_seconds": total,
+        "contraction_share": sum(kernel.seconds for kernel in kernels if kernel.flops) / total,
+        "peak_in_contractions": _mean_peak(kernels),
+        "other_kernels": sorted(others, key=lambda row: -row["microseconds"]),
+        "slow_contractions": sorted(lost, key=lambda row: -row["microseconds"]),
+    }  # fmt: skip
+
+
+def _row(name: str, members: Sequence[KernelTime], total: float) -> dict[str, Any]:
+    seconds = sum(kernel.seconds for kernel in members)
+    return {"name": name, "calls": len(members), "microseconds": 1e6 * seconds, "share": seconds / total}
+
+
+def _mean_peak(kernels: Iterable[KernelTime]) -> float:
+    """Fraction of the measured peak over all contractions: their work at the peak rate over the time they take."""
+    pairs = [(kernel.seconds * kernel.peak_fraction, kernel.seconds) for kernel in kernels if kernel.peak_fraction]
+    return sum(ideal for ideal, _ in pairs) / (sum(seconds for _, seconds in pairs) or 1.0)
+
+
+def _top(rows: Sequence[dict[str, Any]], count: int = 6) -> str:
+    cells = []
+    for row in rows[:count]:
+        peak = f" at {row['peak']:.0%} of peak" if "peak" in row else ""
+        cells.append(f"{row['name']} x{row['calls']} {row['microseconds']:.0f} us ({row['share']:.1%}){peak}")
+    return "; ".join(cells) or "none"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", default=",".join(BENCHMARKED), help="comma-separated names of the zoo")
+    parser.add_argument("--precision", default=",".join(PRECISIONS))
+    parser.add_argument("--repeats", type=int, default=30)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    profile = load_profile("x86-host")
+    device = LocalDevice(profile)
+    results, rows, notes = [], [], []
+    for name in options.models.split(","):
+        for precision in options.precision.split(","):
+            result = measure(name, precision, device, options.repeats)
+            results.append(result)
+            middle, low, high = result["ratio"]
+            milliseconds, far = result["milliseconds"], result["distance_to_fp32"]
+            shown = f"{BENCHMARKED.get(name, name)}, {precision}"
+            rows.append([
+                BENCHMARKED.get(name, name), precision, f"{milliseconds['ours']:.2f}", f"{milliseconds['theirs']:.2f}",
+                f"{middle:.3f}", f"{low:.3f} to {high:.3f}", f"{result['contraction_share']:.0%}", f"{result['peak_in_contractions']:.0%}",
+                f"{far['ours']:.3f} / {far['theirs']:.3f}" if precision != "fp32" else "",
+            ])  # fmt: skip
+            print(*rows[-1], flush=True)
+            notes.append(f"{shown}, not contractions: {_top(result['other_kernels'])}.")
+            if result["slow_contractions"]:
+                notes.append(f"{shown}, contractions below 70 % of peak: {_top(result['slow_contractions'])}.")
+    summary = {}
+    for precision, (goal, most) in GOALS.items():
+        ratios = [result["ratio"][0] for result in results if result["precision"] == precision]
+        if ratios:
+            summary[precision] = geometric_mean(ratios)
+            ceiling = f", and at most {most} on each" if most else ""
+            rows.append([
+                "geometric mean", precision, "", "", f"{summary[precision]:.3f}", f"goal <= {goal}{ceiling}; most {max(ratios):.3f}", "", "", "",
+            ])  # fmt: skip
+    headings = ["model", "precision", ">ours ms", ">ORT ms", ">ours/ORT", "quartiles", ">contractions", ">of peak", ">rms error ours / ORT"]
+    publish("models", headings, rows, {"geometric_mean": summary, "models": results}, profile, notes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Exported files: read back they compute what was searched, and one that cannot be written is reported, not raised."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import tiny_task
+import torch
+from test_compile import quantise_all
+from torch import nn
+
+from autocomp.compiler import build as build_module
+from autocomp.compiler import link
+from autocomp.compiler.build import CompiledModel
+from autocomp.devices.local import LocalDevice
+from autocomp.errors import AutocompError
+from autocomp.export import MANIFEST, export_point, load_model
+from autocomp.hardware import load_profile
+from autocomp.kernels.store import KernelStore
+from autocomp.onnx_export import export_onnx, onnx_session, run_session
+from autocomp.records import Candidate, Evaluation, Latency
+from autocomp.verify import relative_error
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> LocalDevice:
+    profile = load_profile("x86-host")
+    device = LocalDevice(profile, KernelStore.open(profile, tmp_path_factory.mktemp("store")))
+    device.tuner.budget = 1
+    return device
+
+
+EVALUATION = Evaluation(
+    trial=3,
+    candidate=Candidate({"stem": 32}, {}),
+    source="dense",
+    state="measured",
+    error=0.0,
+    bytes=1000,
+    metrics={"accuracy": 0.9},
+    latency={"x86-host": Latency(1e-5, 0.01, "measured", "x86-host", samples=(1e-5,))},
+)
+
+
+def test_files_read_back_and_the_manifest_names_them(device: LocalDevice, tmp_path: Path) -> None:
+    model, x = tiny_task.model(), tiny_task.data(1, seed=2)[0]
+    compiled = device.compile(model, [(x,)])
+    verified = export_point(EVALUATION, model, {"x86-host": compiled, "again": compiled}, [(x,)], tmp_path)
+    assert set(verified) == {"so", "so:again", "onnx"}
+    assert all(check.ok for check in verified.values())
+    assert verified["so"].seconds
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    assert manifest["inputs"] == [{"shape": [1, 1, 8, 8], "dtype": "float32"}]
+    assert manifest["latency"]["x86-host"]["how"] == "measured"
+    assert set(manifest["sha256"]) == {"model.so", "model.again.so", "model.onnx", "weights.pt"}
+    for name, digest in manifest["sha256"].items():
+        assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == digest
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path)(x), model(x))
+
+
+def test_linker_that_fails_is_reported(device: LocalDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU()).eval(), torch.randn(1, 8)
+    compiled = device.compile(model, [(x,)])
+    for name, command, words in (
+        ("absent", None, "no linker on this machine"),
+        ("failing", ["false"], "linking .*model.so failed"),
+    ):
+        monkeypatch.setattr(link, "find_linker", lambda command=command: command)
+        verified = export_point(EVALUATION, model, {"x86-host": compiled}, [(x,)], tmp_path / name)
+        assert not verified["so"].ok
+        assert pytest.importorskip("re").search(words, verified["so"].note)
+        assert verified["onnx"].ok, "one file that fails leaves the others be"
+        with pytest.raises(AutocompError, match=words):
+            compiled.save(tmp_path / name / "model.so")
+
+
+def test_library_that_computes_something_else_is_reported(
+    device: LocalDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU()).eval(), torch.randn(1, 8)
+    compiled = device.compile(model, [(x,)])
+    honest = CompiledModel.run
+    monkeypatch.setattr(build_module.CompiledModel, "run", lambda self, *inputs: honest(self, *inputs) * 1.01)
+    verified = export_point(EVALUATION, model, {"x86-host": compiled}, [(x,)], tmp_path)
+    assert not verified["so"].ok
+    assert "model.so differs from torch by" in verified["so"].note
+    assert verified["onnx"].ok
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Conv2d(3, 32, 3, padding=1), (2, 3, 9, 9)),
+        (lambda: nn.Conv2d(4, 16, (3, 5), (2, 1), (1, 2), (1, 2), groups=2), (1, 4, 12, 14)),
+        (lambda: nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), (1, 16, 8, 8)),
+        (lambda: nn.Linear(24, 10), (5, 24)),
+        (lambda: nn.Linear(24, 10, bias=False), (2, 7, 24)),
+    ],
+    ids=["conv", "strided, dilated, grouped", "depthwise", "linear", "linear of a sequence"],
+)
+def test_quantised_layer_in_onnx_equals_torch(make: type[nn.Module], shape: tuple[int, ...], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape) + 0.3  # ranges that are not symmetric have a zero point to get wrong
+    model = quantise_all(nn.Sequential(make()).eval(), x)
+    export_onnx(model, (x,), tmp_path / "model.onnx")
+    result = run_session(onnx_session(tmp_path / "model.onnx"), x)
+    assert isinstance(result, torch.Tensor)
+    with torch.no_grad():
+        assert relative_error(result, model(x)) < 1e-3
+
+
+def test_onnx_holds_integers(tmp_path: Path) -> None:
+    import onnx
+
+    x = torch.randn(2, 16)
+    model = quantise_all(nn.Sequential(nn.Linear(16, 64)).eval(), x)
+    exported = onnx.load(str(export_onnx(model, (x,), tmp_path / "model.onnx")))
+    kinds = {node.op_type for node in exported.graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
+    weights = [tensor for tensor in exported.graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
+    assert [list(tensor.dims) for tensor in weights] == [[64, 16]]
