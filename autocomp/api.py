@@ -149,7 +149,9 @@ def search(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
-            open_run_folder(settings, resume)  # under the lock: a search that is refused leaves the settings as they are
+            open_run_folder(
+                settings, resume
+            )  # under the lock: a search that is refused leaves the settings as they are
             return _run(settings, task, folder, resume, progress)
     except Timeout as error:
         raise UsageError(f"another search is running in {folder}; wait for it, or choose another --out") from error

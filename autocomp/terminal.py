@@ -101,14 +101,16 @@ def show_latency(latency: Latency, kernels: int) -> None:
     """Print a latency and its dearest kernels."""
     where = f" on {latency.device}" if latency.device else ""
     output().print(f"{latency.profile}: {format_latency(latency)}, {latency.how}{where}", markup=False)
+    total = sum(kernel.seconds for kernel in latency.kernels) or 1.0
     dearest = sorted(latency.kernels, key=lambda kernel: kernel.seconds, reverse=True)[:kernels]
     rows = []
     for kernel in dearest:
         peak = "" if kernel.peak_fraction is None else f"{kernel.peak_fraction:.0%}"
         rate = f"{kernel.flops / kernel.seconds / 1e9:.1f}" if kernel.flops and kernel.seconds else ""
-        rows.append([kernel.operator, kernel.name, format_milliseconds(kernel.seconds), rate, peak])
+        share = f"{kernel.seconds / total:.1%}"
+        rows.append([kernel.operator, kernel.name, format_milliseconds(kernel.seconds), share, rate, peak, kernel.how])
     if rows:
-        show_table(["operator", "kernel", ">time alone", ">Gop/s", ">of peak"], rows)
+        show_table(["operator", "kernel", ">time alone", ">share", ">Gop/s", ">of peak", "how"], rows)
 
 
 def describe_profiles() -> list[dict[str, Any]]:

@@ -61,5 +61,7 @@ def publish(
     plain = [heading.removeprefix(">") for heading in headings]
     align = ["---:" if heading.startswith(">") else "---" for heading in headings]
     lines = [f"| {' | '.join(cells)} |" for cells in (plain, align, *rows)]
-    text = f"# {name}\n\n`python benchmarks/{name}.py` on {info['device']}, {info['when']}.\n\n" + "\n".join(lines) + "\n"
+    text = (
+        f"# {name}\n\n`python benchmarks/{name}.py` on {info['device']}, {info['when']}.\n\n" + "\n".join(lines) + "\n"
+    )
     (REPORTS / f"{name}.md").write_text(text + "".join(f"\n{note}\n" for note in notes))

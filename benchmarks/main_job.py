@@ -1,6 +1,6 @@
 """The main job from nothing: a search of the built-in task with an empty cache, its stages, and the goals it is held to.
 
-    python benchmarks/main_job.py
+python benchmarks/main_job.py
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def main() -> None:
         ["trials of a second build", str(kernels["trials_second_build"]), "0"],
         ["dense fp32 time over ONNX Runtime's", f"{middle:.3f} ({low:.3f} to {high:.3f})", "<= 1"],
     ]
-    publish("main_job", ["what", ">measured", ">goal"], rows, {"run": run, "kernels": kernels}, load_profile("x86-host"))
+    publish(
+        "main_job", ["what", ">measured", ">goal"], rows, {"run": run, "kernels": kernels}, load_profile("x86-host")
+    )
 
 
 if __name__ == "__main__":

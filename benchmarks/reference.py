@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,10 +52,10 @@ def quantise_model(model: nn.Module, calibration: Sequence[Inputs]) -> nn.Module
 
 
 class Session:
-    """An ONNX model in ONNX Runtime on one thread, its inputs and outputs bound once."""
+    """An ONNX model in ONNX Runtime, its inputs and outputs bound once."""
 
-    def __init__(self, path: Path, inputs: Inputs) -> None:
-        self._session = onnx_session(path)
+    def __init__(self, path: Path, inputs: Inputs, threads: int = 1, profile_to: Path | None = None) -> None:
+        self._session = onnx_session(path, threads, profile_to)
         self._binding = self._session.io_binding()
         self._arrays = [np.ascontiguousarray(tensor.numpy()) for tensor in inputs]
         for value, array in zip(self._session.get_inputs(), self._arrays, strict=True):
@@ -64,14 +66,64 @@ class Session:
     def run(self) -> None:
         self._session.run_with_iobinding(self._binding)
 
+    def end_profiling(self) -> str:
+        return self._session.end_profiling()
+
     def output(self) -> Tensor:
         self.run()
         return torch.from_numpy(self._binding.copy_outputs_to_cpu()[0])
 
 
-def onnx_fp32(model: nn.Module, inputs: Inputs) -> Session:
+class ProfiledSession:
+    """An ONNX model of one operator, run in turns with ours; the seconds its nodes take, from ONNX Runtime's own profiler.
+
+    Nodes that only change the layout (transposes, reorders) are left out: a whole model does not pay them at every operator.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs, *, int8: bool) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        folder = Path(self._folder.name)
+        path = export_onnx(copy.deepcopy(model), inputs, folder / "model.onnx")
+        if int8:
+            _quantise(path, folder / "int8.onnx", [inputs], None)
+            path = folder / "int8.onnx"
+        self._session = Session(path, inputs, profile_to=folder / "profile")
+        self._counts: list[int] = []
+        for _ in range(3):
+            self._session.run()
+        start = time.perf_counter()
+        self._session.run()
+        self._once = time.perf_counter() - start
+
+    def repeat(self, seconds: float) -> None:
+        """One sample: as many runs as fill ``seconds``."""
+        count = max(3, min(200, round(seconds / self._once)))
+        with quiet_core():
+            for _ in range(count):
+                self._session.run()
+        self._counts.append(count)
+
+    def finish(self) -> list[float]:
+        """Seconds one run took in its nodes, the mean of each sample."""
+        events = json.loads(Path(self._session.end_profiling()).read_text())
+        self._folder.cleanup()
+        nodes = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
+        runs = max(1, sum(self._counts) + 4)
+        per_run = len(nodes) // runs
+        assert per_run * runs == len(nodes), "every run has the same nodes"
+        moves = ("Transpose", "ReorderInput", "ReorderOutput")
+        seconds = [0.0 if event["args"]["op_name"] in moves else event["dur"] * 1e-6 for event in nodes]
+        totals = [sum(seconds[start : start + per_run]) for start in range(4 * per_run, len(seconds), per_run)]
+        samples, start = [], 0
+        for count in self._counts:
+            samples.append(sum(totals[start : start + count]) / count)
+            start += count
+        return samples
+
+
+def onnx_fp32(model: nn.Module, inputs: Inputs, threads: int = 1) -> Session:
     with tempfile.TemporaryDirectory() as folder:
-        return Session(export_onnx(copy.deepcopy(model), inputs, Path(folder) / "model.onnx"), inputs)
+        return Session(export_onnx(copy.deepcopy(model), inputs, Path(folder) / "model.onnx"), inputs, threads)
 
 
 def onnx_int8(model: nn.Module, inputs: Inputs, calibration: Sequence[Inputs]) -> tuple[Session, str]:

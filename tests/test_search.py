@@ -46,9 +46,9 @@ TESTS = Path(__file__).parent
 
 @pytest.fixture(scope="module", autouse=True)
 def short_tuning() -> Iterator[None]:
-    """Two tiles a kernel: what is tested here does not depend on how fast a kernel is."""
+    """One tile a kernel: what is tested here does not depend on how fast a kernel is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(Tuner.__init__.__kwdefaults__, "budget", 2)
+        patch.setitem(Tuner.__init__.__kwdefaults__, "budget", 1)
         yield
 
 

@@ -72,13 +72,13 @@ def test_one_measurement_at_a_time() -> None:
     inside = threading.Event()
 
     def other() -> None:
-        inside.wait()
-        with quiet_core("test"):
+        inside.wait(10)
+        with quiet_core(device="test"):
             events.append("second")
 
-    thread = threading.Thread(target=other)
+    thread = threading.Thread(target=other, daemon=True)
     thread.start()
-    with quiet_core("test"):
+    with quiet_core(device="test"):
         inside.set()
         time.sleep(0.1)
         events.append("first")

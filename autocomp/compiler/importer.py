@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autocomp.compiler.normalise import decomposed, origin
+from autocomp.compiler.weight_only import WeightOnlyConverter
 from autocomp.errors import ExportError
 from autocomp.hardware import Profile
 from autocomp.kernels import compute
@@ -51,6 +52,7 @@ def import_program(program: torch.export.ExportedProgram, profile: Profile) -> t
                 custom_convert_map={
                     "conv2d_w8a8.default": _QuantisedConverter(program, profile, convolution=True),
                     "linear_w8a8.default": _QuantisedConverter(program, profile, convolution=False),
+                    "linear_weight_only.default": WeightOnlyConverter(program, profile),
                 },
             )
     except Exception as error:

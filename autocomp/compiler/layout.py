@@ -343,7 +343,9 @@ class _Walk:
             last = [*range(len(leading)), len(leading) + 1, len(leading)]
             rows = self._transpose(right.source, (*leading, across, depth))
             transposed = self.builder.emit(relax.op.permute_dims(rows, last))
-            return self.builder.emit(relax.Call(call.op, [self.rewrite(call.args[0]), transposed], call.attrs, call.ty_args))
+            return self.builder.emit(
+                relax.Call(call.op, [self.rewrite(call.args[0]), transposed], call.attrs, call.ty_args)
+            )
         return self._emit(call)
 
     def _slice(self, call: Any) -> Any:
@@ -354,7 +356,9 @@ class _Walk:
             return self._emit(call)
         axes, begin, end, *strides = ([int(item) for item in field.fields] for field in call.args[1:])
         axes = [value.axes[axis % len(value.axes)] for axis in axes]
-        return _Permuted(self.builder.emit(relax.op.strided_slice(value.source, axes, begin, end, *strides)), value.axes)
+        return _Permuted(
+            self.builder.emit(relax.op.strided_slice(value.source, axes, begin, end, *strides)), value.axes
+        )
 
     def _split(self, call: Any) -> Any:
         from tvm import relax
@@ -364,7 +368,9 @@ class _Walk:
             return self._emit(call)
         axis = value.axes[int(call.attrs.axis) % len(value.axes)]
         parts = self.builder.emit(
-            relax.op.split(value.source, int(sections) if hasattr(sections, "value") else [int(i) for i in sections], axis)
+            relax.op.split(
+                value.source, int(sections) if hasattr(sections, "value") else [int(i) for i in sections], axis
+            )
         )
         count = len(call.ty.fields)
         return _Outputs(

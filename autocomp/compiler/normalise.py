@@ -26,7 +26,9 @@ def decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
 
     aten = torch.ops.aten
     table = torch.export.default_decompositions()
-    table.update(get_decompositions([aten.elu, aten.native_group_norm, aten.upsample_nearest2d, aten.upsample_nearest1d]))
+    table.update(
+        get_decompositions([aten.elu, aten.native_group_norm, aten.upsample_nearest2d, aten.upsample_nearest1d])
+    )
     if not any(_masked(node) for node in program.graph.nodes):
         table[aten._safe_softmax.default] = _softmax
     program = program.run_decompositions(table)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from autocomp.compress.quantize import QuantConv2d, QuantLinear
+from autocomp.compress.weight_only import WeightOnlyLinear
 
-Foldable = (nn.Conv1d, nn.Conv2d, nn.Linear, QuantConv2d, QuantLinear)
+Foldable = (nn.Conv1d, nn.Conv2d, nn.Linear, QuantConv2d, QuantLinear, WeightOnlyLinear)
 Norms = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
@@ -79,6 +80,10 @@ def _fold(layer: nn.Module, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
         sign = torch.where(factor < 0, -1, 1).to(torch.int8)
         layer.weight.mul_(sign.view(-1, *([1] * (layer.weight.dim() - 1))))
         layer.scale.copy_(layer.scale.double() * factor.abs())
+        layer.bias.copy_(new_bias)
+        return
+    if isinstance(layer, WeightOnlyLinear):  # a row whose factor is negative gets negative scales
+        layer.scales.copy_(layer.scales.double() * factor[:, None])
         layer.bias.copy_(new_bias)
         return
     weight = layer.weight.detach().double()

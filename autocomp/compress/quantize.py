@@ -288,11 +288,11 @@ def quantised(layer: nn.Conv1d | nn.Conv2d | nn.Linear, inv_xs: float, zp: int) 
     if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
         raise ValueError("only zero padding by a number of pixels has an integer form")
     if isinstance(layer, nn.Conv1d):
-        (stride,), (padding,), (dilation,) = layer.stride, layer.padding, layer.dilation
-        geometry = (1, int(stride)), (0, int(padding)), (1, int(dilation))
-        return QuantConv1d(weight.unsqueeze(2), scale, bias, inv_xs, zp, *geometry, layer.groups)
-    stride, padding, dilation = pair(layer.stride), pair(layer.padding), pair(layer.dilation)
-    return QuantConv2d(weight, scale, bias, inv_xs, zp, stride, padding, dilation, layer.groups)
+        flat = weight.unsqueeze(2)
+        steps = (1, layer.stride[0]), (0, int(layer.padding[0])), (1, layer.dilation[0])
+        return QuantConv1d(flat, scale, bias, inv_xs, zp, *steps, layer.groups)
+    geometry = pair(layer.stride), pair(layer.padding), pair(layer.dilation)
+    return QuantConv2d(weight, scale, bias, inv_xs, zp, *geometry, layer.groups)
 
 
 def pair(value: Iterable[int]) -> tuple[int, int]:

@@ -70,6 +70,10 @@ def describe(function: Any) -> Anchor:
 
 def tiles(anchor: Anchor, profile: Profile) -> list[Tile]:
     """The legal tiles of a kernel, best guess first. Every template has at least one."""
+    from autocomp.kernels import weight_only  # which builds on this module
+
+    if weight_only.is_weight_only(anchor):
+        return weight_only.tiles(anchor, profile)
     if anchor.template not in _CONTRACTIONS:
         return [Tile()]
     lanes = _lanes(anchor, profile)
@@ -116,10 +120,14 @@ def apply(function: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:
     """Schedule a fused function with one tile; returns a PrimFunc marked as scheduled."""
     from tvm import s_tir
 
+    from autocomp.kernels import weight_only
+
     if _is_scheduled(function):
         return function
     schedule = s_tir.Schedule(function)
-    if anchor.template in _CONTRACTIONS and tile.vectors:
+    if weight_only.is_weight_only(anchor):
+        weight_only.tile_weight_only(schedule, tile, anchor, profile)
+    elif anchor.template in _CONTRACTIONS and tile.vectors:
         _tile_contraction(schedule, tile, anchor, profile)
     else:
         schedule_rowwise(schedule, profile)
@@ -236,7 +244,9 @@ def _schedule_transpose(schedule: Any, block: Any) -> bool:
     if len(node.reads) != 1 or len(loops) != len(variables) or len(loops) < 2:
         return False
     inner = node.reads[0].region[-1].min if len(node.reads[0].region) else None
-    position = next((index for index, variable in enumerate(variables) if inner is not None and inner.same_as(variable)), None)
+    position = next(
+        (index for index, variable in enumerate(variables) if inner is not None and inner.same_as(variable)), None
+    )
     if position is None or position == len(loops) - 1:
         return False
     across, down = loops[position], loops[-1]

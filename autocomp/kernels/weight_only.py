@@ -1,8 +1,8 @@
 """Dense layers whose weights are stored in 8 or 4 bits and multiplied in float32.
 
-Weights are packed when the module is built, to blocks of one vector register's lanes: ``[N/L][G][g][L]`` int8, or
-``[N/L][G][g/8][L]`` int32 words that hold eight successive weights of one output each. G groups of g weights along K share a
-scale, ``[N/L][G][L]``.
+Weights are packed when the module is built, to blocks of V vector registers of L lanes: ``[N/VL][G][g][V][L]`` int8, or
+``[N/VL][G][g/8][V][L]`` int32 words that hold eight successive weights of one output each. G groups of g weights along K share
+a scale, ``[N/VL][G][V][L]``. V is the registers of one tile where that is known, so that a tile's weights lie in one piece, else 1.
 
 There are two forms. With few rows (``gemv``) the time is that of reading the weights, so as little as possible is done to each:
 a group's products are summed unscaled, then scaled once. Four-bit fields are not even shifted: one is masked where it
@@ -20,12 +20,16 @@ from typing import Any
 import numpy as np
 
 from autocomp.hardware import Profile
+from autocomp.kernels import templates
 from autocomp.kernels.compute import FLOPS, TEMPLATE, padded_rows, round_up
 from autocomp.kernels.templates import Anchor, Tile
 
 FIELDS = 8  # four-bit weights in one 32-bit word
-_OFFSET = 8  # added to a four-bit weight so that its field is not negative; the field at the top of a word keeps its sign
+_OFFSET = (
+    8  # added to a four-bit weight so that its field is not negative; the field at the top of a word keeps its sign
+)
 _GEMV_ROWS = 4  # rows up to which reading the weights outweighs the arithmetic
+_GEMV_SUMS = 8  # registers of sums in a tile then: two additions a cycle, of four cycles each
 
 
 @dataclass(frozen=True)
@@ -56,32 +60,39 @@ class WeightOnlySpec:
         return self.rows <= _GEMV_ROWS
 
     @property
+    def vectors(self) -> int:
+        """Registers of outputs whose weights are interleaved."""
+        blocks = round_up(self.out_features, self.lanes) // self.lanes
+        wanted = _GEMV_SUMS // self.rows if self.is_gemv else 1
+        return max(divisor for divisor in _divisors(blocks, wanted))
+
+    @property
     def template(self) -> str:
         return f"{'gemv' if self.is_gemv else 'dense'}_w{self.bits}"
 
 
-def pack_weight(levels: np.ndarray, bits: int, group: int, lanes: int) -> np.ndarray:
-    """Integer weights ``[N, G*g]`` → packed (see the module), outputs padded with zeros to whole blocks."""
-    n, k = levels.shape
-    padded = np.zeros((round_up(n, lanes), k), "int8")
-    padded[:n] = levels
-    blocks = padded.reshape(-1, lanes, k // group, group).transpose(0, 2, 3, 1)
-    if bits == 8:
+def pack_weight(levels: np.ndarray, spec: WeightOnlySpec) -> np.ndarray:
+    """Integer weights ``[N, G*g]`` → packed (see the module), outputs padded with zeros to whole vectors."""
+    blocks = _interleaved(levels, spec).reshape(-1, spec.groups, spec.group, spec.vectors, spec.lanes)
+    if spec.bits == 8:
         return np.ascontiguousarray(blocks)
-    fields = blocks.reshape(*blocks.shape[:2], group // FIELDS, FIELDS, lanes).astype("int64")
-    fields[..., : FIELDS - 1, :] += _OFFSET
-    words = np.zeros((*fields.shape[:3], lanes), "uint32")
-    for position in range(FIELDS):
-        words |= ((fields[..., position, :] & 15) << (4 * position)).astype("uint32")
-    return words.view("int32")
+    fields = blocks.reshape(-1, spec.groups, spec.group // FIELDS, FIELDS, spec.vectors, spec.lanes).astype("int64")
+    fields[:, :, :, : FIELDS - 1] += _OFFSET
+    shifts = 4 * np.arange(FIELDS).reshape(-1, 1, 1)
+    return ((fields & 15) << shifts).sum(3).astype("uint32").view("int32")
 
 
-def pack_scales(scales: np.ndarray, lanes: int) -> np.ndarray:
-    """Scales ``[N, G]`` → ``[N/L][G][L]``; outputs that pad a block have scale 0."""
-    n, groups = scales.shape
-    padded = np.zeros((round_up(n, lanes), groups), "float32")
-    padded[:n] = scales
-    return np.ascontiguousarray(padded.reshape(-1, lanes, groups).transpose(0, 2, 1))
+def pack_scales(scales: np.ndarray, spec: WeightOnlySpec) -> np.ndarray:
+    """Scales ``[N, G]`` → ``[N/VL][G][V][L]``; outputs that pad a vector have scale 0."""
+    return np.ascontiguousarray(_interleaved(scales, spec))
+
+
+def _interleaved(rows: np.ndarray, spec: WeightOnlySpec) -> np.ndarray:
+    """``[N, X]`` → ``[N/VL, X, V, L]``, padded with zeros."""
+    n, size = rows.shape
+    padded = np.zeros((round_up(n, spec.lanes), size), rows.dtype)
+    padded[:n] = rows
+    return padded.reshape(-1, spec.vectors, spec.lanes, size).transpose(0, 3, 1, 2)
 
 
 def dense(data: Any, weight: Any, scale: Any, spec: WeightOnlySpec) -> Any:
@@ -98,20 +109,22 @@ def _gemv(data: Any, weight: Any, scale: Any, spec: WeightOnlySpec) -> Any:
     rows, groups, lanes, outputs = spec.rows, spec.groups, spec.lanes, round_up(spec.out_features, spec.lanes)
     shape, attrs = (rows, groups, outputs), {TEMPLATE: spec.template, FLOPS: spec.flops}
     rg = te.reduce_axis((0, groups), "rg")
+
+    def at(source: Any, n: Any, *index: Any) -> Any:
+        return source[(n // (lanes * spec.vectors), *index, n // lanes % spec.vectors, n % lanes)]
+
     if spec.bits == 8:
         read = _padded(data, spec, rows)
         rk = te.reduce_axis((0, spec.group), "rk")
         sums = te.compute(
             shape,
-            lambda m, g, n: te.sum(
-                read(m, g * spec.group + rk) * weight[n // lanes, g, rk, n % lanes].astype("float32"), [rk]
-            ),
+            lambda m, g, n: te.sum(read(m, g * spec.group + rk) * at(weight, n, g, rk).astype("float32"), [rk]),
             name="anchor",
             attrs=attrs,
         )
         return te.compute(
             (rows, outputs),
-            lambda m, n: te.sum(sums[m, rg, n] * scale[n // lanes, rg, n % lanes], [rg]),
+            lambda m, n: te.sum(sums[m, rg, n] * at(scale, n, rg), [rg]),
             name="scaled",
         )
     words = spec.group // FIELDS
@@ -140,12 +153,12 @@ def _gemv(data: Any, weight: Any, scale: Any, spec: WeightOnlySpec) -> Any:
 
     def product(m: Any, g: Any, n: Any) -> Any:
         mask = tirx.reinterpret("int32", tirx.const(15, "uint32") << (rj * 4).astype("uint32"))
-        return prepared[m, g, rk, rj] * (weight[n // lanes, g, rk, n % lanes] & mask).astype("float32")
+        return prepared[m, g, rk, rj] * (at(weight, n, g, rk) & mask).astype("float32")
 
     sums = te.compute(shape, lambda m, g, n: te.sum(product(m, g, n), [rk, rj]), name="anchor", attrs=attrs)
     return te.compute(
         (rows, outputs),
-        lambda m, n: te.sum((sums[m, rg, n] - surplus[m, rg]) * scale[n // lanes, rg, n % lanes], [rg]),
+        lambda m, n: te.sum((sums[m, rg, n] - surplus[m, rg]) * at(scale, n, rg), [rg]),
         name="scaled",
     )
 
@@ -168,12 +181,12 @@ def _dense(data: Any, weight: Any, scale: Any, spec: WeightOnlySpec) -> Any:
     fields = FIELDS if spec.bits == 4 else 1
 
     def value(o: Any, g: Any, k: Any, f: Any, lane: Any) -> Any:
-        level = weight[o, g, k, lane]
+        level = weight[o, g, k, 0, lane]
         if spec.bits == 4:
             top = f == FIELDS - 1  # its sign comes down with the shift
             level = level >> (f * 4).astype("int32")
             level = tirx.Select(top, level, (level & 15) - _OFFSET)
-        return level.astype("float32") * scale[o, g, lane]
+        return level.astype("float32") * scale[o, g, 0, lane]
 
     values = te.compute(
         (outputs // lanes, spec.groups, spec.group // fields, fields, lanes), value, name="dequantised_weight"
@@ -194,7 +207,8 @@ def _padded(data: Any, spec: WeightOnlySpec, rows: int) -> Any:
     from tvm import te, tirx
 
     def read(m: Any, k: Any) -> Any:
-        index, rest = [], m
+        index: list[Any] = []
+        rest = m
         for size in reversed(spec.leading):
             index.append(rest % size if len(index) + 1 < len(spec.leading) else rest)
             rest = rest // size
@@ -204,9 +218,7 @@ def _padded(data: Any, spec: WeightOnlySpec, rows: int) -> Any:
         return read
     padded = te.compute(
         (rows, spec.groups * spec.group),
-        lambda m, k: tirx.if_then_else(
-            tirx.all(m < spec.rows, k < spec.depth), read(m, k), tirx.const(0.0, "float32")
-        ),
+        lambda m, k: tirx.if_then_else(tirx.all(m < spec.rows, k < spec.depth), read(m, k), tirx.const(0.0, "float32")),
         name="pad",
     )
     return lambda m, k: padded[m, k]
@@ -231,7 +243,7 @@ def tiles(anchor: Anchor, profile: Profile) -> list[Tile]:
     vectors = anchor.spatial[-1] // profile.lanes
     if anchor.template.startswith("gemv"):
         found = list(_gemv_tiles(anchor, vectors, profile))
-        return sorted(found, key=lambda tile: (abs(tile.rows * tile.vectors - 8), -tile.vectors, tile.unroll))
+        return sorted(found, key=lambda tile: (abs(tile.rows * tile.vectors - _GEMV_SUMS), tile.unroll))
     return sorted(_dense_tiles(anchor, vectors, profile), key=lambda tile: _cost(tile, anchor.spatial[0]))
 
 
@@ -240,7 +252,7 @@ def _gemv_tiles(anchor: Anchor, vectors: int, profile: Profile) -> Iterator[Tile
     for count in _divisors(vectors, 8):
         if 2 * rows * count + count + 1 > profile.vector_registers and count > 1:
             continue
-        for unroll in (1, 2, 4) if anchor.template == "gemv_w8" else (1, 2):
+        for unroll in (1, 2, 4) if anchor.template == "gemv_w8" else (1,):  # a word is eight steps already
             yield Tile(rows, count, unroll)
 
 
@@ -250,7 +262,8 @@ def _dense_tiles(anchor: Anchor, vectors: int, profile: Profile) -> Iterator[Til
             if rows * count + count + 1 > profile.vector_registers:
                 continue
             for panel in (True, False) if rows < anchor.spatial[0] else (False,):
-                yield Tile(rows, count, FIELDS if anchor.template == "dense_w4" else 4, channels_outer=panel)
+                unroll = FIELDS if anchor.template == "dense_w4" and not panel else 4
+                yield Tile(rows, count, unroll, channels_outer=panel)
 
 
 def _cost(tile: Tile, rows: int) -> float:
@@ -261,10 +274,8 @@ def _cost(tile: Tile, rows: int) -> float:
     return (cycles + weights) / block
 
 
-def apply(schedule: Any, tile: Tile, anchor: Anchor, profile: Profile) -> None:
-    """Schedule a fused function in place."""
-    from autocomp.kernels import templates
-
+def tile_weight_only(schedule: Any, tile: Tile, anchor: Anchor, profile: Profile) -> None:
+    """Schedule a fused function, in place, with one tile."""
     block = schedule.get_sblock("anchor")
     gemv = anchor.template.startswith("gemv")
     product = schedule.get_sblock("scaled") if gemv else block
@@ -281,8 +292,6 @@ def apply(schedule: Any, tile: Tile, anchor: Anchor, profile: Profile) -> None:
 
 
 def _tile_gemv(schedule: Any, block: Any, product: Any, last: Any, tile: Tile, profile: Profile) -> None:
-    from autocomp.kernels import templates
-
     row, column, group = schedule.get_loops(product)
     outer_row, inner_row = schedule.split(row, [None, tile.rows])
     outer, vector, lane = schedule.split(column, [None, tile.vectors, profile.lanes])
@@ -295,6 +304,8 @@ def _tile_gemv(schedule: Any, block: Any, product: Any, last: Any, tile: Tile, p
     sum_vector, sum_lane = schedule.split(sum_column, [None, profile.lanes])
     step, unrolled = schedule.split(depth[0], [None, tile.unroll])
     schedule.reorder(step, unrolled, *depth[1:], sum_row, sum_vector, sum_lane)
+    if profile.cores > 1:
+        schedule.parallel(outer)
     for loop in (inner_row, vector, unrolled, *depth[1:], sum_row, sum_vector):
         schedule.unroll(loop)
     for loop in (lane, sum_lane):
@@ -304,8 +315,6 @@ def _tile_gemv(schedule: Any, block: Any, product: Any, last: Any, tile: Tile, p
 
 
 def _tile_dense(schedule: Any, block: Any, last: Any, tile: Tile, profile: Profile) -> None:
-    from autocomp.kernels import templates
-
     weights = schedule.get_sblock("dequantised_weight")
     row, column, group, depth = schedule.get_loops(block)
     outer_row, inner_row = schedule.split(row, [None, tile.rows])
@@ -325,6 +334,8 @@ def _tile_dense(schedule: Any, block: Any, last: Any, tile: Tile, profile: Profi
     if not tile.channels_outer:
         schedule.unroll(which)
         schedule.unroll(word)
+    if profile.cores > 1:
+        schedule.parallel(outer)
     for loop in (unrolled, inner_row, vector):
         schedule.unroll(loop)
     schedule.vectorize(lane)

@@ -114,7 +114,8 @@ class _ConformerBlock(nn.Module):
     def __init__(self, dim: int, heads: int, frames: int, kernel: int) -> None:
         super().__init__()
         self.before, self.after = (
-            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim)) for _ in range(2)
+            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, dim))
+            for _ in range(2)
         )
         self.norm1, self.attention = nn.LayerNorm(dim), _RelativeAttention(dim, heads, frames)
         self.convolution, self.norm2 = _Convolution(dim, kernel), nn.LayerNorm(dim)

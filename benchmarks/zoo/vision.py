@@ -30,7 +30,11 @@ class _Residual(nn.Module):
         super().__init__()
         outputs = width * 4 if bottleneck else width
         if bottleneck:
-            body = [_conv_norm(inputs, width, 1), _conv_norm(width, width, 3, stride), _conv_norm(width, outputs, 1, act=None)]
+            body = [
+                _conv_norm(inputs, width, 1),
+                _conv_norm(width, width, 3, stride),
+                _conv_norm(width, outputs, 1, act=None),
+            ]
         else:
             body = [_conv_norm(inputs, width, 3, stride), _conv_norm(width, width, 3, act=None)]
         self.body = nn.Sequential(*body)

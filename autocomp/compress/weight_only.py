@@ -1,0 +1,113 @@
+"""Linear layers with 8- or 4-bit weights and float activations: the custom op, its module, and how weights are rounded.
+
+The CPU implementation of ``autocomp::linear_weight_only`` IS the specification; the compiler's lowering is held to it.
+
+    weight[n, k] = float32(level[n, k]) * scales[n, k // group]             levels in [-127, 127], or [-8, 7]
+    y            = x @ weight.T + bias                                       in float32, in any order of summation
+
+Levels are stored as int8 ``[N, K]`` or, two to a byte with the even k in the low half (two's complement), as uint8 ``[N, K/2]``. K is
+padded with zero levels to whole groups.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+GROUPS = (32, 64, 128)
+BITS = (4, 8)
+_LOWEST = {8: -127, 4: -8}
+_HIGHEST = {8: 127, 4: 7}
+# Of the largest weight of a group, as a fraction: with 16 levels it often pays to clip the extremes, and 7/8 lets the lowest
+# level reach it.
+_SHRINKS = {8: (1.0,), 4: tuple(1.0 - 0.025 * step for step in range(15))}
+
+
+@torch.library.custom_op(
+    "autocomp::linear_weight_only",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor x, Tensor w, Tensor scales, Tensor bias, int bits, int group) -> Tensor",
+)
+def linear_weight_only(x: Tensor, w: Tensor, scales: Tensor, bias: Tensor, bits: int, group: int) -> Tensor:
+    """Multiply float32 ``x`` [..., K] by a stored weight (see the module); ``scales`` is float32 [N, G], ``bias`` float32 [N]."""
+    return functional.linear(x, dequantise(w, scales, bits, group)[:, : x.shape[-1]], bias)
+
+
+@linear_weight_only.register_fake
+def _(x: Tensor, w: Tensor, scales: Tensor, bias: Tensor, bits: int, group: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w.shape[0]))
+
+
+def dequantise(w: Tensor, scales: Tensor, bits: int, group: int) -> Tensor:
+    """The float32 weight [N, G * group] of stored levels."""
+    levels = unpack_levels(w) if bits == 4 else w
+    return (levels.float().unflatten(1, (-1, group)) * scales[:, :, None]).flatten(1)
+
+
+def pack_levels(levels: Tensor) -> Tensor:
+    """int8 levels [N, K] in [-8, 7], K even → uint8 [N, K/2]."""
+    fields = levels.to(torch.int16) & 15
+    return (fields[:, 0::2] | fields[:, 1::2] << 4).to(torch.uint8)
+
+
+def unpack_levels(packed: Tensor) -> Tensor:
+    """uint8 [N, K/2] → int8 levels [N, K]."""
+    fields = torch.stack([packed & 15, packed >> 4], -1).flatten(1).to(torch.int8)
+    return (fields ^ 8) - 8  # the sign of a four-bit two's complement
+
+
+def quantise_groups(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Round a float weight [N, K] to levels, one symmetric scale for each row and group of ``group`` columns.
+
+    Returns (int8 levels [N, G * group], float32 scales [N, G]). With 8 bits the largest weight of a group is its highest level; with
+    4 bits each group takes the one of 15 clipping ranges with the least squared error. A group of zeros gets scale 1.
+    """
+    n, k = weight.shape
+    padded = functional.pad(weight.detach().double(), (0, -k % group)).reshape(n, -1, group)
+    peak = padded.abs().amax(2, keepdim=True)
+    best = torch.full_like(peak, torch.inf)
+    levels, scales = torch.zeros(padded.shape, dtype=torch.int8), torch.ones(peak.shape)
+    for shrink in _SHRINKS[bits]:
+        scale = (peak * (shrink / _HIGHEST[bits])).float()
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        rounded = (padded / scale.double()).round().clamp(_LOWEST[bits], _HIGHEST[bits])
+        error = (rounded * scale.double() - padded).square().sum(2, keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
+        levels = torch.where(better, rounded.to(torch.int8), levels)
+        scales = torch.where(better, scale, scales)
+    return levels.flatten(1), scales.squeeze(2)
+
+
+class WeightOnlyLinear(nn.Module):
+    """A linear layer with stored levels ``weight``, float32 ``scales`` [N, G] and ``bias`` [N]."""
+
+    weight: Tensor
+    scales: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, scales: Tensor, bias: Tensor, in_features: int, bits: int, group: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scales", scales)
+        self.register_buffer("bias", bias)
+        self.in_features, self.out_features = in_features, weight.shape[0]
+        self.bits, self.group = bits, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_weight_only(x, self.weight, self.scales, self.bias, self.bits, self.group)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}, group={self.group}"
+
+
+def weight_only(layer: nn.Linear, bits: int, group: int) -> WeightOnlyLinear:
+    """Return the layer with its weights in ``bits`` bits, rounded to nearest. ValueError for bits or groups without kernels."""
+    if bits not in BITS or group not in GROUPS:
+        raise ValueError(f"bits must be one of {BITS} and group one of {GROUPS}; got {bits} and {group}")
+    levels, scales = quantise_groups(layer.weight, bits, group)
+    bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach().clone()
+    stored = pack_levels(levels) if bits == 4 else levels
+    return WeightOnlyLinear(stored, scales, bias, layer.in_features, bits, group)
