@@ -221,6 +221,7 @@ def _open_device(name: str, stage: Stage) -> LocalDevice:
     device = LocalDevice(load_profile(name))
     if device.store.corrupt:
         stage.warn(f"{device.store.corrupt} damaged records of the kernel store {device.store.folder} are tuned again")
+        device.store.compact()
     stage.advance()
     return device
 

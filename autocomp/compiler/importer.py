@@ -69,6 +69,26 @@ def _culprit(program: torch.export.ExportedProgram, detail: str) -> str:
     return ""
 
 
+def _whole_vectors(weight: np.ndarray, groups: int, lanes: int) -> np.ndarray:
+    """Grouped OIHW weight with each group's outputs padded by zero rows to whole vectors, so that no vector reads two groups' inputs."""
+    outputs = len(weight) // groups
+    if groups == 1 or weight.shape[1] == outputs == 1 or outputs % lanes == 0:
+        return weight
+    padded = np.zeros((groups, compute.round_up(outputs, lanes), *weight.shape[1:]), weight.dtype)
+    padded[:, :outputs] = weight.reshape(groups, outputs, *weight.shape[1:])
+    return padded.reshape(-1, *weight.shape[1:])
+
+
+def _without_padding(sums: Any, groups: int, channels: int) -> Any:
+    """The sums of the channels that ``_whole_vectors`` was given."""
+    from tvm import te
+
+    outputs, padded = channels // groups, int(sums.shape[-1]) // groups
+    return te.compute(
+        (*sums.shape[:-1], channels), lambda *i: sums[(*i[:-1], i[-1] // outputs * padded + i[-1] % outputs)], name="take"
+    )
+
+
 class _QuantisedConverter:
     """Emit quantise → integer contraction → dequantise for ``autocomp::conv2d_w8a8`` and ``autocomp::linear_w8a8``.
 
@@ -97,14 +117,19 @@ class _QuantisedConverter:
         if self.convolution:
             stride, padding, dilation, groups = node.args[6:10]
             shape = [int(size) for size in data.ty.shape]
+            tiled = _whole_vectors(weight_array, int(groups), max(self.lanes, self.dot.lanes))
             spec = compute.ConvSpec.of(
-                shape, weight_array.shape, stride, [*padding, *padding], dilation, int(groups), self.lanes
+                shape, tiled.shape, stride, [*padding, *padding], dilation, int(groups), self.lanes
             )
-            packed = compute.pack_conv_weight(weight_array, spec, self.dot)
+            packed = compute.pack_conv_weight(tiled, spec, self.dot)
             accumulator = builder.emit_te(
                 lambda data, w, z: compute.conv2d(data, w, spec, self.dot, z),
                 quantised, relax.const(packed), relax.const(zero), primfunc_name_hint="conv2d_int8",
             )  # fmt: skip
+            if len(tiled) != len(weight_array):
+                accumulator = builder.emit_te(
+                    _without_padding, accumulator, int(groups), len(weight_array), primfunc_name_hint="take_channels"
+                )
         else:
             rows = [int(size) for size in data.ty.shape]
             spec_d = compute.DenseSpec.of(rows, weight_array.shape[0], self.lanes)
