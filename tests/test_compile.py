@@ -155,19 +155,6 @@ def test_saved_module_reads_back_and_runs(device: LocalDevice, tmp_path: Path) -
         CompiledModel.load(tmp_path / "absent.so", device.profile)
 
 
-def test_recurrent_layers_are_refused_by_name() -> None:
-    class Recurrent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rnn = nn.LSTM(4, 8, batch_first=True)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.rnn(x)[0]
-
-    with pytest.raises(ExportError, match=r"'rnn' \(operation aten\.lstm\) is refused"):
-        export_program(Recurrent().eval(), (torch.randn(1, 3, 4),))
-
-
 def test_untraceable_model_is_refused() -> None:
     class Branches(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -85,7 +85,9 @@ def _without_padding(sums: Any, groups: int, channels: int) -> Any:
 
     outputs, padded = channels // groups, int(sums.shape[-1]) // groups
     return te.compute(
-        (*sums.shape[:-1], channels), lambda *i: sums[(*i[:-1], i[-1] // outputs * padded + i[-1] % outputs)], name="take"
+        (*sums.shape[:-1], channels),
+        lambda *i: sums[(*i[:-1], i[-1] // outputs * padded + i[-1] % outputs)],
+        name="take",
     )
 
 

@@ -27,18 +27,13 @@ def decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
 
     aten = torch.ops.aten
     table = torch.export.default_decompositions()
-    table.update(
-        get_decompositions([aten.elu, aten.native_group_norm, aten.upsample_nearest2d, aten.upsample_nearest1d])
-    )
+    table.update(get_decompositions([aten.elu, aten.upsample_nearest2d, aten.upsample_nearest1d]))
+    table[aten.native_group_norm.default] = _group_norm
     if not any(_masked(node) for node in program.graph.nodes):
         table[aten._safe_softmax.default] = _softmax
+    _check_recurrences(program)
     program = program.run_decompositions(table)
     graph = program.graph
-    if len(graph.nodes) > _MOST_OPERATIONS:
-        raise ExportError(
-            f"the exported model has {len(graph.nodes)} operations (at most {_MOST_OPERATIONS} are compiled): recurrent layers are "
-            "unrolled over time, so shorten the sequence, or keep the layer outside the compressed model"
-        )
     rewritings = {
         aten.select.int: _wrap_select,
         aten.add.Tensor: _spell_out_alpha,
@@ -82,7 +77,14 @@ def _softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> tor
 
 
 def _group_norm(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, n: int, channels: int, size: int, groups: int, eps: float
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    n: int,
+    channels: int,
+    size: int,
+    groups: int,
+    eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     import torch
 
