@@ -19,14 +19,14 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/mypy
 
 # model.so needs a linker: where there is neither a C compiler nor binutils, pip's ziglang brings one
-LINKER := $(if $(shell command -v cc gcc clang ld ld.lld 2>/dev/null),,linker)
+EXTRA := $(if $(shell command -v cc gcc clang ld ld.lld 2>/dev/null),,[linker])
 
 $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) on the PATH: set PYTHON to a Python 3.11 or newer"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.ready: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[$(LINKER)]'
+	$(BIN)/python -m pip install --quiet --editable '.$(EXTRA)'
 	touch $@
 
 $(VENV)/.ready-dev: pyproject.toml $(VENV)/.ready
