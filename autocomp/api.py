@@ -243,18 +243,20 @@ def _run(settings: Settings, task: Task, folder: Path, resume: bool, progress: P
 
     from autocomp.finish import finish
     from autocomp.pipeline import Pipeline
+    from autocomp.tasks.training import one_thread
 
-    torch.manual_seed(settings.seed)
-    pipeline = Pipeline(settings, task, folder, resume, progress)
-    try:
-        pipeline.run()
+    with one_thread():  # on a busy machine a second thread makes these small layers many times slower
+        torch.manual_seed(settings.seed)
+        pipeline = Pipeline(settings, task, folder, resume, progress)
         try:
-            finish(pipeline)
-        except InfeasibleError:
-            rebuild_report(folder)
-            raise
-    finally:
-        pipeline.search.close()
+            pipeline.run()
+            try:
+                finish(pipeline)
+            except InfeasibleError:
+                rebuild_report(folder)
+                raise
+        finally:
+            pipeline.search.close()
     with progress.stage("writing the report"):
         rebuild_report(folder)
     return SearchResult(folder)
