@@ -69,7 +69,7 @@ def _conv1d(inputs: int, outputs: int, kernel: int, stride: int, length: int, gr
 
 
 def _dense(rows: int, inputs: int, outputs: int) -> Any:
-    return nn.Linear(inputs, outputs), (smooth_noise(1, rows, inputs),)
+    return nn.Sequential(nn.Linear(inputs, outputs)), (smooth_noise(1, rows, inputs),)
 
 
 def _matmul(batch: int, rows: int, depth: int, columns: int) -> Any:

@@ -54,7 +54,9 @@ def measure(name: str, precision: str, device: LocalDevice, repeats: int) -> dic
     }  # fmt: skip
 
 
-def _checked(compiled: CompiledModel, model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], exact: torch.Tensor) -> float:
+def _checked(
+    compiled: CompiledModel, model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], exact: torch.Tensor
+) -> float:
     """The error against torch. MismatchError above 1e-3, or, with quantised layers, above what quantising itself changes.
 
     In a deep model of float and 8-bit layers in turn (ViT), scaling torch's own input by 1 + 1e-6 moves its W8A8 output by nearly as

@@ -122,6 +122,9 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "attention that masks every key": _masked,
     "GLU over channels": lambda x: functional.glu(x, 1),
     "chunks of channels": lambda x: torch.cat(x.chunk(3, 1)[::-1], 1),
+    "pixels as tokens": lambda x: x.flatten(2).transpose(1, 2),
+    "channels and rows as one axis": lambda x: x.flatten(1, 2) + 1,
+    "channels split, with axes of size 1": lambda x: x.unflatten(1, (2, 1, 3)).mean(1),
     "channel shuffle": lambda x: functional.channel_shuffle(x, 3),
 }
 

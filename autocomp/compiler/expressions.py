@@ -1,7 +1,8 @@
-"""Reading Relax expressions: shapes and constants."""
+"""Reading Relax expressions: shapes, reshapes and constants."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,3 +28,26 @@ def is_constant(expression: Any) -> bool:
 def array_of(constant: Any) -> np.ndarray:
     """The array of a Relax constant."""
     return constant.value.numpy()
+
+
+def reshape_parts(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Split a reshape into the least parts that hold as many elements on both sides: positions in ``old`` and ``new`` of each."""
+    parts: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        left: list[int] = []
+        right: list[int] = []
+        have = want = 1
+        if j < len(new) and new[j] == 1:
+            parts.append(([], [j]))
+            j += 1
+            continue
+        while not left or have != want:
+            if have <= want:
+                left.append(i)
+                have, i = have * old[i], i + 1
+            else:
+                right.append(j)
+                want, j = want * new[j], j + 1
+        parts.append((left, right))
+    return parts

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from autocomp.compiler.expressions import array_of, is_constant, shape_of
+from autocomp.compiler.expressions import array_of, is_constant, reshape_parts, shape_of
 
 _TO_NHWC = (0, 2, 3, 1)
 _TO_NCHW = (0, 3, 1, 2)
@@ -309,29 +309,27 @@ class _Walk:
         return _Permuted(self.builder.emit(joined), axes)
 
     def _reshape(self, call: Any) -> Any:
-        """Reshape, squeeze and expand_dims. Axes of size 1 that come and go leave a permuted value permuted."""
+        """Reshape, squeeze and expand_dims. Where axes split, merge, or of size 1 come and go, a permuted value may stay permuted."""
         from tvm import relax
 
         value, target = self._lookup(call.args[0]), shape_of(call)
         if target is not None and is_constant(call.args[0]):
             return relax.const(array_of(call.args[0]).reshape(target))
-        if target is None or not isinstance(value, _Permuted):
+        if not target or 0 in target or not isinstance(value, _Permuted):
             return self._emit(call)
         shape = shape_of(value.source) or ()
         moved = [axis for axis in value.axes if shape[axis] != 1]
         if moved == sorted(moved):  # (N, C, 1, 1) flattened: the order in memory is the same
             return self.builder.emit(relax.op.reshape(value.source, target))
-        if [shape[axis] for axis in moved] != [size for size in target if size != 1]:
-            return self._emit(call)
-        # the axes that are not 1 stay in the source's order, and the 1s of the target go in front of them
-        ordered, ones = sorted(moved), [position for position, size in enumerate(target) if size == 1]
-        source = self.builder.emit(relax.op.reshape(value.source, [1] * len(ones) + [shape[axis] for axis in ordered]))
-        places = iter(moved)
-        axes = [
-            ones.index(position) if size == 1 else len(ones) + ordered.index(next(places))
-            for position, size in enumerate(target)
-        ]
-        return _Permuted(source, tuple(axes))
+        parts = reshape_parts([shape[axis] for axis in moved], target)
+        sources = [[moved[position] for position in old] for old, _ in parts]
+        if any(axes != list(range(axes[0], axes[-1] + 1)) for axes in sources if axes):
+            return self._emit(call)  # axes that are apart in memory become one
+        # the parts in the source's order; what holds only 1s goes in front
+        order = sorted(range(len(parts)), key=lambda index: sources[index][:1])
+        places = [position for index in order for position in parts[index][1]]
+        source = self.builder.emit(relax.op.reshape(value.source, [target[position] for position in places]))
+        return _Permuted(source, _inverse(tuple(places)))
 
     def _matmul(self, call: Any) -> Any:
         """A right-hand side whose rows lie across memory is made by two transposes, of which the template reads the last as it is."""

@@ -30,7 +30,7 @@ def decomposed(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
     table.update(get_decompositions([aten.elu, aten.upsample_nearest2d, aten.upsample_nearest1d]))
     table[aten.native_group_norm.default] = _group_norm
     if not any(_masked(node) for node in program.graph.nodes):
-        table[aten._safe_softmax.default] = _softmax
+        table[aten.scaled_dot_product_attention.default] = _attention
     _check_recurrences(program)
     program = program.run_decompositions(table)
     graph = program.graph
@@ -66,14 +66,20 @@ def _check_recurrences(program: torch.export.ExportedProgram) -> None:
 
 
 def _masked(node: Any) -> bool:
-    """Whether a node is attention with a mask: only that can forbid every key to a query, which ``_safe_softmax`` guards against."""
-    if not str(node.target).startswith("aten.scaled_dot_product_attention"):
+    """Whether a node is attention of another kind than plain: masked, causal, or with fewer heads of keys than of queries."""
+    if node.op != "call_function" or not str(node.target).startswith("aten.scaled_dot_product_attention"):
         return False
-    return (node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")) is not None
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return given.get("attn_mask") is not None or bool(given.get("is_causal")) or bool(given.get("enable_gqa"))
 
 
-def _softmax(x: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-    return x.softmax(dim, dtype)
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, scale: float | None = None, **__: Any
+) -> torch.Tensor:
+    """Plain attention as products and a softmax; torch's own decomposition guards against rows that a mask forbids whole."""
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
+    return scores.softmax(-1) @ value
 
 
 def _group_norm(

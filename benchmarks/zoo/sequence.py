@@ -166,12 +166,12 @@ class _Recurrent(nn.Module):
 def lstm(*, small: bool = False, batch: int = 1) -> Built:
     """Two bidirectional LSTM layers (Hochreiter & Schmidhuber 1997) over frames."""
     torch.manual_seed(0)
-    steps, inputs, hidden = (7, 12, 16) if small else (100, 80, 256)
+    steps, inputs, hidden = (4, 12, 16) if small else (100, 80, 256)
     return settle(_Recurrent(nn.LSTM, inputs, hidden, 2)), (smooth_noise(batch, steps, inputs),)
 
 
 def gru(*, small: bool = False, batch: int = 1) -> Built:
     """Two bidirectional GRU layers (Cho et al. 2014, arXiv:1406.1078) over frames."""
     torch.manual_seed(0)
-    steps, inputs, hidden = (7, 12, 16) if small else (100, 80, 256)
+    steps, inputs, hidden = (4, 12, 16) if small else (100, 80, 256)
     return settle(_Recurrent(nn.GRU, inputs, hidden, 2)), (smooth_noise(batch, steps, inputs),)
