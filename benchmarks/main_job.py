@@ -5,8 +5,10 @@ python benchmarks/main_job.py
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,6 +24,8 @@ from autocomp.hardware import load_profile
 from autocomp.kernels.store import KernelStore
 from autocomp.onnx_export import export_onnx, onnx_session
 from autocomp.task import load_task
+
+RECORDS = ("config.yaml", "provenance.json", "front.json", "evaluations.csv", "report.html")
 
 
 def search(folder: Path) -> dict:
@@ -67,8 +71,14 @@ def tuning(folder: Path) -> dict:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--example", type=Path, help="copy the run's records and report into this folder")
+    example = parser.parse_args().example
     with tempfile.TemporaryDirectory() as temporary:
         run = search(Path(temporary))
+        for name in RECORDS if example else ():
+            example.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path(temporary) / "run" / name, example / name)
         kernels = tuning(Path(temporary))
     middle, low, high = kernels["ratio"]
     rows = [

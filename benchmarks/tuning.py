@@ -13,6 +13,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from autocomp.compiler.build import CompiledModel, build
 from autocomp.devices.timing import interleaved, quiet_core
 from autocomp.hardware import Profile, load_profile
 from autocomp.kernels import tune
+from autocomp.kernels.isolated import attempt_each
 from autocomp.kernels.store import KernelStore
+from autocomp.records import KernelTime
 
 WIDE = 20  # times the usual budget
 _META_TRIALS = 64
@@ -86,12 +89,13 @@ def measure(name: str, precision: str, profile: Profile, repeats: int, metasched
         slowest = sorted(
             {kernel.key: kernel for kernel in usual.kernels if kernel.flops}.values(), key=lambda k: -k.seconds
         )
-        compared = [
-            _metaschedule(
-                kernel.operator, kernel.seconds, tuner.functions[kernel.key], tuner.target, folder / str(index)
+        compared = []
+        for kernel in slowest[:metaschedule]:
+            work = partial(
+                _metaschedule, function=tuner.functions[kernel.key], target=tuner.target, folder=folder / kernel.key
             )
-            for index, kernel in enumerate(slowest[:metaschedule])
-        ]
+            _, found, failure = next(attempt_each([kernel], work, timeout=3600))  # a crash of the search is not ours
+            compared.append(found or {"operator": kernel.operator, "failure": failure})
     return {
         "model": name, "precision": precision, "kernels": len(tuner.seconds), "trials": tuner.trials,
         "tuning_seconds": sum(tuner.seconds), "slowest_kernel_seconds": max(tuner.seconds), "build_seconds": seconds,
@@ -102,7 +106,7 @@ def measure(name: str, precision: str, profile: Profile, repeats: int, metasched
     }  # fmt: skip
 
 
-def _metaschedule(operator: str, ours: float, function: Any, target: Any, folder: Path) -> dict[str, Any]:
+def _metaschedule(kernel: KernelTime, *, function: Any, target: Any, folder: Path) -> dict[str, Any]:
     """Tune the same function with MetaSchedule's default space; importing its intrinsics alone takes about 15 s."""
     import tvm
     from tvm.s_tir import meta_schedule as ms
@@ -122,7 +126,9 @@ def _metaschedule(operator: str, ours: float, function: Any, target: Any, folder
     theirs = float("nan")
     if schedule is not None:
         theirs = tune.time_function(schedule.mod["main"], tune._random_arguments(function), target)
-    return {"operator": operator, "ours_seconds": ours, "metaschedule_seconds": theirs, "tuning_seconds": seconds}
+    return {
+        "operator": kernel.operator, "ours_seconds": kernel.seconds, "metaschedule_seconds": theirs, "tuning_seconds": seconds,
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -147,6 +153,9 @@ def main() -> None:
             ])  # fmt: skip
             print(*rows[-1], flush=True)
             for row in result["metaschedule"]:
+                if "failure" in row:
+                    notes.append(f"{name}, {row['operator']}: MetaSchedule failed: {row['failure']}.")
+                    continue
                 speed = row["metaschedule_seconds"] / row["ours_seconds"]
                 notes.append(
                     f"{name}, {row['operator']}: MetaSchedule's default space, {_META_TRIALS} trials, {row['tuning_seconds']:.0f} s: "
