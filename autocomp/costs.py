@@ -41,10 +41,11 @@ class Costs:
             for name, device in self.devices.items()
         }
 
-    def relative(self, candidate: Candidate) -> float:
-        """Predicted seconds over dense's, the mean over profiles."""
-        ours, dense = self.predict(candidate), self.predict(self.space.dense())
-        return float(np.mean([ours[name] / dense[name] for name in ours]))
+    def relative(self, candidates: Sequence[Candidate]) -> list[float]:
+        """Predicted seconds of each candidate over dense's, the mean over profiles."""
+        dense = self.predict(self.space.dense())
+        predicted = [self.predict(candidate) for candidate in candidates]
+        return [float(np.mean([ours[name] / dense[name] for name in dense])) for ours in predicted]
 
     def fit(self, told: Sequence[Evaluation]) -> None:
         """Refit the latency models to all kernels in the stores and all modules measured so far."""

@@ -168,8 +168,11 @@ class Pipeline:
             searched = [e for e in self.search.told if not _is_baseline(e.source)]
             spent = sum(e.state != "told" for e in searched)
             waiting = [e for e in searched if e.state == "told" and e.kl is not None and np.isfinite(e.kl)]
-            points = np.array([(e.kl, self.costs.relative(e.candidate)) for e in waiting]).reshape(-1, 2)
-            chosen = spaced(points, count - spent) if spent < count and waiting else []
+            if spent >= count or not waiting:
+                return
+            seconds = self.costs.relative([e.candidate for e in waiting])
+            points = np.array([(e.kl, relative) for e, relative in zip(waiting, seconds, strict=True)])
+            chosen = spaced(points, count - spent)
             if not chosen:
                 return
             with self.progress.stage("measuring", len(chosen)) as stage:
