@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-    from autocomp.compiler.build import CompiledModel
+    from autocomp.devices.device import Compiled
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def measure(
 
 def compile(
     model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...], profile: str | Profile = "x86-host"
-) -> CompiledModel:
+) -> Compiled:
     """Compile a model for a profile: ``.run(*tensors)``, ``.save(path)``. Errors as ``measure``."""
     return _compiled(model, example_inputs, profile)[1]
 
@@ -283,7 +283,7 @@ def _settings(
 
 
 def _compiled(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...], profile: str | Profile) -> Any:
-    from autocomp.devices.local import LocalDevice
+    from autocomp.devices.device import open_device
 
-    device = LocalDevice(profile if isinstance(profile, Profile) else load_profile(profile))
+    device = open_device(profile if isinstance(profile, Profile) else load_profile(profile))
     return device, device.compile(model.eval(), [tuple(example_inputs)])

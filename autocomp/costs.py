@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from autocomp.devices.local import LocalDevice
+from autocomp.devices.device import Device
 from autocomp.records import Candidate, Evaluation, Method
 from autocomp.search.solver import Factor, Problem, make_problem
 from autocomp.space import Space, resized
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 class Costs:
     """The layer tables joined with the devices' latency models; refitted as kernels and modules are measured."""
 
-    def __init__(
-        self, graph: Graph, space: Space, tables: Sequence[LayerTable], devices: Mapping[str, LocalDevice]
-    ) -> None:
+    def __init__(self, graph: Graph, space: Space, tables: Sequence[LayerTable], devices: Mapping[str, Device]) -> None:
         self.graph, self.space, self.tables, self.devices = graph, space, list(tables), devices
         self._problem: Problem | None = None
 
@@ -56,7 +54,7 @@ class Costs:
             device.model.fit_modules(sums, [evaluation.latency[name].seconds for evaluation in measured])
         self._problem = None
 
-    def _kernel_sum(self, device: LocalDevice, candidate: Candidate) -> tuple[float, int]:
+    def _kernel_sum(self, device: Device, candidate: Candidate) -> tuple[float, int]:
         candidate = self.space.normalise(candidate)
         total, count = 0.0, 0
         for name, layer in self.graph.layers.items():

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocomp.cache import write_atomically
-from autocomp.compiler.build import CompiledModel
 from autocomp.errors import AutocompError
 from autocomp.onnx_export import export_onnx, onnx_session, run_session
 from autocomp.records import FORMAT_VERSION, Evaluation, latency_to_json
@@ -22,6 +21,8 @@ from autocomp.verify import check_outputs
 if TYPE_CHECKING:
     import torch
 
+    from autocomp.devices.device import Compiled
+
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.pt"
 
@@ -29,7 +30,7 @@ WEIGHTS = "weights.pt"
 def export_point(
     evaluation: Evaluation,
     model: torch.nn.Module,
-    compiled: Mapping[str, CompiledModel],
+    compiled: Mapping[str, Compiled],
     inputs: Sequence[tuple[torch.Tensor, ...]],
     folder: Path,
 ) -> dict[str, Verified]:
@@ -65,11 +66,11 @@ def load_model(folder: Path) -> torch.nn.Module:
 
 
 def _library(
-    module: CompiledModel, path: Path, model: torch.nn.Module, inputs: Sequence[tuple[torch.Tensor, ...]]
+    module: Compiled, path: Path, model: torch.nn.Module, inputs: Sequence[tuple[torch.Tensor, ...]]
 ) -> Verified:
     try:
         module.save(path)
-        loaded = CompiledModel.load(path, module.profile)
+        loaded = module.reload(path)
         error = check_outputs(model, loaded.run, inputs, path.name)
     except AutocompError as failure:
         return Verified(False, note=str(failure))

@@ -121,6 +121,7 @@ def _test(pipeline: Pipeline, evaluation: Evaluation) -> dict[str, float]:
 
 def _references(pipeline: Pipeline) -> list[Reference]:
     """ONNX Runtime on the same model, measured once a run; a reference that fails is a warning, not the end."""
+    from autocomp.devices.local import LocalDevice
     from autocomp.references import measure_references
 
     if not pipeline.settings.references:
@@ -128,7 +129,9 @@ def _references(pipeline: Pipeline) -> list[Reference]:
     stored = pipeline.search.get_attr("references")
     if stored is None:
         with pipeline.progress.stage("measuring references"):
-            device = next(iter(pipeline.devices.values()))
+            device = next((d for d in pipeline.devices.values() if isinstance(d, LocalDevice)), None)
+            if device is None:  # ONNX Runtime runs here: beside an estimate or a board it would compare nothing
+                return []
             try:
                 compiled = device.compile(pipeline.task.model, pipeline.inputs)
                 found = measure_references(pipeline.task, compiled, pipeline.settings.calibration_samples)

@@ -15,7 +15,7 @@ import numpy as np
 
 from autocomp.config import Settings
 from autocomp.costs import Costs
-from autocomp.devices.local import LocalDevice
+from autocomp.devices.device import Device, open_device
 from autocomp.errors import AutocompError
 from autocomp.hardware import load_profile
 from autocomp.progress import Progress, Stage
@@ -220,8 +220,8 @@ def check_inputs(task: Task) -> list[tuple[torch.Tensor, ...]]:
     return inputs
 
 
-def _open_device(name: str, stage: Stage) -> LocalDevice:
-    device = LocalDevice(load_profile(name))
+def _open_device(name: str, stage: Stage) -> Device:
+    device = open_device(load_profile(name))
     if device.store.corrupt:
         stage.warn(f"{device.store.corrupt} damaged records of the kernel store {device.store.folder} are tuned again")
         device.store.compact()

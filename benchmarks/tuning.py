@@ -27,7 +27,7 @@ from zoo import BENCHMARKED, ZOO, like
 from autocomp.compiler.build import CompiledModel, build
 from autocomp.devices.timing import interleaved, quiet_core
 from autocomp.hardware import Profile, load_profile
-from autocomp.kernels import tune
+from autocomp.kernels import timers, tune
 from autocomp.kernels.isolated import attempt_each
 from autocomp.kernels.store import KernelStore
 from autocomp.records import KernelTime
@@ -125,7 +125,7 @@ def _metaschedule(kernel: KernelTime, *, function: Any, target: Any, folder: Pat
     schedule = ms.tir_integration.compile_tir(database, tvm.IRModule({"main": plain}), target)
     theirs = float("nan")
     if schedule is not None:
-        theirs = tune.time_function(schedule.mod["main"], tune._random_arguments(function), target)
+        theirs = timers.time_function(schedule.mod["main"], timers.random_arguments(function), target)
     return {
         "operator": kernel.operator, "ours_seconds": kernel.seconds, "metaschedule_seconds": theirs, "tuning_seconds": seconds,
     }  # fmt: skip

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,10 @@ class CompiledModel:
             self._executable.export_library(str(path), fcompile=link_shared)
         return path
 
+    def reload(self, path: str | Path) -> CompiledModel:
+        """Load what ``save`` wrote."""
+        return CompiledModel.load(path, self.profile)
+
     def prepare(self, *inputs: torch.Tensor) -> Any:
         """A call without arguments that runs the module once on these inputs, for timing side by side."""
         arguments = self._arguments(inputs)
@@ -99,10 +104,18 @@ def describe_device(profile: Profile) -> str:
     return f"{' '.join(names)}, {profile.cores} thread{'s' if profile.cores > 1 else ''}"
 
 
-def build(
+@dataclass(frozen=True)
+class Scheduled:
+    """A Relax module whose functions are scheduled, not yet machine code; ``kernels`` are the calls of one inference, in order."""
+
+    module: Any
+    kernels: tuple[KernelTime, ...]
+
+
+def schedule(
     model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...], profile: Profile, tuner: Tuner
-) -> CompiledModel:
-    """Compile a model in evaluation mode for fixed input shapes, each kernel tuned or taken from the store.
+) -> Scheduled:
+    """Lower a model in evaluation mode for fixed input shapes, each kernel tuned or taken from the store.
 
     BatchNorm is folded first. ExportError if the model cannot be exported; the caller compares with torch.
     """
@@ -122,15 +135,24 @@ def build(
         else:
             scheduled[name] = function
     mod = tvm.IRModule(scheduled, attrs=mod.attrs, global_infos=mod.global_infos)
-    executable = tvm.compile(mod, tuner.target)
     kernels = [
         KernelTime(
-            name, records[name].key, records[name].operator, records[name].seconds, records[name].flops, "measured",
-            _peak_fraction(records[name], tuner),
+            name, records[name].key, records[name].operator, records[name].seconds, records[name].flops,
+            tuner.timer.how, _peak_fraction(records[name], tuner),
         )
         for name in calls if name in records
     ]  # fmt: skip
-    return CompiledModel(executable, profile, kernels)
+    return Scheduled(mod, tuple(kernels))
+
+
+def build(
+    model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...], profile: Profile, tuner: Tuner
+) -> CompiledModel:
+    """Compile a model for this machine, as ``schedule`` lowers it."""
+    import tvm
+
+    scheduled = schedule(model, example_inputs, profile, tuner)
+    return CompiledModel(tvm.compile(scheduled.module, tuner.target), profile, scheduled.kernels)
 
 
 def _peak_fraction(record: Any, tuner: Tuner) -> float | None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from autocomp.compiler.build import CompiledModel, build
+from autocomp.devices.device import Compiled, latency_model
 from autocomp.errors import MismatchError, UsageError
 from autocomp.hardware import Profile
 from autocomp.kernels.store import KernelStore
 from autocomp.kernels.tune import Tuner
-from autocomp.latency import LatencyModel
 from autocomp.records import Latency
 from autocomp.verify import check_outputs, first_differing_layer
 
@@ -26,14 +26,12 @@ class LocalDevice:
     def __init__(self, profile: Profile, store: KernelStore | None = None) -> None:
         if profile.how != "local":
             raise UsageError(
-                f"profile {profile.name!r} is reached by {profile.how!r}; this version measures on the machine itself only "
-                "(how: local)"
+                f"profile {profile.name!r} is reached by {profile.how!r}, not on this machine (how: local): open it with open_device"
             )
         self.profile = profile
         self.store = store or KernelStore.open(profile)
         self.tuner = Tuner(profile, self.store)
-        peaks = {"fp32": self.tuner.peak("dense") or 1.0, "int8": self.tuner.peak("dense_int8") or 1.0}
-        self.model = LatencyModel(profile, peaks)
+        self.model = latency_model(profile, self.tuner)
 
     def compile(self, model: torch.nn.Module, inputs: Sequence[tuple[torch.Tensor, ...]]) -> CompiledModel:
         """Build a module for the shapes of the first inputs and compare it with torch on all of them.
@@ -41,17 +39,27 @@ class LocalDevice:
         MismatchError names the first layer that differs; ExportError as ``build``.
         """
         compiled = build(model, inputs[0], self.profile, self.tuner)
-        try:
-            check_outputs(model, compiled.run, inputs, "the compiled module")
-        except MismatchError as error:
-            layer = first_differing_layer(model, lambda m: build(m, inputs[0], self.profile, self.tuner).run, inputs[0])
-            where = f"; the first layer that differs is {layer!r}" if layer else "; its layers agree one by one"
-            raise MismatchError(f"{error}{where}") from error
+        check_compiled(model, compiled.run, inputs, lambda m: build(m, inputs[0], self.profile, self.tuner).run)
         return compiled
 
-    def time(self, compiled: CompiledModel, example_inputs: tuple[torch.Tensor, ...]) -> Latency:
+    def time(self, compiled: Compiled, example_inputs: tuple[torch.Tensor, ...]) -> Latency:
         """Measure a module; a noisy measurement is taken twice and the quieter one kept."""
         latency = compiled.time(*example_inputs)
         if latency.spread > _ANOTHER_TRY:
             latency = min(latency, compiled.time(*example_inputs), key=lambda value: value.spread)
         return latency
+
+
+def check_compiled(
+    model: torch.nn.Module,
+    run: Callable[..., object],
+    inputs: Sequence[tuple[torch.Tensor, ...]],
+    compile_model: Callable[[torch.nn.Module], Callable[..., object]],
+) -> None:
+    """Compare a compiled module with torch; MismatchError names the first layer that differs, found by compiling a probe."""
+    try:
+        check_outputs(model, run, inputs, "the compiled module")
+    except MismatchError as error:
+        layer = first_differing_layer(model, compile_model, inputs[0])
+        where = f"; the first layer that differs is {layer!r}" if layer else "; its layers agree one by one"
+        raise MismatchError(f"{error}{where}") from error

@@ -124,7 +124,7 @@ def measure_bandwidth(profile: Profile, store: KernelStore) -> float:
         import tvm
         from tvm.target import Target
 
-        from autocomp.kernels.tune import time_function
+        from autocomp.kernels.timers import time_function
 
         blocks, width = 64 * profile.cores, _ACCUMULATORS * profile.lanes
         wanted = max(4 * profile.caches.get("l3", 0), 64 << 20)

@@ -1,20 +1,18 @@
-"""Find the best tile of each kernel: build a few, time each for real, keep the fastest."""
+"""Find the best tile of each kernel: build a few, time each on the target, keep the fastest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from autocomp.devices.timing import quiet_core
 from autocomp.errors import AutocompError
 from autocomp.hardware import Profile
 from autocomp.kernels import compute, templates
 from autocomp.kernels.intrinsics import dot_product
-from autocomp.kernels.isolated import attempt_each
 from autocomp.kernels.store import KernelRecord, KernelStore
+from autocomp.kernels.timers import LocalTimer, Timer
 
 _GOOD_ENOUGH = 0.92  # of the measured peak: what is left is within the noise of a short measurement
 _PATIENCE = 2  # trials without a gain of 1 % before giving up
@@ -30,13 +28,14 @@ class Tuned:
 
 
 class Tuner:
-    """Tunes fused functions for one profile, through its kernel store. Counts trials and store hits."""
+    """Tunes fused functions for one profile, through its kernel store, by the times a ``timer`` takes (None: on this machine)."""
 
-    def __init__(self, profile: Profile, store: KernelStore, *, budget: int = 8) -> None:
+    def __init__(self, profile: Profile, store: KernelStore, timer: Timer | None = None, *, budget: int = 8) -> None:
         from tvm.target import Target
 
         self.profile = profile
         self.store = store
+        self.timer: Timer = timer or LocalTimer(profile)
         self.budget = budget
         self.target = Target(dict(profile.target))
         self.trials = 0
@@ -69,7 +68,9 @@ class Tuner:
         if template == "rowwise":
             return None
         if self.profile.cores > 1:
-            single = Tuner(replace(self.profile, cores=1), self.store, budget=self.budget)
+            single = Tuner(
+                replace(self.profile, cores=1), self.store, budget=self.budget
+            )  # several cores are always local
             return self.profile.cores * (single.peak(template) or 0.0)
         int8 = template.endswith("int8")
         key = f"peak-{'int8' if int8 else 'fp32'}-v{templates.VERSION}"
@@ -102,18 +103,14 @@ class Tuner:
         self, function: Any, anchor: templates.Anchor, tiles: list[templates.Tile], *, stop_early: bool = True
     ) -> tuple[tuple[float, templates.Tile], int]:
         peak = self.peak(anchor.template) if stop_early else None
-        arguments = _random_arguments(function)
         best: tuple[float, templates.Tile] | None = None
         since, trials, failure = 0, 0, ""
-        threads = self.profile.cores  # TVM's thread pool does not live through a fork: several threads are timed here
-
-        def measure(tile: templates.Tile) -> float:
-            return time_function(templates.apply(function, tile, anchor, self.profile), arguments, self.target, threads)
-
-        answers = attempt_each(tiles, measure) if threads == 1 else _attempt_here(tiles, measure)
+        answers = self.timer.attempt(
+            function, tiles, lambda tile: templates.apply(function, tile, anchor, self.profile)
+        )
         for tile, seconds, refused in answers:
             trials += 1
-            if refused:  # a tile that TVM, LLVM or the machine refuses is one trial lost, not the kernel
+            if seconds is None:  # a tile that TVM, LLVM or the machine refuses is one trial lost, not the kernel
                 failure = refused
                 continue
             since = 0 if best is None or seconds < best[0] * 0.99 else since + 1
@@ -129,50 +126,6 @@ class Tuner:
             )
         answers.close()
         return best, trials
-
-
-def _attempt_here(items: list[Any], work: Callable[[Any], Any]) -> Generator[tuple[Any, Any, str]]:
-    """``attempt_each`` in this process: an exception is one item's failure, a crash is everybody's."""
-    for item in items:
-        try:
-            yield item, work(item), ""
-        except Exception as error:
-            lines = str(error).strip().splitlines()
-            yield item, None, lines[-1] if lines else type(error).__name__
-
-
-def time_function(function: Any, arguments: list[Any], target: Any, threads: int = 1, *, repeats: int = 3) -> float:
-    """Seconds one scheduled function takes alone, on this machine: the best of ``repeats`` means over about 2 ms each."""
-    import tvm
-
-    executable = tvm.compile(tvm.IRModule({"main": function.with_attr("global_symbol", "main")}), target)
-    device = tvm.cpu()
-    with quiet_core(threads):
-        executable(*arguments)
-        once = executable.mod.time_evaluator("main", device, number=1, repeat=1)(*arguments).mean
-        number = int(min(max(2e-3 / max(once, 1e-8), 1), 10_000))
-        return float(
-            min(executable.mod.time_evaluator("main", device, number=number, repeat=repeats)(*arguments).results)
-        )
-
-
-def _random_arguments(function: Any) -> list[Any]:
-    """Small random values: large ones would saturate what is fused behind a product, and subnormals take other time."""
-    import tvm
-
-    rng = np.random.default_rng(0)
-    arguments = []
-    for parameter in function.params:
-        shape = [int(size) for size in parameter.ty.shape]
-        dtype = str(parameter.ty.dtype).removeprefix("T.")
-        if dtype.startswith("float"):
-            array = np.asarray(0.1 * rng.standard_normal(shape), dtype)
-        elif dtype in ("int8", "uint8", "int16"):
-            array = np.asarray(rng.integers(0, 4, shape), dtype)
-        else:  # may be an index into another argument: zero is always inside
-            array = np.zeros(shape, dtype)
-        arguments.append(tvm.runtime.tensor(array))
-    return arguments
 
 
 def _describe(anchor: templates.Anchor) -> str:

@@ -1,0 +1,68 @@
+"""What a target must offer a search, and the one place that opens it, however it is reached."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from autocomp.hardware import Profile
+from autocomp.kernels.store import KernelStore
+from autocomp.kernels.tune import Tuner
+from autocomp.latency import LatencyModel
+from autocomp.records import KernelTime, Latency
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Compiled(Protocol):
+    """A module of tuned kernels for one profile, checked against torch; ``kernels`` are the calls of one inference."""
+
+    profile: Profile
+    kernels: tuple[KernelTime, ...]
+
+    def run(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Compute the outputs, on the target or by emulating its code."""
+        ...
+
+    def save(self, path: str | Path) -> Path:
+        """Write the shared library that the target loads."""
+        ...
+
+    def reload(self, path: str | Path) -> Compiled:
+        """Load what ``save`` wrote, as the target would. UsageError if it is no compiled module."""
+        ...
+
+    def time(self, *inputs: torch.Tensor) -> Latency:
+        """Seconds of one inference, and how they were obtained."""
+        ...
+
+
+class Device(Protocol):
+    """A target: its profile, kernel store and tuner, the fitted latency model, and the one way to a module's latency."""
+
+    profile: Profile
+    store: KernelStore
+    tuner: Tuner
+    model: LatencyModel
+
+    def compile(self, model: torch.nn.Module, inputs: Sequence[tuple[torch.Tensor, ...]]) -> Compiled:
+        """Build a module for the shapes of the first inputs and compare it with torch. MismatchError, ExportError."""
+        ...
+
+    def time(self, compiled: Compiled, example_inputs: tuple[torch.Tensor, ...]) -> Latency:
+        """``compiled.time``, once more where the samples spread too far."""
+        ...
+
+
+def open_device(profile: Profile, store: KernelStore | None = None) -> Device:
+    """Open a profile's target. UsageError if it cannot be reached; ``store`` replaces the user's kernel store."""
+    from autocomp.devices.local import LocalDevice
+
+    return LocalDevice(profile, store)
+
+
+def latency_model(profile: Profile, tuner: Tuner) -> LatencyModel:
+    """The tier-0 latency model of a target, at its measured (or estimated) arithmetic peaks."""
+    return LatencyModel(profile, {"fp32": tuner.peak("dense") or 1.0, "int8": tuner.peak("dense_int8") or 1.0})
