@@ -6,12 +6,18 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 FORMAT_VERSION = 1
 
 How = Literal["measured", "estimated"]
-Precision = Literal["fp32", "w8a8"]
+# fp16: weights and activations in 16 bits. w8a8: both in 8. w8, w4: weights alone, a scale for 64 of them unless g32 or g128 says other.
+# vq, rvq: codebooks, the number being bits a weight. What each stores: autocomp/precisions.py.
+Precision = Literal[
+    "fp32", "fp16", "w8a8", "w8", "w8g32", "w8g128", "w4", "w4g32", "w4g128",
+    "vq8", "vq4", "vq2", "vq1", "rvq4", "rvq3", "rvq2",
+]  # fmt: skip
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True)
@@ -61,12 +67,12 @@ class Method:
 
     @classmethod
     def parse(cls, text: str) -> Method:
-        """Read the form ``str`` writes: ``fp32``, ``w8a8``, ``r32/fp32``, ``r16x32/w8a8``. ValueError otherwise."""
+        """Read the form ``str`` writes: ``fp32``, ``w8a8``, ``r32/w4``, ``r16x32/vq4``. ValueError otherwise."""
         head, _, tail = text.rpartition("/")
-        if tail not in ("fp32", "w8a8") or (head and not head.startswith("r")):
+        if tail not in PRECISIONS or (head and not head.startswith("r")):
             raise ValueError(f"not a method: {text!r}")
         ranks = tuple(int(part) for part in head[1:].split("x")) if head else ()
-        return cls(tail, ranks)  # type: ignore[arg-type]  # narrowed by the check above
+        return cls(tail, ranks)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Rule(BaseModel):
     layers: str | list[str]
     keep: list[Share] | None = None
     ranks: list[Share] | None = None
-    precisions: list[Literal["fp32", "w8a8"]] | None = None
+    precisions: list[Precision] | None = None
 
     @field_validator("keep", "ranks", mode="before")
     @classmethod
