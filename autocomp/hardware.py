@@ -21,6 +21,23 @@ from autocomp.resources import shipped_files
 Reach = Literal["local", "rpc", "estimate"]
 # What a profile with `target: detect` finds out by itself; all of it must be written down with a fixed target.
 _ISA_KEYS = ("lanes", "vector_registers", "precisions", "int8")
+CacheLevel = Literal["l1d", "l1i", "l2", "l3"]
+LINE = 64  # bytes of a cache line, on x86-64 and on every Cortex-A
+# What LLVM must know of a processor for the kernels of a precision or dot product; all else runs on the bare architecture.
+_NEEDS = {"fp16": "fullfp16", "sdot": "dotprod"}
+
+
+@dataclass(frozen=True)
+class Rpc:
+    """Where boards are lent: a TVM RPC tracker (``host:port``), and the key under which boards of this kind register."""
+
+    tracker: str
+    key: str
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host_name, _, port = self.tracker.rpartition(":")
+        return host_name, int(port)
 
 
 @dataclass(frozen=True)
@@ -29,7 +46,9 @@ class Profile:
 
     ``target`` is TVM's target as a dict; ``lanes`` the float32 lanes of a vector register; ``precisions`` those with
     kernels; ``int8`` the byte dot-product instruction (``none``: widened products, slower); ``cores`` the threads a run
-    uses; ``caches`` bytes by level; ``device`` the processor's name where the machine itself tells it.
+    uses; ``caches`` bytes and ``cache_ways`` the associativity by level; ``memory_bandwidth`` bytes a second that one core
+    reads or copies; ``power`` watts of the whole board; ``device`` the processor's name where the machine itself tells it.
+    ``core`` names the core model of an estimate, ``rpc`` says where a board is lent.
     """
 
     name: str
@@ -46,12 +65,61 @@ class Profile:
     memory_bytes: int | None = None
     source: str = ""
     device: str = ""
+    cache_ways: Mapping[str, int] = field(default_factory=dict)
+    memory_bandwidth: Mapping[str, float] = field(default_factory=dict)
+    power: Mapping[str, float] = field(default_factory=dict)
+    core: str = ""
+    rpc: Rpc | None = None
 
     @property
     def fingerprint(self) -> str:
-        """Ten hex digits of what kernels and their times depend on: target, instructions, cores, device; no names."""
-        identity = [dict(self.target), self.lanes, self.vector_registers, self.int8, self.cores, self.how, self.device]
+        """Ten hex digits of what kernels and their times depend on: target, instructions, cores, device; no names.
+
+        Of an estimate also the core model and the figures it reckons with; of boards the key they share.
+        """
+        identity: list[Any] = [dict(self.target), self.lanes, self.vector_registers, self.int8, self.cores, self.how]
+        identity.append(self.device)
+        if self.how == "estimate":
+            figures = (self.caches, self.cache_ways, self.memory_bandwidth)
+            identity += [self.core, self.clock_hz, *map(dict, figures)]
+        elif self.how == "rpc" and self.rpc:
+            identity.append(self.rpc.key)
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
+
+
+class RpcFile(BaseModel):
+    """The ``rpc`` entry of a profile file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    tracker: str = Field(description="host:port of the TVM RPC tracker")
+    key: str = Field(min_length=1, description="key under which the boards register")
+
+    @field_validator("tracker")
+    @classmethod
+    def _tracker_is_address(cls, value: str) -> str:
+        host_name, _, port = value.rpartition(":")
+        if not host_name or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise ValueError("must be host:port (192.168.1.10:9190)")
+        return value
+
+
+class PowerFile(BaseModel):
+    """The ``power`` entry of a profile file: watts of the whole board."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    idle: float | None = Field(None, gt=0, le=1000)
+    load: float | None = Field(None, gt=0, le=1000, description="every core busy")
+
+
+class BandwidthFile(BaseModel):
+    """The ``memory_bandwidth`` entry of a profile file: what one core reaches in main memory, in bytes a second."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    read: float | None = Field(None, ge=1e6, le=1e13, description="bytes read")
+    copy_: float | None = Field(None, ge=1e6, le=1e13, alias="copy", description="bytes copied, each counted once")
 
 
 class ProfileFile(BaseModel):
@@ -69,9 +137,14 @@ class ProfileFile(BaseModel):
     precisions: list[Precision] | None = Field(None, min_length=1, description="precisions with kernels")
     int8: Int8 | None = Field(None, description="byte dot-product instruction; none: widened products")
     cores: int = Field(1, ge=1, description="threads one inference uses")
-    clock_hz: float | None = Field(None, gt=0)
-    caches: dict[str, int] = Field(default_factory=dict, description="bytes by level: l1d, l1i, l2, l3")
+    clock_hz: float | None = Field(None, ge=1e6, le=1e11, description="in Hz: 2.4e+9")
+    caches: dict[CacheLevel, int] = Field(default_factory=dict, description="bytes by level: l1d, l1i, l2, l3")
+    cache_ways: dict[CacheLevel, int] = Field(default_factory=dict, description="associativity by level")
     memory_bytes: int | None = Field(None, gt=0)
+    memory_bandwidth: BandwidthFile | None = Field(None, description="bytes a second of one core: read, copy")
+    power: PowerFile | None = Field(None, description="watts of the whole board: idle, load")
+    core: str | None = Field(None, min_length=1, description="core model of an estimate")
+    rpc: RpcFile | None = Field(None, description="tracker and key of the boards")
     source: str = Field("", description="where the figures come from")
 
     @field_validator("target")
@@ -80,6 +153,45 @@ class ProfileFile(BaseModel):
         if value != "detect" and not (isinstance(value, dict) and isinstance(value.get("kind"), str)):
             raise ValueError("must be `detect`, or TVM's target with its kind ({kind: llvm, mcpu: ...})")
         return value
+
+    @field_validator("lanes")
+    @classmethod
+    def _lanes_are_a_power_of_two(cls, value: int | None) -> int | None:
+        if value and value & (value - 1):
+            raise ValueError("must be a power of two")
+        return value
+
+    @field_validator("caches")
+    @classmethod
+    def _caches_hold_lines(cls, value: dict[CacheLevel, int]) -> dict[CacheLevel, int]:
+        for level, size in value.items():
+            if size <= 0 or size % LINE:
+                raise ValueError(f"must be bytes, whole lines of {LINE}: {level} is {size}")
+        return value
+
+    @model_validator(mode="after")
+    def _caches_have_their_ways(self) -> ProfileFile:
+        for level, ways in self.cache_ways.items():
+            size = self.caches.get(level)
+            if size is None:
+                raise ValueError(f"must state caches.{level} where cache_ways.{level} is stated")
+            if ways < 1 or size % (LINE * ways):
+                raise ValueError(f"must have a cache_ways.{level} that divides its {size // LINE} lines, got {ways}")
+        return self
+
+    @model_validator(mode="after")
+    def _reach_is_complete(self) -> ProfileFile:
+        if self.how == "rpc" and self.rpc is None:
+            raise ValueError("must state rpc ({tracker: host:port, key: ...}) where how is rpc")
+        if self.how == "local" and self.rpc is not None:
+            raise ValueError("must leave out rpc where how is local")
+        if self.how == "estimate":
+            # The model counts cycles: without a clock, cache sizes and a bandwidth it cannot say seconds.
+            lacking = [key for key in ("core", "clock_hz") if getattr(self, key) is None]
+            lacking += [f"caches.{level}" for level in ("l1d", "l2") if level not in self.caches]
+            if lacking:
+                raise ValueError(f"must state {', '.join(lacking)} where how is estimate")
+        return self
 
     @model_validator(mode="after")
     def _isa_is_complete(self) -> ProfileFile:
@@ -119,12 +231,25 @@ def load_profile(name_or_path: str | Path) -> Profile:
     stated = validated(ProfileFile, read_mapping(path), f"{path}: ")
     if stated.target != "detect" and not host.is_known_cpu(stated.target):
         raise UsageError(f"{path}: target.mcpu: LLVM knows no processor {stated.target['mcpu']!r}")
+    if stated.target != "detect":
+        _check_instructions(stated, path)
     return _on_this_machine(stated) if stated.how == "local" else _as_stated(stated, dict(stated.target))
 
 
 def profile_schema() -> dict[str, Any]:
     """Return the JSON schema of a profile file."""
     return ProfileFile.model_json_schema()
+
+
+def _check_instructions(stated: ProfileFile, path: Path) -> None:
+    """Refuse precisions whose instructions the stated processor lacks: the code would die at its first run."""
+    for key, value in [("int8", stated.int8), *(("precisions", precision) for precision in stated.precisions or ())]:
+        needed = _NEEDS.get(str(value))
+        if needed and not host.has_feature(stated.target, needed):
+            raise UsageError(
+                f"{path}: {key}: {value} needs the instruction set {needed}, which target.mcpu "
+                f"{stated.target.get('mcpu', 'generic')!r} lacks: leave it out, or add +{needed} to target.mattr"
+            )
 
 
 def _on_this_machine(stated: ProfileFile) -> Profile:
@@ -153,6 +278,10 @@ def _on_this_machine(stated: ProfileFile) -> Profile:
 
 
 def _as_stated(stated: ProfileFile, target: dict[str, Any], **found: Any) -> Profile:
-    fields = stated.model_dump(exclude={"format_version", "target"}) | found
+    fields = stated.model_dump(exclude={"format_version", "target"}, by_alias=True) | found
     fields["precisions"] = tuple(fields["precisions"])
+    fields["core"] = fields["core"] or ""
+    fields["rpc"] = Rpc(**fields["rpc"]) if fields["rpc"] else None
+    for key in ("memory_bandwidth", "power"):
+        fields[key] = {name: value for name, value in (fields[key] or {}).items() if value is not None}
     return Profile(target={"num-cores": stated.cores, **target}, **fields)

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from autocomp.errors import UsageError
 
-Int8 = Literal["vnni512", "vnni256", "none"]
+# Dot products of bytes: AVX-512 VNNI, AVX-VNNI (u8 x s8), Armv8.2 SDOT (s8 x s8, 4 lanes of 4), or widened products.
+Int8 = Literal["vnni512", "vnni256", "sdot", "none"]
 
 # The levels of the x86-64 psABI, as /proc/cpuinfo spells their flags ("abm" stands for lzcnt, "pni" for SSE3).
 # Source: https://gitlab.com/x86-psABIs/x86-64-ABI, section "Micro-Architecture Levels".
@@ -136,6 +137,14 @@ def missing(target: Mapping[str, Any], cpu: Cpu) -> list[str]:
 
     compiled = Target(dict(target))
     return [flag for flag, name in FEATURES.items() if flag not in cpu.flags and target_has_features(name, compiled)]
+
+
+def has_feature(target: Mapping[str, Any], name: str) -> bool:
+    """Whether code for a target may use an instruction set of LLVM's (``dotprod``, ``fullfp16``)."""
+    from tvm.target import Target
+    from tvm.target.codegen import target_has_features
+
+    return bool(target_has_features(name, Target(dict(target))))
 
 
 def is_known_cpu(target: Mapping[str, Any]) -> bool:

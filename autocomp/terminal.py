@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from decimal import Decimal  # candidates outnumber what a float holds
 from typing import TYPE_CHECKING, Any
 
@@ -122,8 +123,7 @@ def describe_profiles() -> list[dict[str, Any]]:
         except UsageError as error:
             described.append({"name": name, "unavailable": str(error)})
         else:
-            fields = {**profile.__dict__, "target": dict(profile.target), "caches": dict(profile.caches)}
-            described.append({**fields, "fingerprint": profile.fingerprint})
+            described.append({**asdict(profile), "fingerprint": profile.fingerprint})
     return described
 
 

@@ -9,6 +9,7 @@ import pytest
 from autocomp import host
 from autocomp.errors import UsageError
 from autocomp.hardware import Profile, list_profiles, load_profile, profile_schema
+from autocomp.resources import shipped_files
 
 BASE = "fpu lm cx16 lahf_lm popcnt pni sse4_1 sse4_2 ssse3"
 AVX2 = f"{BASE} avx avx2 bmi1 bmi2 f16c fma abm movbe xsave"
@@ -74,7 +75,7 @@ def test_detected_target_falls_back_where_the_name_lies(monkeypatch: pytest.Monk
 
 def test_every_shipped_profile_loads() -> None:
     names = list_profiles()
-    assert {"x86-host", "x86-64-v3"} <= set(names)
+    assert {"x86-host", "x86-64-v3", "cortex-a76", "rk3588"} <= set(names)
     profiles = [load_profile(name) for name in names]
     assert [profile.name for profile in profiles] == names
     assert len({profile.fingerprint for profile in profiles}) == len(names)
@@ -92,12 +93,15 @@ STATED = """
 format_version: 1
 name: mine
 how: estimate
+core: cortex-a76
 target: {kind: llvm, mcpu: haswell}
 lanes: 8
 vector_registers: 16
 precisions: [fp32]
 int8: none
-caches: {l1d: 32768}
+clock_hz: 3.0e+9
+caches: {l1d: 32768, l2: 262144}
+cache_ways: {l1d: 8}
 """
 
 
@@ -114,8 +118,49 @@ def test_own_file(tmp_path: Path) -> None:
     assert profile.device == ""
     renamed = load_profile(write(tmp_path, STATED.replace("mine", "other")))
     assert renamed.fingerprint == profile.fingerprint
+    assert profile.cache_ways == {"l1d": 8}
+    assert (profile.memory_bandwidth, profile.power, profile.rpc) == ({}, {}, None)
     wider = load_profile(write(tmp_path, STATED.replace("lanes: 8", "lanes: 4")))
     assert wider.fingerprint != profile.fingerprint
+    faster = load_profile(write(tmp_path, STATED.replace("3.0e+9", "3.5e+9")))
+    assert faster.fingerprint != profile.fingerprint, "an estimate depends on the clock"
+
+
+def test_boards(tmp_path: Path) -> None:
+    text = STATED.replace("how: estimate", 'how: rpc\nrpc: {tracker: "10.0.0.2:9190", key: pi5}')
+    profile = load_profile(write(tmp_path, text + "memory_bandwidth: {copy: 5.27e+9}\npower: {load: 8.5}\n"))
+    assert profile.rpc is not None
+    assert (profile.rpc.address, profile.rpc.key) == (("10.0.0.2", 9190), "pi5")
+    assert (profile.memory_bandwidth, profile.power) == ({"copy": 5.27e9}, {"load": 8.5})
+    moved = load_profile(write(tmp_path, text.replace("10.0.0.2", "10.0.0.3")))
+    assert moved.fingerprint == profile.fingerprint, "the same boards behind another tracker"
+    others = load_profile(write(tmp_path, text.replace("pi5", "rk3588")))
+    assert others.fingerprint != profile.fingerprint
+    both = load_profile(write(tmp_path, text.replace("how: rpc", "how: estimate")))
+    assert both.rpc == profile.rpc
+    assert both.fingerprint != profile.fingerprint, "estimates and measurements are never mixed"
+
+
+@pytest.mark.parametrize("name", ["cortex-a76", "rk3588"])
+def test_cortex_a76(name: str) -> None:
+    profile = load_profile(name)
+    assert (profile.how, profile.core, profile.lanes, profile.vector_registers) == ("estimate", "cortex-a76", 4, 32)
+    assert profile.precisions == ("fp32", "fp16", "w8a8", "w8", "w4")
+    assert profile.int8 == "sdot"
+    assert host.has_feature(profile.target, "dotprod")
+    assert profile.clock_hz
+    assert 2e9 < profile.clock_hz <= 2.4e9
+    assert {level: size // 2**10 for level, size in profile.caches.items() if level != "l3"} == {
+        "l1d": 64,
+        "l1i": 64,
+        "l2": 512,
+    }
+    assert set(profile.memory_bandwidth) == {"read", "copy"}
+    # what the file states beside each figure: where it comes from
+    text = shipped_files("hardware_profiles")[name].read_text()
+    for key in ("lanes", "precisions", "clock_hz", "caches", "memory_bytes", "memory_bandwidth", "power"):
+        before = text[: text.index(f"\n{key}:")].splitlines()
+        assert "https://" in before[-1] or "https://" in before[-2], key
 
 
 @pytest.mark.parametrize(
@@ -131,6 +176,24 @@ def test_own_file(tmp_path: Path) -> None:
         (("{kind: llvm, mcpu: haswell}", "llvm"), ["target: must be `detect`"]),
         (("{kind: llvm, mcpu: haswell}", "detect"), ["how: local"]),
         (("mcpu: haswell", "mcpu: hazwell"), ["no processor 'hazwell'"]),
+        (("core: cortex-a76\n", ""), ["must state core where how is estimate"]),
+        (("clock_hz: 3.0e+9", "clock_hz: 3.0"), ["clock_hz: must be greater than or equal to 1000000, got 3.0"]),
+        (("clock_hz: 3.0e+9\n", ""), ["must state clock_hz where how is estimate"]),
+        ((", l2: 262144", ""), ["must state caches.l2 where how is estimate"]),
+        (("l2: 262144", "l2: 1000"), ["caches: must be bytes, whole lines of 64: l2 is 1000"]),
+        (("l2: 262144", "l4: 262144"), ["caches.l4"]),
+        (("{l1d: 8}", "{l1d: 3}"), ["cache_ways.l1d that divides its 512 lines, got 3"]),
+        (("{l1d: 8}", "{l3: 8}"), ["must state caches.l3 where cache_ways.l3 is stated"]),
+        (("lanes: 8", "lanes: 6"), ["lanes: must be a power of two, got 6"]),
+        (("how: estimate", "how: rpc"), ["must state rpc"]),
+        (("how: estimate", "how: local\nrpc: {tracker: 'a:1', key: b}"), ["must leave out rpc where how is local"]),
+        (("how: estimate", "how: rpc\nrpc: {tracker: board, key: b}"), ["rpc.tracker: must be host:port", "'board'"]),
+        (("how: estimate", "how: rpc\nrpc: {tracker: 'a:99999', key: b}"), ["rpc.tracker: must be host:port"]),
+        (("how: estimate", "how: rpc\nrpc: {tracker: 'a:9190'}"), ["rpc.key: this key must be given"]),
+        (("how: estimate", "how: estimate\npower: {idle: -1.0}"), ["power.idle: must be greater than 0, got -1.0"]),
+        (("how: estimate", "how: estimate\nmemory_bandwidth: {rad: 1.0e+9}"), ["memory_bandwidth.rad: there is no"]),
+        (("int8: none", "int8: sdot"), ["int8: sdot needs the instruction set dotprod", "'haswell'"]),
+        (("[fp32]", "[fp32, fp16]"), ["precisions: fp16 needs the instruction set fullfp16"]),
     ],
 )
 def test_files_that_cannot_work(tmp_path: Path, change: tuple[str, str], words: list[str]) -> None:
