@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autocomp.hardware import Profile, load_profile
-from autocomp.kernels import compute, templates
+from autocomp.kernels import compute, packing, templates
 from autocomp.kernels.intrinsics import dot_product
 
 QUICK = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
@@ -80,7 +80,7 @@ def test_float_convolution_equals_torch(profile: Profile, case: dict) -> None:
     n, (h, w), ci = spec.batch, spec.in_size, spec.in_channels
     x = rng.standard_normal((n, h, w, ci)).astype("float32")
     weight = rng.standard_normal((spec.out_channels, ci, *spec.kernel)).astype("float32")
-    packed = compute.pack_conv_weight(weight, spec, None)
+    packed = packing.pack_conv_weight(weight, spec, None)
     data, constant = te.placeholder(x.shape, name="data"), te.placeholder(packed.shape, name="weight")
     value, _ = run_kernel([compute.conv2d(data, constant, spec)], [data, constant], [x, packed], profile, case["pick"])
     expected = torch.nn.functional.conv2d(
@@ -106,7 +106,7 @@ def test_integer_convolution_is_exact(profile: Profile, case: dict, zero_point: 
     rng = np.random.default_rng(case["seed"])
     x = rng.integers(0, 256, (spec.batch, *spec.in_size, spec.in_channels)).astype(dot.activation)
     weight = rng.integers(-127, 128, (spec.out_channels, spec.in_channels, *spec.kernel)).astype("int8")
-    packed = compute.pack_conv_weight(weight, spec, dot)
+    packed = packing.pack_conv_weight(weight, spec, dot)
     data = te.placeholder(x.shape, dot.activation, name="data")
     constant = te.placeholder(packed.shape, str(packed.dtype), name="weight")
     zero = te.placeholder((1,), "int32", name="zero")
@@ -142,7 +142,7 @@ def test_dense_equals_numpy(profile: Profile, rows: tuple, depth: int, out: int,
         x = rng.standard_normal((*rows, depth)).astype("float32")
         weight = rng.standard_normal((out, depth)).astype("float32")
     spec = compute.DenseSpec.of(x.shape, out, profile.lanes)
-    packed = compute.pack_dense_weight(weight, profile.lanes, dot)
+    packed = packing.pack_dense_weight(weight, profile.lanes, dot)
     data = te.placeholder(x.shape, str(x.dtype), name="data")
     constant = te.placeholder(packed.shape, str(packed.dtype), name="weight")
     value, _ = run_kernel([compute.dense(data, constant, spec, dot)], [data, constant], [x, packed], profile, pick)
@@ -169,7 +169,7 @@ def test_depthwise_equals_torch(
     spec = compute.ConvSpec.of(
         x.shape, weight.shape, (stride, stride), [kernel // 2] * 4, (1, 1), channels, profile.lanes
     )
-    packed = compute.pack_conv_weight(weight, spec, None)
+    packed = packing.pack_conv_weight(weight, spec, None)
     data, constant = te.placeholder(x.shape, name="data"), te.placeholder(packed.shape, name="weight")
     value, _ = run_kernel([compute.conv2d(data, constant, spec)], [data, constant], [x, packed], profile, pick)
     expected = torch.nn.functional.conv2d(

@@ -11,7 +11,7 @@ from autocomp.compiler.normalise import decomposed, origin
 from autocomp.compiler.weight_only import WeightOnlyConverter
 from autocomp.errors import ExportError
 from autocomp.hardware import Profile
-from autocomp.kernels import compute
+from autocomp.kernels import compute, packing
 from autocomp.kernels.intrinsics import dot_product
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ class _QuantisedConverter:
         weight_array, scale, bias = (self._array(argument) for argument in node.args[1:4])
         inv_xs, zero_point = node.args[4:6]
         data = builder.emit(relax.op.permute_dims(x, [0, 2, 3, 1])) if self.convolution else x
+        zero_point -= self.dot.offset  # of the integers as they are stored
         zero = np.array([zero_point], "int32")
         quantised = self._quantise(builder, x, data, float(inv_xs), int(zero_point))
         if self.convolution:
@@ -123,7 +124,7 @@ class _QuantisedConverter:
             spec = compute.ConvSpec.of(
                 shape, tiled.shape, stride, [*padding, *padding], dilation, int(groups), self.lanes
             )
-            packed = compute.pack_conv_weight(tiled, spec, self.dot)
+            packed = packing.pack_conv_weight(tiled, spec, self.dot)
             accumulator = builder.emit_te(
                 lambda data, w, z: compute.conv2d(data, w, spec, self.dot, z),
                 quantised, relax.const(packed), relax.const(zero), primfunc_name_hint="conv2d_int8",
@@ -135,7 +136,7 @@ class _QuantisedConverter:
         else:
             rows = [int(size) for size in data.ty.shape]
             spec_d = compute.DenseSpec.of(rows, weight_array.shape[0], self.lanes)
-            packed = compute.pack_dense_weight(weight_array, self.lanes, self.dot)
+            packed = packing.pack_dense_weight(weight_array, self.lanes, self.dot)
             accumulator = builder.emit_te(
                 lambda data, w: compute.dense(data, w, spec_d, self.dot),
                 quantised, relax.const(packed), primfunc_name_hint="dense_int8",

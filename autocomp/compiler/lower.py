@@ -9,7 +9,7 @@ from typing import Any
 
 from autocomp.compiler.expressions import array_of, is_constant, shape_of
 from autocomp.hardware import Profile
-from autocomp.kernels import compute, rows, vector_math
+from autocomp.kernels import compute, packing, rows, vector_math
 
 
 def lower(mod: Any, profile: Profile, target: Any) -> Any:
@@ -73,7 +73,7 @@ class _Anchors:
                 self.lanes,
             )
             if spec.tileable:
-                packed = relax.const(compute.pack_conv_weight(array, spec, None))
+                packed = relax.const(packing.pack_conv_weight(array, spec, None))
                 return builder.call_te(
                     lambda x, w: compute.conv2d(x, w, spec), data, packed, primfunc_name_hint=_name(spec)
                 )
@@ -88,7 +88,7 @@ class _Anchors:
             return _default(builder, call)
         if is_constant(b) and len(shape_b) == 2:
             spec = compute.DenseSpec.of(shape_a, shape_b[1], self.lanes)
-            packed = relax.const(compute.pack_dense_weight(array_of(b).T, self.lanes, None))
+            packed = relax.const(packing.pack_dense_weight(array_of(b).T, self.lanes, None))
             return builder.call_te(lambda x, w: compute.dense(x, w, spec), a, packed, primfunc_name_hint="dense")
         source = self._transposed_source(builder, b)
         right = b if source is None else source

@@ -1,8 +1,6 @@
 """What the anchor operators compute, in TE, laid out for the register-tiled templates.
 
-Activations are channels-last. Weights of contractions are packed when the module is built, to ``[O/L][KH][KW][I][L]`` (fp32) or
-``[O/L][KH][KW][I/depth][L][depth]`` (integers), where L is one vector register's lanes: a tile of several registers
-reads several such streams, so the packing does not depend on the tile that tuning picks. Output rows and channels that do not fill
+Activations are channels-last, weights packed (``kernels.packing``). Output rows and channels that do not fill
 whole tiles are computed on a padded domain and cropped in the write-back, so no tile is ever ragged.
 """
 
@@ -13,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from autocomp.kernels.intrinsics import DotProduct
+from autocomp.kernels.packing import round_up as round_up
+from autocomp.kernels.packing import tap_of
 
 TEMPLATE = "autocomp.template"  # block annotations by which the scheduler knows an anchor
 FLOPS = "autocomp.flops"
@@ -31,10 +29,6 @@ def padded_rows(rows: int) -> int:
     while not any(extent % tile == 0 for tile in _ROW_TILES):
         extent += 1
     return extent
-
-
-def round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -87,6 +81,11 @@ class ConvSpec:
         """Whether a vector of output channels always reads one group's inputs."""
         return self.groups == 1 or self.depthwise or (self.out_channels // self.groups) % self.lanes == 0
 
+    def folds(self, dot: DotProduct | None) -> bool:
+        """Whether the taps of one row are summed as one run of values: few channels would leave most of an intrinsic empty."""
+        runs = self.groups == self.dilation[1] == 1 < self.kernel[1] and not self.is_dense
+        return dot is not None and dot.steps > 1 and runs and self.in_channels % (dot.width // 2) != 0
+
     @property
     def is_dense(self) -> bool:
         """A 1x1 convolution that is a matrix product over all pixels."""
@@ -121,63 +120,50 @@ class DenseSpec:
         return 2 * self.rows * self.depth * self.out_features
 
 
-def pack_conv_weight(weight: np.ndarray, spec: ConvSpec, dot: DotProduct | None) -> np.ndarray:
-    """OIHW weight → packed (see the module). Depthwise weights become ``[KH][KW][C]``."""
-    if spec.depthwise:
-        return np.ascontiguousarray(weight[:, 0].transpose(1, 2, 0)).astype("int32" if dot else "float32")
-    if spec.is_dense:
-        return pack_dense_weight(weight[:, :, 0, 0], spec.lanes, dot)
-    lanes, depth = (dot.lanes, dot.depth) if dot else (spec.lanes, 1)
-    o, i, kh, kw = weight.shape
-    padded = np.zeros((round_up(o, lanes), round_up(i, depth), kh, kw), weight.dtype)
-    padded[:o, :i] = weight
-    blocks = padded.reshape(-1, lanes, padded.shape[1] // depth, depth, kh, kw).transpose(0, 4, 5, 2, 1, 3)
-    return np.ascontiguousarray(blocks.astype(dot.weight) if dot else blocks[..., 0])
-
-
-def pack_dense_weight(weight: np.ndarray, lanes: int, dot: DotProduct | None) -> np.ndarray:
-    """``[N, K]`` weight → ``[N/L][K][L]`` or ``[N/L][K/depth][L][depth]``, zero-padded to whole blocks."""
-    lanes, depth = (dot.lanes, dot.depth) if dot else (lanes, 1)
-    n, k = weight.shape
-    padded = np.zeros((round_up(n, lanes), round_up(k, depth)), weight.dtype)
-    padded[:n, :k] = weight
-    blocks = padded.reshape(-1, lanes, padded.shape[1] // depth, depth).transpose(0, 2, 1, 3)
-    return np.ascontiguousarray(blocks.astype(dot.weight) if dot else blocks[..., 0])
-
-
 def conv2d(data: Any, weight: Any, spec: ConvSpec, dot: DotProduct | None = None, zero_point: Any = None) -> Any:
-    """Convolution of NHWC ``data`` with a packed weight. Integers: uint8 or int16 in, int32 sums out, padded with ``zero_point``."""
+    """Convolution of NHWC ``data`` with a packed weight.
+
+    Integers: activations as ``dot`` stores them in, int32 sums out, padded with ``zero_point``.
+    """
     from tvm import te, tirx
 
     if spec.is_dense:
         return _rows_times_packed(
             data, weight, (spec.batch, *spec.out_size), spec.in_channels, spec.out_channels, spec.lanes, dot
         )
-    lanes, depth = (dot.lanes, dot.depth) if dot else (spec.lanes, 1)
     (kh, kw), (sh, sw), (dh, dw) = spec.kernel, spec.stride, spec.dilation
     oh, ow = spec.out_size
     ow_padded = padded_rows(ow)
+    group_out, group_in = spec.out_channels // spec.groups, spec.in_channels // spec.groups
+    folded = spec.folds(dot)
+    lanes, width = spec.lanes, 1
+    if dot:
+        dot = dot.fit(kw * group_in if folded else group_in)
+        lanes, width = dot.lanes, dot.width
     fill = tirx.const(0, data.dtype) if zero_point is None else zero_point[0].astype(data.dtype)
-    channels = spec.in_channels if spec.depthwise else round_up(spec.in_channels, depth)
-    padded = _pad(data, spec, ow_padded, channels, fill)
+    if folded:
+        run = round_up(kw * group_in, width)
+        padded, kw = _pad_runs(data, spec, ow_padded, run, fill), 1
+    else:
+        run = 1 if spec.depthwise else round_up(group_in, width)
+        padded = _pad(data, spec, ow_padded, (spec.groups - 1) * group_in + run, fill)
     if spec.depthwise:
         return _depthwise(padded, weight, spec, ow_padded, dot)
-    group_out = spec.out_channels // spec.groups
-    group_in = spec.in_channels // spec.groups
     accumulate = "int32" if dot else "float32"
     ry, rx = te.reduce_axis((0, kh), "ry"), te.reduce_axis((0, kw), "rx")
     reduction: list[Any]
     if dot:
-        ro, ri = te.reduce_axis((0, round_up(group_in, depth) // depth), "ro"), te.reduce_axis((0, depth), "ri")
-        reduction, channel = [ry, rx, ro, ri], ro * depth + ri
+        ro, ri = te.reduce_axis((0, run // width), "ro"), te.reduce_axis((0, width), "ri")
+        reduction, channel = [ry, rx, ro, ri], ro * width + ri
     else:
         rc = te.reduce_axis((0, group_in), "rc")
         reduction, channel = [ry, rx, rc], rc
 
     def product(n: Any, h: Any, w: Any, o: Any) -> Any:
         source = channel if spec.groups == 1 else (o // group_out) * group_in + channel
-        pixel = padded[n, h * sh + ry * dh, w * sw + rx * dw, source]
-        tap = weight[o // lanes, ry, rx, ro, o % lanes, ri] if dot else weight[o // lanes, ry, rx, rc, o % lanes]
+        at = (w * (sw * group_in) + source,) if folded else (w * sw + rx * dw, source)
+        pixel = padded[(n, h * sh + ry * dh, *at)]
+        tap = tap_of(weight, o, (ry, rx, ro), ri, dot) if dot else weight[o // lanes, ry, rx, rc, o % lanes]
         return te.sum(pixel.astype(accumulate) * tap.astype(accumulate), reduction)
 
     anchor = te.compute(
@@ -208,6 +194,21 @@ def _pad(data: Any, spec: ConvSpec, ow_padded: int, channels: int, fill: Any) ->
     return te.compute((spec.batch, height, width, channels), pixel, name="pad")
 
 
+def _pad_runs(data: Any, spec: ConvSpec, ow_padded: int, run: int, fill: Any) -> Any:
+    """``data`` with its border as rows of pixels times channels, ``run`` values long from where the last output begins."""
+    from tvm import te, tirx
+
+    (h, w), (top, left, bottom, _), c = spec.in_size, spec.padding, spec.in_channels
+
+    def value(n: Any, y: Any, i: Any) -> Any:
+        inside = tirx.all(y >= top, y < h + top, i >= left * c, i < (left + w) * c)
+        at = i - left * c
+        return tirx.if_then_else(inside, data[n, y - top, at // c, at % c], fill)
+
+    length = (ow_padded - 1) * spec.stride[1] * c + run
+    return te.compute((spec.batch, h + top + bottom, length), value, name="pad")
+
+
 def _depthwise(padded: Any, weight: Any, spec: ConvSpec, ow_padded: int, dot: DotProduct | None) -> Any:
     from tvm import te
 
@@ -235,7 +236,9 @@ def _rows_times_packed(
 ) -> Any:
     from tvm import te, tirx
 
-    lanes, group = (dot.lanes, dot.depth) if dot else (lanes, 1)
+    if dot:
+        dot = dot.fit(depth)
+    lanes, group = (dot.lanes, dot.width) if dot else (lanes, 1)
     rows, rows_padded, depth_padded = math.prod(leading), padded_rows(math.prod(leading)), round_up(depth, group)
     accumulate = "int32" if dot else "float32"
 
@@ -256,7 +259,7 @@ def _rows_times_packed(
 
         def product(m: Any, o: Any) -> Any:
             value = source(m, ro * group + ri).astype(accumulate)
-            return te.sum(value * weight[o // lanes, ro, o % lanes, ri].astype(accumulate), [ro, ri])
+            return te.sum(value * tap_of(weight, o, (ro,), ri, dot).astype(accumulate), [ro, ri])
 
     else:
         rc = te.reduce_axis((0, depth), "rc")
@@ -326,13 +329,18 @@ def batch_matmul(a: Any, b: Any, lanes: int, *, transposed: bool = False) -> Any
 
 
 def quantise(data: Any, inverse_scale: Any, zero_point: Any, dtype: str) -> Any:
-    """``clamp(round_half_even(x * inverse_scale) + zero_point, 0, 255)``: the specification is ``compress.quantize``."""
+    """``clamp(round_half_even(x * inverse_scale) + zero_point, 0, 255)``: the specification is ``compress.quantize``.
+
+    Where ``dtype`` is int8, 128 is taken off the zero point that is given, and so off every bound and result.
+    """
     from tvm import te, tirx
+
+    low, high = (-128.0, 127.0) if dtype == "int8" else (0.0, 255.0)
 
     def value(*i: Any) -> Any:
         level = tirx.nearbyint(data[i] * inverse_scale[0]) + zero_point[0]
         return (
-            tirx.max(tirx.min(level, tirx.const(255.0, "float32")), tirx.const(0.0, "float32"))
+            tirx.max(tirx.min(level, tirx.const(high, "float32")), tirx.const(low, "float32"))
             .astype("int32")
             .astype(dtype)
         )

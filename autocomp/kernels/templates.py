@@ -89,10 +89,13 @@ def tiles(anchor: Anchor, profile: Profile) -> list[Tile]:
 def _contraction_tiles(anchor: Anchor, vectors: int, profile: Profile) -> Iterator[Tile]:
     *_, up, across = (1, *anchor.spatial[:-1])
     square = anchor.template in ("conv2d", "conv2d_int8", "depthwise")
+    steps = 1
+    if anchor.template.endswith("int8"):
+        steps = dot_product(profile).of_width(anchor.reduction[-1]).steps
     for rows, count in itertools.product(_divisors(across, 28), _divisors(vectors, 8)):
         for rows_up in _divisors(up, 8) if square and rows == across and rows < 8 else (1,):
             # beside the accumulators: a register of weights for each vector, and the broadcast input (or a depthwise product)
-            if rows * rows_up * count + count + 1 > profile.vector_registers:
+            if rows * rows_up * count + steps * count + 1 > profile.vector_registers:
                 continue
             for unroll in (1, 4) if anchor.reduction[-1] % 4 == 0 and not anchor.template.endswith("int8") else (1,):
                 for channels_outer in (True, False) if vectors > count else (True,):
@@ -180,7 +183,7 @@ def _tile_contraction(schedule: Any, tile: Tile, anchor: Anchor, profile: Profil
         schedule.vectorize(lane)
     start = schedule.decompose_reduction(block, reduction[0])
     if intrinsic:
-        schedule.tensorize(lane, dot_product(profile).register())
+        schedule.tensorize(lane, dot_product(profile).of_width(anchor.reduction[-1]).register())
     *unrolled, vectorised = schedule.get_loops(start)[len(outer) :]
     schedule.vectorize(vectorised)
     for loop in unrolled:

@@ -9,7 +9,7 @@ import numpy as np
 
 from autocomp.errors import AutocompError
 from autocomp.hardware import Profile
-from autocomp.kernels import compute, templates
+from autocomp.kernels import compute, packing, templates
 from autocomp.kernels.intrinsics import dot_product
 from autocomp.kernels.store import KernelRecord, KernelStore
 from autocomp.kernels.timers import LocalTimer, Timer
@@ -81,7 +81,7 @@ class Tuner:
             dot = dot_product(self.profile) if int8 else None
             spec = compute.DenseSpec.of((24, 256), 64, self.profile.lanes)
             data = te.placeholder((24, 256), dot.activation if dot else "float32", name="data")
-            packed = compute.pack_dense_weight(
+            packed = packing.pack_dense_weight(
                 np.zeros((64, 256), "int8" if dot else "float32"), self.profile.lanes, dot
             )
             weight = te.placeholder(packed.shape, str(packed.dtype), name="weight")
