@@ -26,6 +26,10 @@ class MismatchError(AutocompError):
     """A compiled module computes something else than the torch model; its time must not count."""
 
 
+class ObjectError(AutocompError):
+    """An object file holds what the emulator does not know, or the kernel in it failed: it has no estimate."""
+
+
 class CorruptError(AutocompError):
     """A stored file does not read back as it was written; the caller rebuilds it and says so."""
 

@@ -1,0 +1,192 @@
+"""Instructions of a kernel as records: what each reads and writes, what memory it touches, and its form for the instruction table.
+
+The form is the mnemonic and the kinds of its operands (``fmla v.4s,v.4s,v.s[]``), which is all that timing depends on.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+FLAGS = 32  # number of the condition flags; 0 to 31 are integer registers and 40 to 71 vector registers
+_VECTOR = 40
+REGISTERS = 96
+
+NO_ACCESS, LOAD, STORE, LOAD_AND_STORE = 0, 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction at an address.
+
+    ``reads`` are registers its operation needs, ``address_reads`` those of its address; ``written_back`` is a base register that
+    it also updates, ``accumulator`` one it adds to (-1: none). ``accessed`` is in bytes, ``emulated`` those that its stand-in in the
+    emulator touches; ``eliminated`` marks what renaming does.
+    """
+
+    address: int
+    length: int
+    text: str
+    form: str
+    reads: tuple[int, ...] = ()
+    address_reads: tuple[int, ...] = ()
+    writes: tuple[int, ...] = ()
+    written_back: int = -1
+    accumulator: int = -1
+    access: int = NO_ACCESS
+    accessed: int = 0
+    branch: bool = False
+    eliminated: bool = False
+    emulated: int = 0
+
+
+def decode(isa: str, code: bytes, address: int) -> list[Instruction]:
+    """Decode a block of code that starts at an address."""
+    if isa == "arm64":
+        return decode_arm64(code, address)
+    raise ValueError(f"no decoder for {isa}")
+
+
+def decode_arm64(code: bytes, address: int) -> list[Instruction]:
+    """Decode AArch64 code; each word that is no instruction gets the form ``undefined``."""
+    return [replace(_arm64_word(code[at : at + 4]), address=address + at) for at in range(0, len(code) // 4 * 4, 4)]
+
+
+# Mnemonics whose destination is also a source, which the disassembler does not always say.
+_ACCUMULATING = re.compile(
+    r"(fml[as]l?2?|[su]dot|ml[as]|[su]ml[as]l2?|[su]adalp|[su]abal?2?|[su]r?sra|sqdml[as]l2?|sqrdml[as]h|s[lr]i|bsl|bit|bif|ins|tbx|(s?q?r?u?q?(shrn|xtn|shrun|xtun|rshrn)|fcvtn|[ar]*addhn|[r]*subhn)2)"
+)
+_COMPARING = frozenset(["cmp", "cmn", "tst", "ccmp", "ccmn", "fcmp", "fcmpe", "fccmp", "fccmpe"])
+_UNARY = frozenset(
+    ["lsl", "lsr", "asr", "ror", "ubfx", "ubfiz", "sbfx", "sbfiz", "sxtb", "sxth", "sxtw", "uxtb", "uxth", "uxtw"]
+)
+_ELEMENT_BYTES = {"b": 1, "h": 2, "s": 4, "d": 8, "q": 16, "x": 8, "w": 4}
+
+
+@cache
+def _arm64_word(word: bytes) -> Instruction:
+    import capstone
+    from capstone import arm64
+
+    found = next(_disassembler("arm64").disasm(word, 0), None)
+    if found is None or found.id == 0:
+        return Instruction(0, 4, word.hex(), "undefined")
+    mnemonic, text = found.mnemonic, found.op_str
+    read, written = ([_register(found.reg_name(r)) for r in group] for group in found.regs_access())
+    address: list[int] = []
+    for operand in found.operands:
+        if operand.type == arm64.ARM64_OP_MEM:
+            address += [_register(found.reg_name(r)) for r in (operand.mem.base, operand.mem.index) if r]
+    access = LOAD if mnemonic.startswith("ld") else STORE if mnemonic.startswith("st") else NO_ACCESS
+    registers = [
+        _register(found.reg_name(operand.reg)) for operand in found.operands if operand.type == arm64.ARM64_OP_REG
+    ]
+    accumulator = -1
+    partial = mnemonic == "mov" and "[" in text.split(",")[0]
+    if registers and (_ACCUMULATING.fullmatch(mnemonic) or partial):
+        accumulator = registers[0]
+        read.append(accumulator)
+    elif mnemonic in ("fmadd", "fmsub", "fnmadd", "fnmsub"):
+        accumulator = registers[-1]
+    elif mnemonic in ("movi", "mvni"):
+        read = []
+    elif mnemonic in _COMPARING:  # said to write their first operand
+        read, written = registers + [FLAGS] * mnemonic.startswith(("cc", "fcc")), [FLAGS]
+    elif mnemonic in _UNARY:  # said to read their destination
+        read = registers[1:]
+    elif mnemonic in ("cbz", "cbnz", "tbz", "tbnz"):  # said to read the flags
+        read = registers
+    elif access == LOAD and re.search(r"\}\[\d+\]", text):  # one lane is loaded, the others stay
+        read.append(registers[0])
+    groups = set(found.groups)
+    base = [register for register in written if access and register in address]
+    read = [
+        register
+        for register in read
+        if not (access and register in address) or (register in registers and access == STORE)
+    ]
+    form = f"{mnemonic} {_arm64_form(text)}".strip()
+    accessed = _accessed(mnemonic, text) if access else 0
+    return Instruction(
+        0,
+        4,
+        f"{mnemonic} {text}".strip(),
+        form,
+        reads=_distinct(read),
+        address_reads=_distinct(address),
+        writes=_distinct(register for register in written if register not in base),
+        written_back=base[0] if base else -1,
+        accumulator=accumulator,
+        access=access,
+        accessed=accessed,
+        emulated=accessed,
+        branch=bool(groups & {capstone.CS_GRP_JUMP, capstone.CS_GRP_BRANCH_RELATIVE})
+        or mnemonic in ("ret", "br", "blr", "bl"),
+    )
+
+
+def _arm64_form(text: str) -> str:
+    """Kinds of operands: registers lose their numbers, immediates their values but for zero, shifts keep their amount."""
+    form = text.replace(" ", "").replace("lsl#", "lsl:").replace("lsr#", "lsr:").replace("asr#", "asr:")
+    form = re.sub(r"\b([su]xt[bhwx])#", r"\1:", form)
+    form = re.sub(r"#-?(0x0+|0+(\.0+)?)(?![\dx.a-f])", "#0", form)
+    form = re.sub(r"#-?(?!0(?![\dx.a-f]))[\dx][\da-fx.e+-]*", "#", form)
+    form = re.sub(r"\b(xzr|lr|fp|sp)\b|\bx\d+\b", "x", form)
+    form = re.sub(r"\bwzr\b|\bwsp\b|\bw\d+\b", "w", form)
+    form = re.sub(r"\b([vqdshb])\d+", r"\1", form)
+    return re.sub(r"\[\d+\]", "[]", form)
+
+
+def _accessed(mnemonic: str, text: str) -> int:
+    """Bytes of memory that a load or store touches."""
+    if listed := re.match(r"\{(.*?)\}(\[\d+\])?", text.replace(" ", "")):
+        names = listed[1].split(",")
+        arrangement = names[0].rpartition(".")[2]
+        element = _ELEMENT_BYTES[arrangement[-1]]
+        if listed[2] or mnemonic.endswith("r"):
+            return element * len(names)
+        return len(names) * element * int(arrangement[:-1] or 1)
+    stem = mnemonic.removesuffix("b") if mnemonic in ("ldrb", "strb", "ldurb", "sturb") else mnemonic
+    if stem != mnemonic or mnemonic.endswith(("rsb", "rb")):
+        return 1
+    if mnemonic.endswith("h") and mnemonic[:2] in ("ld", "st"):
+        return 2
+    if mnemonic.endswith("sw"):
+        return 8 if mnemonic == "ldpsw" else 4
+    size = _ELEMENT_BYTES[text[0]]
+    return 2 * size if mnemonic in ("ldp", "stp", "ldnp", "stnp") else size
+
+
+def _register(name: str) -> int:
+    """One number for all views of a register; -1 for those that hold a constant or do not matter."""
+    if name in ("sp", "wsp"):
+        return 31
+    if name == "lr":
+        return 30
+    if name == "fp":
+        return 29
+    if name == "nzcv":
+        return FLAGS
+    if match := re.fullmatch(r"[xw](\d+)", name):
+        return int(match[1])
+    if match := re.fullmatch(r"[vqdshb](\d+)", name):
+        return _VECTOR + int(match[1])
+    return -1
+
+
+def _distinct(registers: Any) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(register for register in registers if register >= 0))
+
+
+@cache
+def _disassembler(isa: str) -> Any:
+    import capstone
+
+    if isa == "arm64":
+        engine = capstone.Cs(capstone.CS_ARCH_ARM64, capstone.CS_MODE_ARM)
+    else:
+        engine = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
+    engine.detail = True
+    return engine

@@ -1,0 +1,98 @@
+"""Machine code for what a kernel's object file calls but does not hold: TVM's backend functions, memset and memcpy.
+
+Each stub is written as pairs of encoding and assembly, so that a reader can follow it and a test can disassemble it. A workspace is
+taken from a pointer that only moves up and goes back when it is freed, as TVM allocates and frees in nested order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# name of the stub, then its instructions; a name alone on the right of an encoding marks a word of data
+_Code = tuple[tuple[int, str], ...]
+
+_ARM64: Mapping[str, _Code] = {
+    # int TVMBackendParallelLaunch(lambda, data, tasks): one task, run in place, told that it is one of one
+    "TVMBackendParallelLaunch": (
+        (0xA9BD7BFD, "stp x29, x30, [sp, #-0x30]!"),
+        (0xF9000BFF, "str xzr, [sp, #0x10]"),
+        (0x52800029, "movz w9, #0x1"),
+        (0xB9001BE9, "str w9, [sp, #0x18]"),
+        (0xAA0003E9, "mov x9, x0"),
+        (0xAA0103E2, "mov x2, x1"),
+        (0x910043E1, "add x1, sp, #0x10"),
+        (0x2A1F03E0, "mov w0, wzr"),
+        (0xD63F0120, "blr x9"),
+        (0xA8C37BFD, "ldp x29, x30, [sp], #0x30"),
+        (0xD65F03C0, "ret"),
+        (0xD503201F, "nop"),
+    ),
+    # void *TVMBackendAllocWorkspace(device, id, bytes in x2, ...): in whole cache lines
+    "TVMBackendAllocWorkspace": (
+        (0x10000189, "adr x9, #0x30"),
+        (0xF940012A, "ldr x10, [x9]"),
+        (0x9101FC4B, "add x11, x2, #0x7f"),
+        (0x927AE56B, "and x11, x11, #0xffffffffffffffc0"),
+        (0x8B0B014B, "add x11, x10, x11"),
+        (0xF900012B, "str x11, [x9]"),
+        (0xAA0A03E0, "mov x0, x10"),
+        (0xD65F03C0, "ret"),
+    ),
+    # int TVMBackendFreeWorkspace(device, id, pointer in x2)
+    "TVMBackendFreeWorkspace": (
+        (0x10000089, "adr x9, #0x10"),
+        (0xF9000122, "str x2, [x9]"),
+        (0x2A1F03E0, "mov w0, wzr"),
+        (0xD65F03C0, "ret"),
+    ),
+    "workspace": ((0, ".word"), (0, ".word")),  # 48 bytes after the first word of alloc, 16 after that of free
+    "memset": (
+        (0x4E010C20, "dup v0.16b, w1"),
+        (0xAA0003E9, "mov x9, x0"),
+        (0xF1010042, "subs x2, x2, #0x40"),
+        (0x54000083, "b.lo #0x10"),
+        (0xAC810120, "stp q0, q0, [x9], #0x20"),
+        (0xAC810120, "stp q0, q0, [x9], #0x20"),
+        (0x17FFFFFC, "b #-0x10"),
+        (0xB1010042, "adds x2, x2, #0x40"),
+        (0x54000080, "b.eq #0x10"),
+        (0x38001521, "strb w1, [x9], #0x1"),
+        (0xF1000442, "subs x2, x2, #0x1"),
+        (0x17FFFFFD, "b #-0xc"),
+        (0xD65F03C0, "ret"),
+    ),
+    "memcpy": (
+        (0xAA0003E9, "mov x9, x0"),
+        (0xF1008042, "subs x2, x2, #0x20"),
+        (0x54000083, "b.lo #0x10"),
+        (0xACC10420, "ldp q0, q1, [x1], #0x20"),
+        (0xAC810520, "stp q0, q1, [x9], #0x20"),
+        (0x17FFFFFC, "b #-0x10"),
+        (0xB1008042, "adds x2, x2, #0x20"),
+        (0x540000A0, "b.eq #0x14"),
+        (0x38401423, "ldrb w3, [x1], #0x1"),
+        (0x38001523, "strb w3, [x9], #0x1"),
+        (0xF1000442, "subs x2, x2, #0x1"),
+        (0x17FFFFFC, "b #-0x10"),
+        (0xD65F03C0, "ret"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Stubs:
+    """Code to place at the start of an image: ``offsets`` of each stub by name, and what stands for an unknown function."""
+
+    code: bytes
+    offsets: Mapping[str, int]
+    returns: bytes  # 16 bytes that return at once
+
+
+def stubs_of(isa: str) -> Stubs:
+    """The stubs of an instruction set."""
+    code, offsets = bytearray(), {}
+    for name, words in _ARM64.items():
+        offsets[name] = len(code)
+        code += b"".join(word.to_bytes(4, "little") for word, _ in words)
+    return Stubs(bytes(code), offsets, bytes.fromhex("c0035fd6" + 3 * "1f2003d5"))

@@ -1,0 +1,59 @@
+"""The estimate of a kernel on a core that is not here: results of emulated code, and cycles of known kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from autocomp.estimate import compile_object, estimate_kernel, load_core, run_kernel
+from autocomp.hardware import Profile
+from autocomp.kernels import compute, templates
+
+TARGET = {
+    "kind": "llvm",
+    "mtriple": "aarch64-linux-gnu",
+    "mcpu": "cortex-a76",
+    "mattr": ["+neon", "+dotprod", "+fullfp16"],
+    "num-cores": 1,
+}
+NEON = Profile("neon", "", TARGET, "estimate", lanes=4, vector_registers=32, precisions=("fp32",), int8="none")
+
+
+def scheduled(outputs: list[Any], inputs: list[Any], pick: int = 0) -> Any:
+    from tvm import te
+
+    function = te.create_prim_func([*inputs, *outputs])
+    anchor = templates.describe(function)
+    return templates.apply(function, templates.tiles(anchor, NEON)[pick], anchor, NEON)
+
+
+@pytest.fixture(scope="module")
+def dense() -> tuple[bytes, list[np.ndarray]]:
+    """A 96 x 128 x 256 product: its object, and arrays (data, packed weight, space for the result)."""
+    from tvm import te
+
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((96, 256), "float32"), rng.standard_normal((128, 256), "float32")
+    packed = compute.pack_dense_weight(weight, 4, None)
+    data, constant = te.placeholder(x.shape, name="data"), te.placeholder(packed.shape, name="weight")
+    product = compute.dense(data, constant, compute.DenseSpec.of(x.shape, 128, 4))
+    return compile_object(scheduled([product], [data, constant]), TARGET), [x, packed, np.zeros((96, 128), "float32")]
+
+
+def test_emulated_product_equals_numpy(dense: tuple[bytes, list[np.ndarray]]) -> None:
+    code, arrays = dense
+    *_, result = run_kernel(code, arrays)
+    weight = arrays[1].transpose(0, 2, 1).reshape(128, 256)
+    np.testing.assert_allclose(result, arrays[0] @ weight.T, rtol=1e-4, atol=1e-4)
+    assert not arrays[2].any(), "the caller's arrays stay as they are"
+
+
+def test_product_comes_near_the_peak(dense: tuple[bytes, list[np.ndarray]]) -> None:
+    code, arrays = dense
+    estimate = estimate_kernel(code, [(str(a.dtype), a.shape) for a in arrays], load_core("cortex-a76"))
+    rate = 2 * 96 * 128 * 256 / estimate.cycles
+    assert 13 < rate < 16, "two pipelines of four lanes: 16 operations a cycle at most"
+    assert estimate.sampled == 1.0
+    assert estimate.unknown_share == 0.0, estimate.unknown
