@@ -30,6 +30,10 @@ class ObjectError(AutocompError):
     """An object file holds what the emulator does not know, or the kernel in it failed: it has no estimate."""
 
 
+class BoardError(AutocompError):
+    """A board did not answer, or its session was lost; another try may succeed, and the search goes on without it."""
+
+
 class CorruptError(AutocompError):
     """A stored file does not read back as it was written; the caller rebuilds it and says so."""
 

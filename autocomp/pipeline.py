@@ -225,6 +225,8 @@ def _open_device(name: str, stage: Stage) -> Device:
     if device.store.corrupt:
         stage.warn(f"{device.store.corrupt} damaged records of the kernel store {device.store.folder} are tuned again")
         device.store.compact()
+    for note in device.notes:
+        stage.warn(note)
     stage.advance()
     return device
 

@@ -72,7 +72,7 @@ def test_linker_that_fails_is_reported(device: LocalDevice, tmp_path: Path, monk
         ("absent", None, "no linker on this machine"),
         ("failing", ["false"], "linking .*model.so failed"),
     ):
-        monkeypatch.setattr(link, "find_linker", lambda command=command: command)
+        monkeypatch.setattr(link, "find_linker", lambda _architecture, command=command: command)
         verified = export_point(EVALUATION, model, {"x86-host": compiled}, [(x,)], tmp_path / name)
         assert not verified["so"].ok
         assert re.search(words, verified["so"].note)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from autocomp.compiler.build import CompiledModel, build
-from autocomp.devices.device import Compiled, latency_model
+from autocomp.devices.device import Compiled, latency_model, quieter
 from autocomp.errors import MismatchError, UsageError
 from autocomp.hardware import Profile
 from autocomp.kernels.store import KernelStore
@@ -17,11 +17,11 @@ from autocomp.verify import check_outputs, first_differing_layer
 if TYPE_CHECKING:
     import torch
 
-_ANOTHER_TRY = 0.05  # a spread above this is measured once more, and the quieter of the two is kept
-
 
 class LocalDevice:
     """Compiles, checks and times modules on this machine for one profile. UsageError if the profile is reached another way."""
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, profile: Profile, store: KernelStore | None = None) -> None:
         if profile.how != "local":
@@ -44,10 +44,7 @@ class LocalDevice:
 
     def time(self, compiled: Compiled, example_inputs: tuple[torch.Tensor, ...]) -> Latency:
         """Measure a module; a noisy measurement is taken twice and the quieter one kept."""
-        latency = compiled.time(*example_inputs)
-        if latency.spread > _ANOTHER_TRY:
-            latency = min(latency, compiled.time(*example_inputs), key=lambda value: value.spread)
-        return latency
+        return quieter(compiled, example_inputs)
 
 
 def check_compiled(

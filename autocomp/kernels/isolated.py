@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _HEADER = struct.Struct("<Q")
+_PART = 1 << 20  # bytes read at a time
 
 
 def attempt_each(items: Sequence[T], work: Callable[[T], Any], timeout: float = 60.0) -> Generator[tuple[T, Any, str]]:
@@ -34,7 +35,7 @@ def attempt_each(items: Sequence[T], work: Callable[[T], Any], timeout: float = 
         cause = ""
         try:
             while position < len(items):
-                message = _receive(reader, timeout)
+                message = receive(reader, timeout)
                 if message is None:
                     break
                 yield (items[position], *message)
@@ -44,7 +45,7 @@ def attempt_each(items: Sequence[T], work: Callable[[T], Any], timeout: float = 
             raise
         finally:
             os.close(reader)
-            cause = _end(child)
+            cause = end_child(child)
         if position < len(items):
             yield items[position], None, cause
             position += 1
@@ -60,35 +61,40 @@ def _serve(items: Sequence[T], work: Callable[[T], Any], writer: int) -> None:
             except Exception as error:
                 lines = str(error).strip().splitlines()
                 answer = (None, lines[-1] if lines else type(error).__name__)
-            data = pickle.dumps(answer)
-            os.write(writer, _HEADER.pack(len(data)) + data)
+            send(writer, pickle.dumps(answer))
     finally:
         os._exit(0)
 
 
-def _receive(reader: int, timeout: float) -> tuple[Any, str] | None:
-    """One answer; None if the child is gone or silent."""
+def send(writer: int, data: bytes) -> None:
+    """Write one answer whole: a pipe takes a large one (the outputs of a model) in parts."""
+    left = memoryview(_HEADER.pack(len(data)) + data)
+    while left:
+        left = left[os.write(writer, left) :]
+
+
+def receive(reader: int, timeout: float) -> Any:
+    """One answer, unpickled; None if the child is gone or silent."""
     deadline = time.monotonic() + timeout
     header = _read(reader, _HEADER.size, deadline)
     data = _read(reader, _HEADER.unpack(header)[0], deadline) if header else None
     if data is None:
         return None
-    answer: tuple[Any, str] = pickle.loads(data)
-    return answer
+    return pickle.loads(data)
 
 
 def _read(reader: int, count: int, deadline: float) -> bytes | None:
     data = b""
     while len(data) < count:
         ready, _, _ = select.select([reader], [], [], max(deadline - time.monotonic(), 0.0))
-        part = os.read(reader, count - len(data)) if ready else b""
+        part = os.read(reader, min(count - len(data), _PART)) if ready else b""
         if not part:
             return None
         data += part
     return data
 
 
-def _end(child: int) -> str:
+def end_child(child: int) -> str:
     """Give the child a moment to end by itself, then kill it; say how it ended."""
     for _ in range(20):
         ended, status = os.waitpid(child, os.WNOHANG)

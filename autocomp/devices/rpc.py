@@ -1,0 +1,297 @@
+"""Boards as a target: kernels and whole modules are compiled here, and checked and timed there through a TVM RPC tracker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from autocomp.devices.boards import Limits, Session, boards_of, last_line, temporary_library
+from autocomp.devices.device import Compiled, latency_model, quieter
+from autocomp.devices.features import fit_to_board, read_board
+from autocomp.devices.local import check_compiled
+from autocomp.devices.timing import median_and_spread
+from autocomp.errors import BoardError, UsageError
+from autocomp.hardware import Profile, Rpc
+from autocomp.kernels.store import KernelStore
+from autocomp.kernels.timers import random_arrays
+from autocomp.kernels.tune import Tuner
+from autocomp.kernels.workers import attempt_shared
+from autocomp.records import How, KernelTime, Latency
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_LIVES = 2  # a session lasts so many time limits and is used for one: the job that starts last still ends in time
+_LARGE = 4 << 20  # bytes above which an array of a trial is made on the board instead of sent
+_SECONDS = 2e-3  # of one sample of a kernel
+_MODULE_SECONDS = 1e-2  # of one sample of a module
+_SLOWED = 0.97  # of its highest clock: below, a board has been slowed down
+
+
+class RpcTimer:
+    """Measures kernels on every board of a key at once, one at a time on each."""
+
+    how: How = "measured"
+
+    def __init__(self, profile: Profile, limits: Limits | None = None) -> None:
+        self.profile = profile
+        self.rpc = rpc_of(profile)
+        self.limits = limits or Limits()
+
+    def attempt(
+        self, function: Any, items: Sequence[T], build: Callable[[T], Any]
+    ) -> Generator[tuple[T, float | None, str]]:
+        try:
+            boards = len(boards_of(self.rpc))
+        except UsageError:
+            boards = 1  # which waits for one to come back, and reports the failure as a trial's
+        trial = _Trial(self.profile, self.limits, random_arrays(function), build)
+        return attempt_shared(items, trial, min(boards, len(items)), self._patience())
+
+    def _patience(self) -> float:
+        return self.limits.trial + self.limits.wait
+
+
+class _Lent:
+    """A session that is opened when first needed, kept for the next job, and replaced before it can end in the midst of one."""
+
+    def __init__(self, rpc: Rpc, limit: float, wait: float) -> None:
+        self.rpc, self.limit, self.wait = rpc, limit, wait
+        self.session: Session | None = None
+
+    def use(self, work: Callable[[Session], R]) -> R:
+        """Run a job on the board. BoardError for whatever goes wrong there; the session is given up then."""
+        import time
+
+        if self.session is None or self.session.ends - time.monotonic() < self.limit:
+            self.session = None
+            self.session = Session(self.rpc, _LIVES * self.limit, self.wait)
+        try:
+            return work(self.session)
+        except Exception as error:
+            address, self.session = self.session.address, None
+            raise BoardError(f"on board {address}: {last_line(error)}") from None
+
+
+class _Trial:
+    """Build, upload and time one schedule after another; lives in a child process."""
+
+    def __init__(
+        self, profile: Profile, limits: Limits, arrays: Sequence[np.ndarray], build: Callable[[Any], Any]
+    ) -> None:
+        self.profile, self.arrays, self.build = profile, arrays, build
+        self.lent = _Lent(rpc_of(profile), limits.trial, limits.wait)
+        self.kept: tuple[Session, list[Any]] | None = None
+
+    def __call__(self, item: Any) -> float:
+        import tvm
+        from tvm.target import Target
+
+        function = self.build(item).with_attr("global_symbol", "main")
+        executable = tvm.compile(tvm.IRModule({"main": function}), Target(dict(self.profile.target)))
+        library = temporary_library(executable, self.profile.target)
+        return self.lent.use(lambda session: self._time(session, library))
+
+    def _time(self, session: Session, library: bytes) -> float:
+        arguments = self._arguments(session)
+        module = session.load(library)
+        once = module.time_evaluator("main", session.device, number=1, repeat=2)(*arguments).results[-1]
+        number = int(min(max(_SECONDS / max(once, 1e-8), 1), 10_000))
+        return float(min(module.time_evaluator("main", session.device, number=number, repeat=3)(*arguments).results))
+
+    def _arguments(self, session: Session) -> list[Any]:
+        if self.kept is None or self.kept[0] is not session:
+            arrays = [
+                session.random_array(array.shape, str(array.dtype))
+                if array.nbytes > _LARGE and array.dtype.kind == "f"
+                else session.array(array)
+                for array in self.arrays
+            ]
+            self.kept = (session, arrays)
+        return self.kept[1]
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """What timing a module on a board gives back."""
+
+    samples: tuple[float, ...]
+    address: str
+    clock_hz: float | None = None
+    full_clock_hz: float | None = None
+
+
+class RemoteModel:
+    """A linked module of tuned kernels; ``run`` and ``time`` upload it to a board and run it there, in TVM's virtual machine."""
+
+    def __init__(
+        self, library: bytes, profile: Profile, kernels: Sequence[KernelTime] = (), limits: Limits | None = None
+    ) -> None:
+        self.library = library
+        self.profile = profile
+        self.kernels = tuple(kernels)
+        self.limits = limits or Limits()
+
+    @classmethod
+    def load(cls, path: str | Path, profile: Profile, limits: Limits | None = None) -> RemoteModel:
+        """Read what ``save`` wrote; whether it is a compiled module shows on the board. UsageError if it cannot be read."""
+        try:
+            return cls(Path(path).read_bytes(), profile, limits=limits)
+        except OSError as error:
+            raise UsageError(f"{path} is not a compiled model: {error.strerror}") from error
+
+    def run(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Compute the outputs on a board. BoardError if two tries fail."""
+        return self.run_each([inputs])[0]
+
+    def run_each(self, inputs: Sequence[tuple[torch.Tensor, ...]]) -> list[Any]:
+        """``run`` for several input tuples, in one session."""
+        import torch
+
+        arrays = [_arrays(arguments) for arguments in inputs]
+
+        def job(session: Session) -> list[Any]:
+            machine = _machine(session, self.library)
+            return [_outputs(machine, [session.array(array) for array in arguments]) for arguments in arrays]
+
+        outputs = self._on_a_board(job)
+        return [
+            torch.from_numpy(output) if not isinstance(output, tuple) else tuple(map(torch.from_numpy, output))
+            for output in outputs
+        ]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the shared library that the board loads."""
+        Path(path).write_bytes(self.library)
+        return Path(path)
+
+    def reload(self, path: str | Path) -> RemoteModel:
+        """Read what ``save`` wrote."""
+        return RemoteModel.load(path, self.profile, self.limits)
+
+    def time(self, *inputs: torch.Tensor, repeats: int = 20, seconds: float = _MODULE_SECONDS) -> Latency:
+        """Measure one inference on a board: warmed up, ``repeats`` samples of about ``seconds``. BoardError if two tries fail."""
+        arrays = _arrays(inputs)
+
+        def job(session: Session) -> _Timed:
+            machine = _machine(session, self.library)
+            arguments = [session.array(array) for array in arrays]
+            warm = machine.time_evaluator("main", session.device, number=2, repeat=3)(*arguments)
+            number = int(min(max(seconds / max(min(warm.results), 1e-7), 1), 100_000))
+            timed = machine.time_evaluator("main", session.device, number=number, repeat=repeats)(*arguments)
+            facts = read_board(session)
+            return _Timed(
+                tuple(float(value) for value in timed.results), session.address, facts.clock_hz, facts.full_clock_hz
+            )
+
+        timed: _Timed = self._on_a_board(job)
+        middle, spread = median_and_spread(list(timed.samples))
+        device = _describe(self.profile, timed)
+        return Latency(middle, spread, "measured", self.profile.name, device, timed.samples, self.kernels)
+
+    def _on_a_board(self, job: Callable[[Session], Any]) -> Any:
+        return on_a_board(rpc_of(self.profile), job, self.limits)
+
+
+class RpcDevice:
+    """Compiles here, checks and times on the boards of one profile's key. UsageError if none can be reached.
+
+    ``profile`` is what the boards can run: what they lack is withdrawn, and ``notes`` says so.
+    """
+
+    def __init__(self, profile: Profile, store: KernelStore | None = None, limits: Limits | None = None) -> None:
+        rpc = rpc_of(profile)
+        boards_of(rpc)
+        self.limits = limits or Limits()
+        facts = on_a_board(rpc, lambda session: read_board(session, profile), self.limits)
+        self.profile, self.notes = fit_to_board(profile, facts)
+        self.store = store or KernelStore.open(self.profile)
+        self.tuner = Tuner(self.profile, self.store, RpcTimer(self.profile, self.limits))
+        self.model = latency_model(self.profile, self.tuner)
+
+    def compile(self, model: torch.nn.Module, inputs: Sequence[tuple[torch.Tensor, ...]]) -> RemoteModel:
+        """Build a module for the shapes of the first inputs and compare what the board computes with torch on all of them.
+
+        MismatchError names the first layer that differs; BoardError, ExportError.
+        """
+        compiled = self._build(model, inputs[0])
+        answers = iter(compiled.run_each(inputs))
+        check_compiled(model, lambda *_: next(answers), inputs, lambda m: self._build(m, inputs[0]).run)
+        return compiled
+
+    def time(self, compiled: Compiled, example_inputs: tuple[torch.Tensor, ...]) -> Latency:
+        """Measure a module; a noisy measurement is taken twice and the quieter one kept."""
+        return quieter(compiled, example_inputs)
+
+    def _build(self, model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> RemoteModel:
+        import tvm
+
+        from autocomp.compiler.build import schedule
+
+        scheduled = schedule(model, inputs, self.profile, self.tuner)
+        library = temporary_library(tvm.compile(scheduled.module, self.tuner.target), self.profile.target)
+        return RemoteModel(library, self.profile, scheduled.kernels, self.limits)
+
+
+def board_of(profile: Profile, limits: Limits | None = None) -> RpcDevice | None:
+    """The boards that an estimated profile states beside its core model, or None where it states none.
+
+    UsageError, BoardError if it states some and none can be reached.
+    """
+    return RpcDevice(replace(profile, how="rpc"), limits=limits) if profile.rpc else None
+
+
+def on_a_board(rpc: Rpc, job: Callable[[Session], R], limits: Limits) -> R:
+    """Run a job on a free board, in a child process with a time limit; another try if that board is lost. BoardError."""
+    lent = _Lent(rpc, limits.module, limits.wait)
+    answers = attempt_shared([job], lent.use, 1, limits.module + limits.wait)
+    try:
+        _, result, failure = next(answers)
+    finally:
+        answers.close()
+    if failure:
+        raise BoardError(failure)
+    return result
+
+
+def rpc_of(profile: Profile) -> Rpc:
+    """Where a profile's boards are lent. UsageError if it does not say."""
+    if profile.rpc is None:
+        raise UsageError(
+            f"profile {profile.name!r} states no board (rpc: {{tracker: host:port, key: ...}}): give it one in its file"
+        )
+    return profile.rpc
+
+
+def _machine(session: Session, library: bytes) -> Any:
+    from tvm import relax
+
+    return relax.VirtualMachine(session.load(library), session.device)
+
+
+def _arrays(inputs: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    import numpy as np
+
+    return [np.ascontiguousarray(tensor.detach().numpy()) for tensor in inputs]
+
+
+def _outputs(machine: Any, arguments: list[Any]) -> Any:
+    """Run a module once and fetch what it returns; a tuple can only be read field by field over RPC."""
+    machine.set_input("main", *arguments)
+    machine.invoke_stateful("main")
+    result = machine.get_outputs("main")
+    return result.numpy() if hasattr(result, "numpy") else tuple(field.numpy() for field in result)
+
+
+def _describe(profile: Profile, timed: _Timed) -> str:
+    threads = f"{profile.cores} thread{'s' if profile.cores > 1 else ''}"
+    text = f"{profile.target.get('mcpu', '')} at {timed.address}, {threads}".strip()
+    if timed.clock_hz and timed.full_clock_hz and timed.clock_hz < _SLOWED * timed.full_clock_hz:
+        text += f", slowed down to {timed.clock_hz / 1e9:.2f} of {timed.full_clock_hz / 1e9:.2f} GHz (heat or power)"
+    return text
