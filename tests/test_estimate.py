@@ -7,18 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from autocomp.estimate import compile_object, estimate_kernel, load_core, run_kernel
-from autocomp.hardware import Profile
-from autocomp.kernels import compute, templates
+from autocomp.estimate import compile_object, core_of, estimate_kernel, run_kernel
+from autocomp.hardware import load_profile
+from autocomp.kernels import compute, packing, templates
 
-TARGET = {
-    "kind": "llvm",
-    "mtriple": "aarch64-linux-gnu",
-    "mcpu": "cortex-a76",
-    "mattr": ["+neon", "+dotprod", "+fullfp16"],
-    "num-cores": 1,
-}
-NEON = Profile("neon", "", TARGET, "estimate", lanes=4, vector_registers=32, precisions=("fp32",), int8="none")
+NEON = load_profile("cortex-a76")
 
 
 def scheduled(outputs: list[Any], inputs: list[Any], pick: int = 0) -> Any:
@@ -36,10 +29,14 @@ def dense() -> tuple[bytes, list[np.ndarray]]:
 
     rng = np.random.default_rng(0)
     x, weight = rng.standard_normal((96, 256), "float32"), rng.standard_normal((128, 256), "float32")
-    packed = compute.pack_dense_weight(weight, 4, None)
+    packed = packing.pack_dense_weight(weight, 4, None)
     data, constant = te.placeholder(x.shape, name="data"), te.placeholder(packed.shape, name="weight")
     product = compute.dense(data, constant, compute.DenseSpec.of(x.shape, 128, 4))
-    return compile_object(scheduled([product], [data, constant]), TARGET), [x, packed, np.zeros((96, 128), "float32")]
+    return compile_object(scheduled([product], [data, constant]), NEON.target), [
+        x,
+        packed,
+        np.zeros((96, 128), "float32"),
+    ]
 
 
 def test_emulated_product_equals_numpy(dense: tuple[bytes, list[np.ndarray]]) -> None:
@@ -52,7 +49,7 @@ def test_emulated_product_equals_numpy(dense: tuple[bytes, list[np.ndarray]]) ->
 
 def test_product_comes_near_the_peak(dense: tuple[bytes, list[np.ndarray]]) -> None:
     code, arrays = dense
-    estimate = estimate_kernel(code, [(str(a.dtype), a.shape) for a in arrays], load_core("cortex-a76"))
+    estimate = estimate_kernel(code, [(str(a.dtype), a.shape) for a in arrays], core_of(NEON))
     rate = 2 * 96 * 128 * 256 / estimate.cycles
     assert 13 < rate < 16, "two pipelines of four lanes: 16 operations a cycle at most"
     assert estimate.sampled == 1.0

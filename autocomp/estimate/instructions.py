@@ -18,6 +18,7 @@ import yaml
 
 from autocomp.errors import UsageError, suggest
 from autocomp.estimate.decode import LOAD, LOAD_AND_STORE, STORE, Instruction
+from autocomp.hardware import Profile
 
 _CORES = Path(__file__).parent / "cores"
 _FORMAT = 1
@@ -123,21 +124,29 @@ class Core:
         *,
         clock_hz: float | None = None,
         caches: Mapping[str, int] | None = None,
+        cache_ways: Mapping[str, int] | None = None,
         memory_bytes_per_second: float | None = None,
     ) -> Core:
-        """This core in a given system: its clock, the bytes of its caches by level, its memory bandwidth; None leaves a figure.
+        """This core in a given system: its clock, the bytes and ways of its caches by level, its memory bandwidth; None leaves a figure.
 
         A last level that a profile gives as 0 bytes is left out.
         """
-        given = caches or {}
-        levels = tuple(replace(level, bytes=given.get(level.name, level.bytes)) for level in self.caches)
+        sizes, ways = caches or {}, cache_ways or {}
+        levels = tuple(
+            replace(level, bytes=sizes.get(level.name, level.bytes), ways=ways.get(level.name, level.ways))
+            for level in self.caches
+        )
         changed = replace(
             self,
             clock_hz=clock_hz or self.clock_hz,
             caches=tuple(level for level in levels if level.bytes),
             memory_bytes_per_second=memory_bytes_per_second or self.memory_bytes_per_second,
         )
-        facts = [changed.clock_hz, [level.bytes for level in changed.caches], changed.memory_bytes_per_second]
+        facts = [
+            changed.clock_hz,
+            [(level.bytes, level.ways) for level in changed.caches],
+            changed.memory_bytes_per_second,
+        ]
         digest = hashlib.sha256(json.dumps([self.digest, facts]).encode()).hexdigest()
         return replace(changed, digest=digest)
 
@@ -160,6 +169,20 @@ def load_core(name: str) -> Core:
             f"{name}.yaml has format {facts['format_version']}, this version reads {_FORMAT}: update autocomp"
         )
     return _core(facts, hashlib.sha256(text.encode()).hexdigest())
+
+
+def core_of(profile: Profile) -> Core:
+    """The core that a profile names, with the profile's clock, caches and memory bandwidth. UsageError if it names none that is known."""
+    if not profile.core:
+        raise UsageError(
+            f"profile {profile.name!r} names no core model to estimate with: add `core:`, one of {', '.join(list_cores())}"
+        )
+    return load_core(profile.core).adapted(
+        clock_hz=profile.clock_hz,
+        caches=profile.caches,
+        cache_ways=profile.cache_ways,
+        memory_bytes_per_second=profile.memory_bandwidth.get("read"),
+    )
 
 
 def _core(facts: Mapping[str, Any], digest: str) -> Core:
