@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from autocomp.accuracy.calibrate import Statistics
     from autocomp.graph import Graph, Group
 
+Layers = (nn.Conv1d, nn.Conv2d, nn.Linear)
+AnyLayer = nn.Conv1d | nn.Conv2d | nn.Linear
+
 DAMPING = 1e-2  # of the mean diagonal of H, added to the diagonal: as in GPTQ (arXiv:2210.17323, section 3.3)
 STEPS = 128  # removals a group at most; wider groups lose several channels between two updates of H^-1
 
@@ -25,12 +28,12 @@ STEPS = 128  # removals a group at most; wider groups lose several channels betw
 def take(module: nn.Module, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Module:
     """Return a smaller copy that keeps the output channels ``rows`` and the input columns ``columns`` (None keeps all).
 
-    Conv2d (``columns`` are input channels; a depthwise one takes ``rows`` only), Linear and BatchNorm. The copy has its
-    own weights. TypeError for any other module.
+    Conv1d, Conv2d (``columns`` are input channels; a grouped one takes the ``rows`` of whole groups only), Linear and
+    BatchNorm. The copy has its own weights. TypeError for any other module.
     """
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
         return _take_norm(module, rows)
-    if not isinstance(module, nn.Conv2d | nn.Linear):
+    if not isinstance(module, Layers):
         raise TypeError(f"cannot take channels of a {type(module).__name__}")
     weight, bias = module.weight.detach(), module.bias
     if rows is not None:
@@ -41,14 +44,19 @@ def take(module: nn.Module, rows: Tensor | None = None, columns: Tensor | None =
     return with_weights(module, weight.clone(), None if bias is None else bias.detach().clone())
 
 
-def with_weights(module: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Conv2d | nn.Linear:
-    """Return a module like ``module`` but with these weights, whose shape sets its channels."""
-    small: nn.Conv2d | nn.Linear
+def with_weights(module: AnyLayer, weight: Tensor, bias: Tensor | None) -> AnyLayer:
+    """Return a module like ``module`` but with these weights, whose shape sets its channels.
+
+    The weights of a Conv1d may come with the height of 1 that its description has: [O, I, 1, K].
+    """
+    small: AnyLayer
     if isinstance(module, nn.Linear):
         small = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     else:
-        groups = weight.shape[0] if module.groups > 1 and module.weight.shape[1] == 1 else module.groups
-        small = nn.Conv2d(
+        groups = weight.shape[0] * module.groups // module.out_channels if module.groups > 1 else 1
+        if isinstance(module, nn.Conv1d) and weight.dim() == 4:
+            weight = weight.squeeze(2)
+        small = type(module)(
             weight.shape[1] * groups,
             weight.shape[0],
             module.kernel_size,  # type: ignore[arg-type]  # torch types it as a tuple of any length

@@ -1,0 +1,366 @@
+"""Groups of channels that go together: made from the ties of a graph, and each put to the test by removing half of it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from autocomp.compress.prune import take
+
+if TYPE_CHECKING:
+    from autocomp.graph import Layer
+    from autocomp.ties import Ties
+
+# Attributes that hold a number of heads in well-known code; others with the right value are tried after them.
+HEAD_NAMES = ("heads", "num_heads", "n_heads", "n_head", "nhead", "nheads", "num_attention_heads", "h")
+HEAD_NAMES += ("num_kv_heads", "n_kv_heads", "num_key_value_heads", "kv_heads", "n_local_heads", "all_head_size")
+MOST_TRIES = 12  # sets of attributes that are tried for one group
+
+
+class Attribute(NamedTuple):
+    """An integer of a module that follows the width of a group: ``per_unit`` for each unit kept."""
+
+    module: str
+    name: str
+    per_unit: int
+
+
+class Slab(NamedTuple):
+    """A bare parameter or buffer that loses slices along ``axis``; ``units`` says whose each slice is (-1: stays)."""
+
+    path: str
+    axis: int
+    units: tuple[int, ...]
+
+
+class Attention(NamedTuple):
+    """A product of activations: for each unit of the group ``batch`` products of m x k by k x n."""
+
+    batch: float
+    m: int
+    k: int
+    n: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that are kept or removed whole, ``width`` of them: channels, hidden units, heads.
+
+    ``rows`` says for each output channel of a producer or norm, ``columns`` for each input column of a consumer (or of
+    a grouped convolution), which unit it belongs to (-1: none, it always stays). ``producers`` are the layers whose
+    output channels they are, in the order of execution (grouped convolutions that pass them on included), ``consumers``
+    those that read them, ``norms`` the BatchNorms between, ``slabs`` the bare parameters and ``attributes`` the integers
+    that must follow. ``segments`` numbers the units by what they consist of: units of one segment are alike, and the
+    same share of each segment is kept. ``attention`` are the products that become fewer with the units. The group is
+    named after its first producer. ``reason`` says why a group that is not ``prunable`` must keep all its units.
+    """
+
+    name: str
+    width: int
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    norms: tuple[str, ...] = ()
+    prunable: bool = True
+    reason: str = ""
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    columns: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    slabs: tuple[Slab, ...] = ()
+    attributes: tuple[Attribute, ...] = ()
+    segments: tuple[int, ...] = ()
+    attention: tuple[Attention, ...] = ()
+
+    def rows_kept(self, name: str, kept: Tensor) -> Tensor:
+        """Output channels of a producer or norm that are left when the units ``kept`` are."""
+        return _left(self.rows[name], kept, self.width)
+
+    def columns_kept(self, name: str, kept: Tensor) -> Tensor:
+        """Input columns (channels of a convolution) of a layer that are left when the units ``kept`` are."""
+        return _left(self.columns[name], kept, self.width)
+
+    def sizes(self) -> tuple[int, ...]:
+        """Number of units of each segment."""
+        return tuple(self.segments.count(segment) for segment in range(max(self.segments, default=-1) + 1))
+
+    def per_unit(self, units: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+        """How many of these rows or columns always stay, and how many each unit of a segment has."""
+        counts = [0] * len(self.sizes())
+        for unit in units:
+            if unit >= 0:
+                counts[self.segments[unit]] += 1
+        return sum(unit < 0 for unit in units), tuple(c // n for c, n in zip(counts, self.sizes(), strict=True))
+
+
+def _left(units: Sequence[int], kept: Tensor, width: int) -> Tensor:
+    stays = torch.zeros(width + 1, dtype=torch.bool)
+    stays[kept] = True
+    stays[width] = True  # what -1 points to
+    return stays[torch.tensor(units)].nonzero().flatten()
+
+
+def make_groups(ties: Ties, layers: Mapping[str, Layer], model: nn.Module) -> list[Group]:
+    """Form the groups of a traced graph, in no particular order; those with a reason are not prunable."""
+    joined = _join(ties)
+    members: dict[int, list[int]] = {}
+    for component, root in joined.items():
+        members.setdefault(root, []).append(component)
+    producers: dict[int, list[str]] = {}
+    for name in layers:
+        for root in {joined[c] for c in ties.outputs.get(name, torch.zeros(0)).unique().tolist() if c in joined}:
+            producers.setdefault(root, []).append(name)
+    groups = []
+    taken = set()
+    for root, makers in producers.items():
+        groups.append(_group(ties, layers, model, makers, members[root]))
+        taken |= set(makers)
+    stuck: dict[int, list[str]] = {}
+    for name, atoms in ties.outputs.items():
+        if name not in taken:
+            stuck.setdefault(int(atoms[0]), []).append(name)
+    for component, makers in stuck.items():
+        reason = ties.frozen.get(component, "no layer reads its channels")
+        groups.append(Group(makers[0], layers[makers[0]].out_channels, tuple(makers), (), (), False, reason))
+    return groups
+
+
+def _join(ties: Ties) -> dict[int, int]:
+    """Map each removable component to the group it joins: a layer's side and a parameter belong to one group at most."""
+    root: dict[int, int] = {}
+
+    def find(component: int) -> int:
+        while root[component] != component:
+            component = root[component]
+        return component
+
+    sides = [*ties.outputs.values(), *ties.inputs.values(), *ties.norms.values()]
+    for side in [*sides, *(part for parts in ties.parameters.values() for part in parts)]:
+        live = [c for c in side.unique().tolist() if c != 0 and c not in ties.frozen]
+        for component in live:
+            root.setdefault(component, component)
+            root[find(component)] = find(live[0])
+    return {component: find(component) for component in root}
+
+
+def _group(
+    ties: Ties, layers: Mapping[str, Layer], model: nn.Module, makers: Sequence[str], components: Sequence[int]
+) -> Group:
+    member = set(components)
+    order = dict.fromkeys(c for name in makers for c in ties.outputs[name].tolist() if c in member)
+    order |= dict.fromkeys(c for c in components if c not in order)
+    number = {component: unit for unit, component in enumerate(order)}
+    units = lambda atoms: tuple(number.get(c, -1) for c in atoms.flatten().tolist())  # noqa: E731
+    within = lambda atoms: bool(member.intersection(atoms.unique().tolist()))  # noqa: E731
+    readers = [name for name in layers if name in ties.inputs and within(ties.inputs[name])]
+    norms = [name for name, atoms in ties.norms.items() if within(atoms)]
+    rows = {name: units(ties.outputs[name]) for name in makers}
+    columns = {name: units(ties.inputs[name]) for name in readers}
+    rows |= {name: units(ties.norms[name]) for name in norms}
+    slabs, reason = [], ""
+    for path, parts in ties.parameters.items():
+        for part in parts:
+            if within(part):
+                slab = _slab(path, torch.tensor(units(part)).view(part.shape))
+                reason = reason or ("" if slab else f"parameter {path} has no axis along which they lie")
+                slabs += [slab] if slab else []
+    consumers = [name for name in readers if layers[name].conv_groups == 1]
+    if not consumers:
+        reason = "no layer reads its channels"
+    sets = [*rows.values(), *columns.values()]
+    counts = [[0] * len(sets) for _ in number]
+    for index, members in enumerate(sets):
+        for unit in members:
+            if unit >= 0:
+                counts[unit][index] += 1
+    kinds: dict[tuple[int, ...], int] = {}
+    segments = tuple(kinds.setdefault(tuple(count), len(kinds)) for count in counts)
+    attention = []
+    for product in ties.products:
+        mine = sum(c in member for c in product.atoms.tolist())
+        if mine:
+            attention.append(Attention(product.batch / mine, product.m, product.k, product.n))
+    return Group(
+        makers[0], len(number), tuple(makers), tuple(consumers), tuple(sorted(norms)), not reason, reason,
+        rows, columns, tuple(dict.fromkeys(slabs)), (), segments, tuple(attention),
+    )  # fmt: skip
+
+
+def _slab(path: str, units: Tensor) -> Slab | None:
+    """The axis of a parameter that the units lie along; None if they lie along several."""
+    for axis in range(units.dim()):
+        lead = units.movedim(axis, 0).flatten(1)
+        if bool((lead == lead[:, :1]).all()):
+            return Slab(path, axis, tuple(lead[:, 0].tolist()))
+    return None
+
+
+# --- removal ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a model without some units has instead: modules, bare tensors and integers, by name."""
+
+    modules: Mapping[str, nn.Module]
+    tensors: Mapping[str, Tensor]
+    integers: Mapping[tuple[str, str], int]
+
+    def apply(self, model: nn.Module) -> None:
+        """Set everything in place."""
+        for name, module in self.modules.items():
+            model.set_submodule(name, module)
+        for path, tensor in self.tensors.items():
+            owner, _, name = path.rpartition(".")
+            holder = model.get_submodule(owner)
+            (holder._parameters if name in holder._parameters else holder._buffers)[name] = tensor  # type: ignore[assignment]
+        for (owner, name), value in self.integers.items():
+            setattr(model.get_submodule(owner), name, value)
+
+
+def narrowed(model: nn.Module, group: Group, kept: Tensor) -> Changes:
+    """What ``model`` has instead when the group keeps the units ``kept``: norms, bare tensors and integers, no layers."""
+    modules = {name: take(model.get_submodule(name), group.rows_kept(name, kept)) for name in group.norms}
+    tensors: dict[str, Tensor] = {}
+    for path, axis, units in group.slabs:
+        old = tensors[path] if path in tensors else _tensor(model, path)
+        new = old.detach().index_select(axis, _left(units, kept, group.width))
+        tensors[path] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    integers = {(a.module, a.name): a.per_unit * len(kept) for a in group.attributes}
+    return Changes(modules, tensors, integers)
+
+
+def removed(model: nn.Module, group: Group, kept: Tensor) -> Changes:
+    """As `narrowed`, and the layers too: what plain removal, without any update of weights, leaves of the model."""
+    changes = narrowed(model, group, kept)
+    modules = dict(changes.modules)
+    for name in dict.fromkeys((*group.producers, *group.consumers)):
+        rows = group.rows_kept(name, kept) if name in group.producers else None
+        columns = group.columns_kept(name, kept) if name in group.consumers else None
+        modules[name] = take(model.get_submodule(name), rows, columns)
+    return replace(changes, modules=modules)
+
+
+def masked(model: nn.Module, group: Group, kept: Tensor) -> Changes:
+    """The consumers with zeros for the columns of the units that are not kept: the full-size model that ignores them."""
+    modules = {}
+    for name in group.consumers:
+        ignoring = copy.deepcopy(model.get_submodule(name))
+        columns = group.columns_kept(name, kept)
+        old: Tensor = ignoring.weight.detach()  # type: ignore[union-attr,operator]
+        weight = torch.zeros_like(old)
+        weight[:, columns] = old[:, columns]
+        ignoring.weight = nn.Parameter(weight)
+        modules[name] = ignoring
+    return Changes(modules, {}, {})
+
+
+def _tensor(model: nn.Module, path: str) -> Tensor:
+    owner, _, name = path.rpartition(".")
+    found = getattr(model.get_submodule(owner), name)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def verified(model: nn.Module, inputs: tuple[Tensor, ...], ties: Ties, group: Group) -> Group:
+    """Return the group with the integers that must follow it, or, where its removal does not work, with the reason.
+
+    Half the units are removed and the outputs compared with those of the model whose consumers ignore them. A model
+    that holds its number of heads in an attribute fails at first: attributes of that value, in the modules where
+    reshapes of these channels stand, are then tried, and what works must work for another number too.
+    """
+    if group.width < 2:
+        return replace(group, prunable=False, reason="it has a single channel or head")
+    reason = _fails(model, inputs, group, group.width // 2)
+    if not reason:
+        return group
+    for attributes in _attribute_sets(model, ties, group):
+        tried = replace(group, attributes=attributes)
+        counts = {group.width // 2, max(1, group.width // 2 - 1), group.width - 1}
+        if not any(_fails(model, inputs, tried, count) for count in sorted(counts)):
+            return tried
+    modules = _reshaping(ties, group)
+    if modules:
+        reason += (
+            f"; {', '.join(modules)} reshapes them by fixed numbers: let the reshape infer the number of heads "
+            "(x.unflatten(-1, (-1, head_dim))), or keep it in an attribute such as self.num_heads"
+        )
+    return replace(group, prunable=False, reason=reason)
+
+
+def _components(ties: Ties, group: Group) -> set[int]:
+    found: set[int] = set()
+    for name in group.producers:
+        atoms = ties.outputs[name].tolist()
+        found |= {component for component, unit in zip(atoms, group.rows[name], strict=True) if unit >= 0}
+    return found
+
+
+def _reshaping(ties: Ties, group: Group) -> list[str]:
+    member = _components(ties, group)
+    found = [r.module or "the model" for r in ties.reshapes if member.intersection(r.atoms.tolist())]
+    return list(dict.fromkeys(found))
+
+
+def _attribute_sets(model: nn.Module, ties: Ties, group: Group) -> Iterator[tuple[Attribute, ...]]:
+    """Sets of integer attributes that may be what the model's reshapes are written with, the likeliest first."""
+    member = _components(ties, group)
+    found: dict[Attribute, None] = {}
+    for module, size, atoms in ties.reshapes:
+        if size % group.width or not member.intersection(atoms.tolist()):
+            continue
+        while True:
+            for name, value in vars(model.get_submodule(module)).items():
+                if type(value) is int and value == size and not name.startswith("_") and name != "training":
+                    found[Attribute(module, name, size // group.width)] = None
+            if not module:
+                break
+            module = module.rpartition(".")[0]
+    known = tuple(a for a in found if a.name in HEAD_NAMES)
+    heads = tuple(a for a in found if a.per_unit == min(x.per_unit for x in found))
+    sets = [known, tuple(found), heads, *((a,) for a in found)]
+    yield from list(dict.fromkeys(s for s in sets if s))[:MOST_TRIES]
+
+
+def _fails(model: nn.Module, inputs: tuple[Tensor, ...], group: Group, count: int) -> str:
+    """Keep ``count`` units and compare with the model whose consumers ignore the others; say what differs, if any."""
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.randperm(group.width, generator=generator)[:count].sort().values
+    try:
+        with torch.no_grad():
+            with swapped(model, masked(model, group, kept)):
+                expected = _tensors(model(*inputs))
+            with swapped(model, removed(model, group, kept)):
+                actual = _tensors(model(*inputs))
+    except Exception as error:  # a reshape in the user's forward that counts on the width, say
+        return f"the model fails without some of its channels: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    if any(a.shape != b.shape for a, b in zip(actual, expected, strict=True)):
+        return "its channels are the model's output"
+    for a, b in zip(actual, expected, strict=True):
+        if (a - b).abs().max() > 1e-3 * b.abs().max().clamp_min(1e-6):
+            return "removing its channels changes more than the layers that read them"
+    return ""
+
+
+@contextlib.contextmanager
+def swapped(model: nn.Module, changes: Changes) -> Iterator[None]:
+    """Apply changes for a while."""
+    before = Changes(
+        {name: model.get_submodule(name) for name in changes.modules},
+        {path: _tensor(model, path) for path in changes.tensors},
+        {(owner, name): getattr(model.get_submodule(owner), name) for owner, name in changes.integers},
+    )
+    try:
+        changes.apply(model)
+        yield
+    finally:
+        before.apply(model)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    from torch.utils import _pytree
+
+    return [leaf.float() for leaf in _pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
