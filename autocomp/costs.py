@@ -68,8 +68,9 @@ class Costs:
         seconds = np.zeros(table.error.shape)
         for i, width_in in enumerate(table.widths_in):
             for o, width_out in enumerate(table.widths_out):
-                inputs = width_in * layer.in_spread
-                outputs = inputs if layer.kind == "depthwise" else width_out
+                through = layer.conv_groups > 1 and table.in_group is not None  # read on the diagonal only
+                inputs = self.space.columns(table.layer, width_in)
+                outputs = self.space.rows(table.layer, width_in if through else width_out)
                 for m, method in enumerate(table.methods):
                     effective = self.space.effective(table.layer, inputs, outputs, method)
                     seconds[i, o, m] = self._share(resized(layer, inputs, outputs), effective, dense)

@@ -27,7 +27,7 @@ from autocomp.task import evaluate_task, objective_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-PACKAGES = ("autocomp", "torch", "apache-tvm", "apache-tvm-ffi", "onnxruntime", "optuna", "torch-pruning", "numpy")
+PACKAGES = ("autocomp", "torch", "apache-tvm", "apache-tvm-ffi", "onnxruntime", "optuna", "numpy")
 
 
 def finish(pipeline: Pipeline) -> Path:

@@ -92,7 +92,8 @@ def analyse(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Graph:
     """Return the layers and channel groups of ``model`` in evaluation mode.
 
     Layers that are called more than once, share weights, are parametrised or override torch's own forward are named in
-    ``skipped`` and stay as they are, as do groups that they take part in. ExportError if `torch.export` refuses the model: it names the operation and the line.
+    ``skipped`` and stay as they are, as do groups that they take part in. ExportError if `torch.export` refuses the
+    model: it names the operation and the line.
     """
     model = copy.deepcopy(model).eval()
     program = export(model, example_inputs)

@@ -18,8 +18,22 @@ if TYPE_CHECKING:
     from autocomp.ties import Ties
 
 # Attributes that hold a number of heads in well-known code; others with the right value are tried after them.
-HEAD_NAMES = ("heads", "num_heads", "n_heads", "n_head", "nhead", "nheads", "num_attention_heads", "h")
-HEAD_NAMES += ("num_kv_heads", "n_kv_heads", "num_key_value_heads", "kv_heads", "n_local_heads", "all_head_size")
+HEAD_NAMES = frozenset(
+    [
+        "heads",
+        "num_heads",
+        "n_heads",
+        "n_head",
+        "nhead",
+        "nheads",
+        "num_attention_heads",
+        "h",
+        "num_kv_heads",
+        "n_kv_heads",
+        "num_key_value_heads",
+        "kv_heads",
+    ]
+)
 MOST_TRIES = 12  # sets of attributes that are tried for one group
 
 
@@ -94,6 +108,19 @@ class Group:
             if unit >= 0:
                 counts[self.segments[unit]] += 1
         return sum(unit < 0 for unit in units), tuple(c // n for c, n in zip(counts, self.sizes(), strict=True))
+
+
+def balanced(group: Group, count: int, generator: torch.Generator) -> Tensor:
+    """About ``count`` units drawn at random, ascending: the same share of every segment, and at least one of each.
+
+    Halves that a model takes apart by their number (`chunk`) stay equal in this way.
+    """
+    segments = torch.tensor(group.segments)
+    chosen = []
+    for segment, size in enumerate(group.sizes()):
+        members = (segments == segment).nonzero().flatten()
+        chosen.append(members[torch.randperm(size, generator=generator)[: max(1, size * count // group.width)]])
+    return torch.cat(chosen).sort().values
 
 
 def _left(units: Sequence[int], kept: Tensor, width: int) -> Tensor:
@@ -192,7 +219,7 @@ def _group(
 def _slab(path: str, units: Tensor) -> Slab | None:
     """The axis of a parameter that the units lie along; None if they lie along several."""
     for axis in range(units.dim()):
-        lead = units.movedim(axis, 0).flatten(1)
+        lead = units.movedim(axis, 0).reshape(units.shape[axis], -1)
         if bool((lead == lead[:, :1]).all()):
             return Slab(path, axis, tuple(lead[:, 0].tolist()))
     return None
@@ -226,7 +253,7 @@ def narrowed(model: nn.Module, group: Group, kept: Tensor) -> Changes:
     modules = {name: take(model.get_submodule(name), group.rows_kept(name, kept)) for name in group.norms}
     tensors: dict[str, Tensor] = {}
     for path, axis, units in group.slabs:
-        old = tensors[path] if path in tensors else _tensor(model, path)
+        old = tensors[path] if path in tensors else tensor_at(model, path)
         new = old.detach().index_select(axis, _left(units, kept, group.width))
         tensors[path] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
     integers = {(a.module, a.name): a.per_unit * len(kept) for a in group.attributes}
@@ -250,7 +277,7 @@ def masked(model: nn.Module, group: Group, kept: Tensor) -> Changes:
     for name in group.consumers:
         ignoring = copy.deepcopy(model.get_submodule(name))
         columns = group.columns_kept(name, kept)
-        old: Tensor = ignoring.weight.detach()  # type: ignore[union-attr,operator]
+        old: Tensor = ignoring.weight.detach()  # type: ignore[operator]
         weight = torch.zeros_like(old)
         weight[:, columns] = old[:, columns]
         ignoring.weight = nn.Parameter(weight)
@@ -258,7 +285,8 @@ def masked(model: nn.Module, group: Group, kept: Tensor) -> Changes:
     return Changes(modules, {}, {})
 
 
-def _tensor(model: nn.Module, path: str) -> Tensor:
+def tensor_at(model: nn.Module, path: str) -> Tensor:
+    """The parameter or buffer of that name."""
     owner, _, name = path.rpartition(".")
     found = getattr(model.get_submodule(owner), name)
     assert isinstance(found, Tensor)
@@ -327,8 +355,7 @@ def _attribute_sets(model: nn.Module, ties: Ties, group: Group) -> Iterator[tupl
 
 def _fails(model: nn.Module, inputs: tuple[Tensor, ...], group: Group, count: int) -> str:
     """Keep ``count`` units and compare with the model whose consumers ignore the others; say what differs, if any."""
-    generator = torch.Generator().manual_seed(0)
-    kept = torch.randperm(group.width, generator=generator)[:count].sort().values
+    kept = balanced(group, count, torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
             with swapped(model, masked(model, group, kept)):
@@ -350,7 +377,7 @@ def swapped(model: nn.Module, changes: Changes) -> Iterator[None]:
     """Apply changes for a while."""
     before = Changes(
         {name: model.get_submodule(name) for name in changes.modules},
-        {path: _tensor(model, path) for path in changes.tensors},
+        {path: tensor_at(model, path) for path in changes.tensors},
         {(owner, name): getattr(model.get_submodule(owner), name) for owner, name in changes.integers},
     )
     try:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
@@ -87,8 +88,9 @@ class Refusal:
 class Space:
     """The legal choices: ``widths`` by group and ``methods`` by layer, each with the dense choice first.
 
-    Groups with one width and layers with one method are listed too. ``lanes`` is the vector length widths and ranks are
-    multiples of.
+    Widths count the units of a group: channels, or heads. Groups with one width and layers with one method are listed
+    too. ``lanes`` is the vector length widths and ranks are multiples of; ``counts`` says of each width how many units
+    of each segment it keeps.
     """
 
     graph: Graph
@@ -96,6 +98,8 @@ class Space:
     methods: Mapping[str, tuple[Method, ...]]
     refused: tuple[Refusal, ...] = ()
     lanes: int = 16
+    counts: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
+    _sides: dict[tuple[str, str, int], int] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def size(self) -> int:
@@ -137,12 +141,30 @@ class Space:
     def shape(self, layer: str, widths: Mapping[str, int]) -> tuple[int, int]:
         """Return (input columns, output channels) of a layer at the given group widths (missing groups are dense)."""
         described = self.graph.layers[layer]
-        inputs, outputs = described.in_channels, described.out_channels
-        if described.in_group is not None:
-            inputs = widths.get(described.in_group, inputs // described.in_spread) * described.in_spread
-        if described.out_group is not None:
-            outputs = widths.get(described.out_group, outputs)
-        return inputs, outputs
+        return self.columns(layer, widths.get(described.in_group or "")), self.rows(
+            layer, widths.get(described.out_group or "")
+        )
+
+    def columns(self, layer: str, width: int | None) -> int:
+        """Return the input columns of a layer when its input group keeps ``width`` units (None: all)."""
+        described = self.graph.layers[layer]
+        return self._side(described.in_group, layer, width, "columns", described.in_channels)
+
+    def rows(self, layer: str, width: int | None) -> int:
+        """Return the output channels of a layer when its output group keeps ``width`` units (None: all)."""
+        described = self.graph.layers[layer]
+        return self._side(described.out_group, layer, width, "rows", described.out_channels)
+
+    def _side(self, name: str | None, layer: str, width: int | None, side: str, full: int) -> int:
+        if name is None or width is None or width == self.graph.groups[name].width:
+            return full
+        key = (side, layer, width)
+        if key not in self._sides:
+            group = self.graph.groups[name]
+            stays, per_unit = group.per_unit((group.columns if side == "columns" else group.rows)[layer])
+            kept = self.counts[name][width]
+            self._sides[key] = stays + sum(count * each for count, each in zip(kept, per_unit, strict=True))
+        return self._sides[key]
 
 
 def list_spaces() -> list[str]:
@@ -193,11 +215,12 @@ def build_space(graph: Graph, space_file: SpaceFile | str | Path, profile: Targe
     profiles = list(profile) if isinstance(profile, Sequence) else [profile]
     _check_globs(graph, rules)
     builder = _Builder(graph, rules, profiles)
-    widths = {group.name: builder.widths(group) for group in graph.groups.values()}
+    counts = {group.name: builder.widths(group) for group in graph.groups.values()}
+    widths = {name: tuple(offered) for name, offered in counts.items()}
     methods = {layer.name: builder.methods(layer) for layer in graph.layers.values()}
     for name, reason in graph.skipped.items():
         builder.refuse(name, "every option", reason)
-    return Space(graph, widths, methods, tuple(builder.refused), builder.lanes)
+    return Space(graph, widths, methods, tuple(builder.refused), builder.lanes, counts)
 
 
 def _check_globs(graph: Graph, rules: SpaceFile) -> None:
@@ -233,7 +256,8 @@ class _Builder:
     def protected(self, layer: str) -> bool:
         return any(fnmatchcase(layer, glob) for glob in self.rules.protect)
 
-    def widths(self, group: Group) -> tuple[int, ...]:
+    def widths(self, group: Group) -> dict[int, tuple[int, ...]]:
+        """Return the widths offered, widest first, each with the units of every segment it keeps."""
         shares = [set(self.options(name).keep or ()) for name in group.producers]
         asked = sorted(set.intersection(*shares) - {1.0}, reverse=True)
         for share in sorted(set.union(*shares) - {1.0} - set(asked), reverse=True):
@@ -242,22 +266,33 @@ class _Builder:
         for name in group.producers:
             if self.protected(name):
                 stay = stay or f"layer {name} is protected"
-        offered = [group.width]
+        sizes = group.sizes() or (group.width,)
+        offered = {group.width: sizes}
         for share in asked:
-            width = self._rounded(share * group.width, group.width)
+            steps = [self._step(group, segment) for segment in range(len(sizes))]
+            kept = tuple(_multiple(share * n, n, step) for n, step in zip(sizes, steps, strict=True))
+            width = sum(kept)
             if stay:
                 self.refuse(group.name, f"keep {share:g}", stay)
             elif width in offered:
                 self.refuse(group.name, f"keep {share:g}", f"rounds to {width} of {group.width}, offered already")
             else:
-                offered.append(width)
-        return tuple(sorted(offered, reverse=True))
+                offered[width] = kept
+        return offered
+
+    def _step(self, group: Group, segment: int) -> int:
+        """Units of a segment that come in whole vectors in every layer; heads have a size of their own."""
+        if group.attention:
+            return 1
+        step = 1
+        for units in (*group.rows.values(), *group.columns.values()):
+            each = group.per_unit(units)[1][segment]
+            if each:
+                step = max(step, self.lanes // gcd(self.lanes, each))
+        return step
 
     def _rounded(self, wanted: float, full: int) -> int:
-        """Round to whole vectors; a group narrower than a vector has none to round to."""
-        if full < self.lanes:
-            return max(1, round(wanted))
-        return min(full, max(self.lanes, int(wanted / self.lanes + 0.5) * self.lanes))
+        return _multiple(wanted, full, self.lanes)
 
     def methods(self, layer: Layer) -> tuple[Method, ...]:
         options = self.options(layer.name)
@@ -305,11 +340,18 @@ class _Builder:
         return tuple(self._rounded(share * size, size) for size in full)
 
 
+def _multiple(wanted: float, full: int, step: int) -> int:
+    """Round to whole vectors; what is narrower than a vector has none to round to."""
+    if full < step:
+        return max(1, round(wanted))
+    return min(full, max(step, int(wanted / step + 0.5) * step))
+
+
 def resized(layer: Layer, inputs: int, outputs: int) -> Layer:
     """Return the description of a layer at other widths; ``inputs`` counts columns."""
-    depthwise = layer.kind == "depthwise"
-    share = outputs / layer.out_channels * (1.0 if depthwise else inputs / layer.in_channels)
-    groups = outputs if depthwise else layer.conv_groups
+    grouped = layer.conv_groups > 1  # whole groups go: what an output reads stays as it is
+    share = outputs / layer.out_channels * (1.0 if grouped else inputs / layer.in_channels)
+    groups = layer.conv_groups * outputs // layer.out_channels if grouped else 1
     macs = round(layer.macs * share)
     return replace(layer, in_channels=inputs, out_channels=outputs, conv_groups=groups, macs=macs)
 

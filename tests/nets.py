@@ -128,7 +128,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give every BatchNorm uneven statistics and factors (some negative), in place; returns it in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             count = module.num_features
             assert module.running_mean is not None
             assert module.running_var is not None

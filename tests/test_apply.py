@@ -15,8 +15,8 @@ from torch import nn
 
 from autocomp.compress.apply import reestimate_batchnorm, stitch
 from autocomp.compress.fold import fold_batchnorm
-from autocomp.compress.prune import spread, take
 from autocomp.compress.quantize import QuantConv2d, QuantLinear
+from autocomp.groups import removed
 from autocomp.records import Candidate, Method
 from autocomp.space import factor_shapes
 
@@ -44,16 +44,12 @@ def by_hand(made, database, candidate):
     for group in made.graph.groups.values():
         kept = database.kept(group.name, candidate.widths[group.name])
         if kept is not None:
-            for name in (*group.producers, *group.norms):
-                model.set_submodule(name, take(model.get_submodule(name), kept))
-            for name in group.consumers:
-                columns = spread(kept, made.graph.layers[name].in_spread)
-                model.set_submodule(name, take(model.get_submodule(name), None, columns))
+            removed(model, group, kept).apply(model)
     for name, layer in made.graph.layers.items():
         width = candidate.widths[layer.in_group] if layer.in_group else layer.in_channels
         entry = database.entry(name, width, candidate.methods[name])
-        rows = database.kept(layer.out_group, candidate.widths[layer.out_group])
-        rows = slice(None) if rows is None or layer.kind == "depthwise" else rows
+        rows = database.rows(name, candidate.widths[layer.out_group])
+        rows = slice(None) if rows is None or layer.conv_groups > 1 else rows
         module = model.get_submodule(name)
         if candidate.methods[name] == Method():
             assert module.weight.shape == entry.parts[0].weight[rows].shape
@@ -88,7 +84,7 @@ class Direct(nn.Module):
             if shape.kind == "linear":
                 x = nn.functional.linear(x, weight, bias).float()
                 continue
-            groups = len(weight) if shape.kind == "depthwise" else shape.conv_groups
+            groups = len(weight) * shape.conv_groups // shape.out_channels if shape.conv_groups > 1 else 1
             x = nn.functional.conv2d(x, weight, bias, shape.stride, shape.padding, shape.dilation, groups).float()
         return x
 

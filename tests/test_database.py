@@ -30,7 +30,7 @@ def test_every_offered_entry_is_there(built):
         layer = built.graph.layers[name]
         for width in built.widths_in(name):
             for method in methods:
-                effective = built.space.effective(name, width * layer.in_spread, layer.out_channels, method)
+                effective = built.space.effective(name, built.space.columns(name, width), layer.out_channels, method)
                 entry = built.entry(name, width, effective)
                 assert entry.error.shape == (layer.out_channels,)
                 assert bool((entry.error >= 0).all())
@@ -56,7 +56,7 @@ def test_bytes_are_those_of_the_stored_tensors(built):
         original = built.model.get_submodule(table.layer)
         for i, width in enumerate(table.widths_in):
             for m, method in enumerate(table.methods):
-                columns = width * layer.in_spread
+                columns = built.space.columns(table.layer, width)
                 effective = built.space.effective(table.layer, columns, layer.out_channels, method)
                 module = built.entry(table.layer, width, effective).module(layer, original)
                 size = sum(t.nbytes for t in module.state_dict().values())

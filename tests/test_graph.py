@@ -61,7 +61,7 @@ def test_depthwise_passes_its_group_on():
 
 def test_flatten_spreads_channels():
     graph = analyse(nets.Flat(), (nets.images(1),))
-    assert graph.layers["hidden"].in_spread == 16
+    assert graph.groups["conv"].columns["hidden"] == tuple(channel for channel in range(8) for _ in range(16))
     assert graph.groups["conv"].prunable
     assert graph.groups["hidden"].consumers == ("head",)
 
@@ -75,10 +75,14 @@ def test_a_layer_used_twice_stays():
     assert graph.groups["last"].prunable
 
 
-def test_concatenated_groups_stay():
+def test_concatenated_layers_are_one_group_of_two_segments():
     graph = analyse(nets.Concatenated(), (nets.images(1),))
-    assert not graph.groups["left"].prunable
-    assert "concatenated" in graph.groups["left"].reason
+    group = graph.groups["left"]
+    assert group.prunable
+    assert group.producers == ("left", "right")
+    assert group.sizes() == (8, 16)
+    assert group.columns["join"] == tuple(range(24))
+    assert group.rows["right"] == tuple(range(8, 24))
     assert graph.groups["join"].prunable
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-HEAVY = {"torch", "tvm", "optuna", "onnxruntime", "onnx", "sklearn", "torch_pruning", "pandas", "plotly"}
+HEAVY = {"torch", "tvm", "optuna", "onnxruntime", "onnx", "sklearn", "pandas", "plotly"}
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch import nn
 
 from autocomp.compress import prune
 from autocomp.compress.prune import keep, least_squares, output_error, spread, take
+from autocomp.groups import removed
 
 torch.set_num_threads(1)
 
@@ -31,11 +32,9 @@ def test_a_pruned_model_equals_the_masked_one_before_the_update(seed, data):
     count = data.draw(st.integers(1, group.width - 1))
     kept = torch.randperm(group.width, generator=generator)[:count].sort().values
     small, masked = copy.deepcopy(made.model), copy.deepcopy(made.model)
-    for member in (*group.producers, *group.norms):
-        small.set_submodule(member, take(small.get_submodule(member), kept))
+    removed(made.model, group, kept).apply(small)
     for member in group.consumers:
-        columns = spread(kept, graph.layers[member].in_spread)
-        small.set_submodule(member, take(small.get_submodule(member), None, columns))
+        columns = group.columns_kept(member, kept)
         weight = masked.get_submodule(member).weight.data
         gone = torch.ones(weight.shape[1], dtype=torch.bool)
         gone[columns] = False
@@ -80,9 +79,15 @@ def test_orderings_are_nested_permutations_and_the_better_one_wins():
         widths = made.space.widths[group.name]
         order, by = prune.order_group(made.model, made.graph, made.statistics, group, widths)
         assert sorted(order.tolist()) == list(range(group.width))
-        assert by in ("l1", "obs")
+        assert by in prune.ORDERINGS
         for larger, smaller in pairwise(widths):
             assert set(keep(order, smaller).tolist()) <= set(keep(order, larger).tolist())
+
+
+def reader_of(weight, covariance, fisher, block):
+    units = torch.arange(weight.shape[1] // block)
+    blocks = tuple(torch.arange(unit * block, (unit + 1) * block) for unit in units.tolist())
+    return prune.Reader(weight, covariance, fisher, units, blocks)
 
 
 def test_obs_removes_the_channel_that_others_explain():
@@ -90,43 +95,35 @@ def test_obs_removes_the_channel_that_others_explain():
     x = torch.randn(400, 3, dtype=torch.float64)
     x[:, 2] = x[:, 0] + x[:, 1]
 
-    class Reader:
-        weight = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 1.0]], dtype=torch.float64)
-        covariance, fisher, block = x.T @ x / 400, torch.ones(2, dtype=torch.float64), 1
-
-    order = prune.obs_order([Reader()], 3, 1)
-    kept = keep(order, 2)
-    difference = Reader.weight.clone()
-    difference[:, kept] -= least_squares(Reader.weight, Reader.covariance, kept)
+    weight = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 1.0]], dtype=torch.float64)
+    reader = reader_of(weight, x.T @ x / 400, torch.ones(2, dtype=torch.float64), 1)
+    kept = keep(prune.obs_order([reader], 3, 1), 2)
     # Not zero: the damping of H pulls the update short of the exact solution.
-    assert (
-        output_error(difference, Reader.covariance).sum() < 0.01 * output_error(Reader.weight, Reader.covariance).sum()
-    )
+    assert reader.error(kept) < 0.01 * float(output_error(weight, reader.covariance).sum())
 
 
 def test_obs_saliency_is_the_error_of_the_removal():
     x = torch.randn(300, 8, dtype=torch.float64)
-
-    class Reader:
-        weight = torch.randn(4, 8, dtype=torch.float64)
-        covariance, fisher, block = x.T @ x / 300, torch.rand(4, dtype=torch.float64), 2
-
-    state = prune._Obs(Reader())
-    saliency = state.saliency()
+    weight, fisher = torch.randn(4, 8, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
+    reader = reader_of(weight, x.T @ x / 300, fisher, 2)
+    state = prune._Obs(reader)
+    saliency = torch.zeros(4, dtype=torch.float64)
+    state.add_saliency(saliency)
     for channel in range(4):
         left = torch.tensor([c for c in range(4) if c != channel])
         columns = spread(left, 2)
-        difference = Reader.weight.clone()
-        difference[:, columns] -= least_squares(Reader.weight, Reader.covariance, columns)
-        expected = (output_error(difference, prune.damped(Reader.covariance)) * Reader.fisher).sum()
+        difference = weight.clone()
+        difference[:, columns] -= least_squares(weight, reader.covariance, columns)
+        expected = (output_error(difference, prune.damped(reader.covariance)) * fisher).sum()
         torch.testing.assert_close(saliency[channel], expected)
-    before = state.saliency()
-    state.remove(torch.tensor([1]), torch.tensor([0, 2, 3]))
+    state.remove(torch.tensor([1]))
     torch.testing.assert_close(
-        state.weight, least_squares(Reader.weight, Reader.covariance, spread(torch.tensor([0, 2, 3]), 2))
+        state.weight, least_squares(weight, reader.covariance, spread(torch.tensor([0, 2, 3]), 2))
     )
-    assert bool((state.saliency() >= 0).all())
-    assert before.shape == (4,)
+    saliency.zero_()
+    state.add_saliency(saliency)
+    assert saliency[1] == 0
+    assert bool((saliency[[0, 2, 3]] > 0).all())
 
 
 def test_take_refuses_what_it_does_not_know():

@@ -157,7 +157,7 @@ class _Collector:
     def see_input(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         x = arguments[0].detach()
         _refuse_non_finite(x, f"the input of layer {self.layer.name}")
-        axes = (0, 2, 3) if self.layer.kind != "linear" else tuple(range(x.dim() - 1))
+        axes = _positions(x, self.layer)
         self.low = torch.minimum(self.low, x.amin(axes))
         self.high = torch.maximum(self.high, x.amax(axes))
         share = len(x) / self.samples
@@ -177,7 +177,7 @@ class _Collector:
         return output.clone()  # what follows may work in place
 
     def see_gradient(self, gradient: Tensor) -> None:
-        axes = (0, 2, 3) if self.layer.kind != "linear" else tuple(range(gradient.dim() - 1))
+        axes = _positions(gradient, self.layer)
         self.fisher += gradient.square().sum(axes, dtype=torch.float64) / DRAWS
 
     def finish(self, samples: int) -> LayerStatistics:
@@ -194,6 +194,12 @@ class _Collector:
         return LayerStatistics(mean, covariance, fisher, torch.cat(self.sample), self.low, self.high)
 
 
+def _positions(x: Tensor, layer: Layer) -> tuple[int, ...]:
+    """The axes of a layer's input or output that are not its channels."""
+    channels = x.dim() - 1 if layer.kind == "linear" else 1
+    return tuple(axis for axis in range(x.dim()) if axis != channels)
+
+
 def patches(x: Tensor, layer: Layer, limit: int, generator: torch.Generator) -> Tensor:
     """Return the inputs of ``limit`` random output positions as rows [R, K], columns as in ``weight.flatten(1)``.
 
@@ -202,6 +208,7 @@ def patches(x: Tensor, layer: Layer, limit: int, generator: torch.Generator) -> 
     if layer.kind == "linear":
         rows = x.reshape(-1, x.shape[-1])
         return rows if len(rows) <= limit else rows[torch.randperm(len(rows), generator=generator)[:limit]]
+    x = x.unsqueeze(2) if layer.one_d else x
     (ph, pw), (sh, sw), (dh, dw), (kh, kw) = layer.padding, layer.stride, layer.dilation, layer.kernel
     padded = functional.pad(x, (pw, pw, ph, ph))
     oh = (padded.shape[2] - dh * (kh - 1) - 1) // sh + 1

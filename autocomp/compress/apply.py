@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from autocomp.compress.prune import take
+from autocomp.groups import narrowed, tensor_at
 from autocomp.records import Candidate, Method
 
 if TYPE_CHECKING:
@@ -47,20 +47,24 @@ def stitch_and_answer(
         width_in = database.widths_in(name)[0] if layer.in_group is None else candidate.widths[layer.in_group]
         rows = None
         if layer.out_group is not None:
-            rows = database.kept(layer.out_group, candidate.widths[layer.out_group])
+            rows = database.rows(name, candidate.widths[layer.out_group])
         if method == Method() and rows is None and width_in == database.widths_in(name)[0]:
             continue
         original = model.get_submodule(name)
         memo[id(original)] = database.entry(name, width_in, method).module(layer, original, rows)
+    integers: dict[tuple[str, str], int] = {}
     for group in graph.groups.values():
         kept = database.kept(group.name, candidate.widths[group.name])
         if kept is not None:
-            for name in group.norms:
-                norm = model.get_submodule(name)
-                memo[id(norm)] = take(norm, kept)
+            changes = narrowed(model, group, kept)
+            memo |= {id(model.get_submodule(name)): module for name, module in changes.modules.items()}
+            memo |= {id(tensor_at(model, path)): tensor for path, tensor in changes.tensors.items()}
+            integers |= changes.integers
     changed = bool(memo)
-    # Deep copies go through the memo: layers that were replaced are never copied.
+    # Deep copies go through the memo: what was replaced is never copied.
     stitched: nn.Module = copy.deepcopy(model, memo).eval()
+    for (owner, attribute), value in integers.items():
+        setattr(stitched.get_submodule(owner), attribute, value)
     if not (changed and reestimate):
         return stitched, None
     return stitched, reestimate_batchnorm(stitched, database.statistics.batches)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from autocomp.space import Space
 
 FORMAT_VERSION = 1
-REVISION = 1  # of the methods: raise it when the same inputs come to give other entries
+REVISION = 2  # of the methods: raise it when the same inputs come to give other entries
 HEADER = b"autocomp-layers 1 "
 MEMORY = 512 * 2**20  # bytes of entries kept in memory; the rest is read again
 
@@ -96,29 +96,42 @@ class LayerDatabase:
                 stage.warn(text)
 
     def orders(self) -> Mapping[str, tuple[Tensor, str]]:
-        """Return each group's channels, best first, and the ordering that won (``l1`` or ``obs``)."""
+        """Return each group's units, best first, and the ordering that won (one of `prune.ORDERINGS`)."""
         if self._orders is None:
             widths = {name: list(widths) for name, widths in self.space.widths.items()}
-            path = self._path("orders", widths)
+            members = {name: [list(group.rows), list(group.columns)] for name, group in self.graph.groups.items()}
+            path = self._path("orders", [widths, members])
             data = self._read(path)
             if data is None:
-                made = order_groups(self.model, self.graph, self.statistics, widths)
+                made = order_groups(self.model, self.graph, self.statistics, self.space)
                 data = {name: {"order": order, "by": by} for name, (order, by) in made.items()}
                 self._write(path, data)
             self._orders = {name: (fields["order"], fields["by"]) for name, fields in data.items()}
         return self._orders
 
     def kept(self, group: str | None, width: int) -> Tensor | None:
-        """Return the channels of a group kept at a width, ascending; None if all are."""
+        """Return the units of a group kept at a width, ascending; None if all are."""
         if group is None or width == self.graph.groups[group].width:
             return None
         return keep(self.orders()[group][0], width)
 
+    def rows(self, layer: str, width: int) -> Tensor | None:
+        """Return the output channels a layer keeps when its output group keeps ``width`` units; None if all."""
+        group = self.graph.layers[layer].out_group
+        kept = self.kept(group, width)
+        return None if kept is None or group is None else self.graph.groups[group].rows_kept(layer, kept)
+
+    def columns(self, layer: str, width: int) -> Tensor | None:
+        """Return the input columns a layer keeps when its input group keeps ``width`` units; None if all."""
+        group = self.graph.layers[layer].in_group
+        kept = self.kept(group, width)
+        return None if kept is None or group is None else self.graph.groups[group].columns_kept(layer, kept)
+
     def widths_in(self, layer: str) -> tuple[int, ...]:
-        """Return the input widths a layer is compressed at: those of its group, in channels."""
+        """Return the input widths a layer is compressed at: those of its group, in units."""
         described = self.graph.layers[layer]
         if described.in_group is None:
-            return (described.in_channels // described.in_spread,)
+            return (described.in_channels,)
         return self.space.widths[described.in_group]
 
     def entry(self, layer: str, in_width: int, method: Method) -> Entry:
@@ -136,16 +149,16 @@ class LayerDatabase:
         layer = self.graph.layers[name]
         inputs = self.widths_in(name)
         outputs = (layer.out_channels,) if layer.out_group is None else self.space.widths[layer.out_group]
+        through = layer.conv_groups > 1 and layer.in_group is not None
         methods = self.space.methods[name]
         error = np.zeros((len(inputs), len(outputs), len(methods)))
         size = np.zeros_like(error)
-        depthwise = layer.kind == "depthwise"
         for i, width in enumerate(inputs):
-            columns = width * layer.in_spread
+            columns = self.space.columns(name, width)
             for o, out in enumerate(outputs):
-                # Off the diagonal a depthwise table says what the diagonal says: nothing reads it there.
-                rows = None if depthwise else self.kept(layer.out_group, out)
-                shape = (columns, width if depthwise else out)
+                # Off the diagonal the table of a grouped convolution says what the diagonal says: nothing reads it.
+                rows = None if through else self.rows(name, out)
+                shape = (columns, self.space.rows(name, width if through else out))
                 dense = shape == (layer.in_channels, layer.out_channels)
                 for m, method in enumerate(methods):
                     effective = self.space.effective(name, *shape, method)
@@ -161,16 +174,16 @@ class LayerDatabase:
             self._loaded.move_to_end(key)
             return self._loaded[key][1]
         layer = self.graph.layers[name]
-        columns = width * layer.in_spread
-        methods = [m for m in self.space.methods[name] if self._possible(m, name, columns)]
-        order = None if layer.in_group is None else self.orders()[layer.in_group][0]
-        chosen = None if order is None else order[:width].tolist()
+        methods = [m for m in self.space.methods[name] if self._possible(m, name, self.space.columns(name, width))]
+        columns = self.columns(name, width)
+        rows = self.rows(name, width) if layer.conv_groups > 1 and layer.in_group is not None else None
+        chosen = None if columns is None else columns.tolist()
         path = self._path("layer", [name, width, [str(method) for method in methods], self.observer, chosen])
         data = self._read(path)
         if data is None:
             seen = self.statistics.layers[name]
             module = self.model.get_submodule(name)
-            entries = compress_layer(module, layer, seen, order, width, methods, self.observer)
+            entries = compress_layer(module, layer, seen, columns, width, methods, self.observer, rows)
             self._write(path, pack(entries))
         else:
             entries = unpack(name, width, data)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from autocomp.compress.lowrank import Factors, svd, tucker2
-from autocomp.compress.prune import keep, least_squares, output_error, spread, with_weights
+from autocomp.compress.prune import AnyLayer, Layers, least_squares, output_error, spread, with_weights
 from autocomp.compress.quantize import (
     Observer,
+    QuantConv1d,
     QuantConv2d,
     QuantLinear,
     activation_parameters,
@@ -46,8 +47,8 @@ class Entry:
     """A layer at one input width by one method, with all its output rows: slicing rows commutes with compressing.
 
     ``parts`` are one module, or the factors in order. ``error`` [O] is Fisher times dW_o H dW_o^T for each output
-    (nats a sample; of a quantised layer the noise of its activations is in it). A depthwise entry has the rows of the
-    kept channels only.
+    (nats a sample; of a quantised layer the noise of its activations is in it). A grouped convolution's entry, depthwise
+    or not, has the rows of the kept groups only.
     """
 
     layer: str
@@ -60,10 +61,10 @@ class Entry:
         """Return the module that computes the layer, with the output channels ``rows`` (None: all)."""
         if len(self.parts) == 1 and self.parts[0].scale is None:
             part = self.parts[0]
-            sliced = None if layer.kind == "depthwise" else rows
+            sliced = None if layer.conv_groups > 1 else rows
             weight = part.weight if sliced is None else part.weight[sliced]
             bias = part.bias if sliced is None or part.bias is None else part.bias[sliced]
-            assert isinstance(original, nn.Conv2d | nn.Linear)
+            assert isinstance(original, Layers)
             return with_weights(original, weight.clone(), None if bias is None else bias.clone())
         shapes = factor_shapes(layer, self.method.ranks) if self.method.ranks else [layer]
         modules = []
@@ -74,21 +75,26 @@ class Entry:
 
 def _module(shape: Layer, part: Part, rows: Tensor | None) -> nn.Module:
     weight, bias, scale = part.weight, part.bias, part.scale
-    if rows is not None and shape.kind != "depthwise":
+    if rows is not None and shape.conv_groups == 1:
         weight = weight[rows]
         bias = None if bias is None else bias[rows]
         scale = None if scale is None else scale[rows]
     weight = weight.clone()
-    groups = len(weight) if shape.kind == "depthwise" else shape.conv_groups
+    groups = len(weight) * shape.conv_groups // shape.out_channels if shape.conv_groups > 1 else 1
     geometry = (shape.stride, shape.padding, shape.dilation, groups)
     if scale is not None:
         assert bias is not None
         if shape.kind == "linear":
             return QuantLinear(weight, scale.clone(), bias.clone(), part.inv_xs, part.zp)
-        return QuantConv2d(weight, scale.clone(), bias.clone(), part.inv_xs, part.zp, *geometry)
-    module: nn.Conv2d | nn.Linear
+        quantised = QuantConv1d if shape.one_d else QuantConv2d
+        return quantised(weight, scale.clone(), bias.clone(), part.inv_xs, part.zp, *geometry)
+    module: nn.Conv1d | nn.Conv2d | nn.Linear
     if shape.kind == "linear":
         module = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    elif shape.one_d:
+        inputs, weight = weight.shape[1] * groups, weight.squeeze(2)
+        flat = (shape.kernel[1], shape.stride[1], shape.padding[1], shape.dilation[1], groups)
+        module = nn.Conv1d(inputs, len(weight), *flat, bias is not None, device="meta")
     else:
         inputs = weight.shape[1] * groups
         module = nn.Conv2d(inputs, len(weight), shape.kernel, *geometry, bias is not None, device="meta")
@@ -118,17 +124,19 @@ def compress_layer(
     module: nn.Module,
     layer: Layer,
     seen: LayerStatistics,
-    order: Tensor | None,
+    columns: Tensor | None,
     in_width: int,
     methods: Sequence[Method],
     observer: Observer = "mse",
+    rows: Tensor | None = None,
 ) -> dict[Method, Entry]:
     """Compress one layer at one input width by several methods.
 
-    ``order`` lists the channels of the input group, best first (None: all inputs stay).
+    ``columns`` are the input columns (channels of a convolution) that are kept, None for all; of a grouped convolution,
+    which loses whole groups, ``rows`` are the output channels that stay with them.
     """
-    assert isinstance(module, nn.Conv2d | nn.Linear)
-    task = _Compression(module, layer, seen, order, in_width, observer)
+    assert isinstance(module, Layers)
+    task = _Compression(module, layer, seen, columns, rows, in_width, observer)
     return {method: task.entry(method) for method in methods}
 
 
@@ -137,23 +145,23 @@ class _Compression:
 
     def __init__(
         self,
-        module: nn.Conv2d | nn.Linear,
+        module: AnyLayer,
         layer: Layer,
         seen: LayerStatistics,
-        order: Tensor | None,
+        columns: Tensor | None,
+        rows: Tensor | None,
         in_width: int,
         observer: Observer,
     ) -> None:
         self.layer, self.seen, self.in_width, self.observer = layer, seen, in_width, observer
         self.taps = layer.kernel[0] * layer.kernel[1]
         self.module = module
-        full = layer.in_channels // layer.in_spread
-        self.pruned = in_width < full
-        self.kept = torch.arange(full) if order is None else keep(order, in_width)
-        self.channels = spread(self.kept, layer.in_spread)  # input columns: of a linear layer, channels of the others
+        self.pruned = columns is not None
+        self.channels = torch.arange(layer.in_channels) if columns is None else columns
         self.columns = spread(self.channels, self.taps)
         self.weight = module.weight.detach().double().flatten(1)
-        if layer.kind == "depthwise":
+        self.kept = torch.arange(layer.out_channels) if rows is None else rows  # of a grouped convolution
+        if layer.conv_groups > 1:
             self.small = self.weight[self.kept] if self.pruned else self.weight
         elif self.pruned:
             self.small = least_squares(self.weight, seen.covariance, self.columns)
@@ -236,7 +244,7 @@ class _Compression:
         return activation_parameters(*observe(values[:: max(1, len(values) // OBSERVED)], low, high, self.observer))
 
     def _fisher(self) -> Tensor:
-        return self.seen.fisher[self.kept] if self.layer.kind == "depthwise" else self.seen.fisher
+        return self.seen.fisher[self.kept] if self.layer.conv_groups > 1 else self.seen.fisher
 
     def _error(self, effective: Tensor) -> Tensor:
         """Return the weighted output error of the matrix that is really applied."""
@@ -244,10 +252,12 @@ class _Compression:
             difference = self.weight[self.kept] - effective
             error = torch.einsum("ci,cij,cj->c", difference, self.seen.covariance[self.kept], difference)
             return self._fisher() * error.clamp_min(0.0)
-        difference = self.weight.clone()
         if self.layer.conv_groups > 1:
-            difference = self._ungrouped(difference - effective)
-        elif self.pruned:
+            difference = self._ungrouped(self.weight[self.kept] - effective)
+            covariance = self.seen.covariance[self.columns][:, self.columns]
+            return self._fisher() * output_error(difference, covariance)
+        difference = self.weight.clone()
+        if self.pruned:
             difference[:, self.columns] -= effective
         else:
             difference -= effective
@@ -258,7 +268,7 @@ class _Compression:
         groups = self.layer.conv_groups
         if groups == 1:
             return matrix
-        return torch.block_diag(*matrix.chunk(groups))
+        return torch.block_diag(*matrix.split(self.layer.out_channels // groups))
 
     def _through(self, squares: Tensor, noise: Tensor) -> Tensor:
         """Return the output variance that independent noise [K] of the inputs causes."""
@@ -269,7 +279,7 @@ class _Compression:
     def _bias(self, effective: Tensor, shift: Tensor | None) -> Tensor | None:
         """Return the bias with the mean output restored; a BatchNorm that is re-estimated does that by itself."""
         bias = self.module.bias
-        if bias is not None and self.layer.kind == "depthwise":
+        if bias is not None and self.layer.conv_groups > 1:
             bias = bias[self.kept]
         if self.layer.norm is not None or (not self.pruned and effective is self.weight):
             return None if bias is None else bias.detach().clone()
@@ -280,7 +290,10 @@ class _Compression:
             if shift is not None:
                 lost = lost - (effective * shift.view_as(by_channel)).sum(1)
         else:
-            lost = self._ungrouped(self.weight) @ mean - self._ungrouped(effective) @ mean[self.columns]
+            if self.layer.conv_groups > 1:
+                lost = self._ungrouped(self.weight[self.kept] - effective) @ mean[self.columns]
+            else:
+                lost = self.weight @ mean - effective @ mean[self.columns]
             if shift is not None:
                 lost = lost - self._ungrouped(effective) @ shift
         return (lost if bias is None else lost + bias.detach().double()).float()
