@@ -58,7 +58,9 @@ def contract(tracer: Tracer, node: fx.Node, a: Operand, b: Operand, out: str, ex
             tracer.link(labels[0].atoms, labels[1].atoms, place)
         elif reading:
             for x in reading:
-                tracer.freeze(x.atoms, f"they are summed over at {place}, by a scale or factors of a fixed number")
+                tracer.freeze(
+                    x.atoms, f"its channels are summed over at {place}, by a scale or factors of a fixed number"
+                )
         labels = [nothing(len(letters)) if axis in x.axes else x for x in labels]
     live = sum(not x.empty for x in labels)
     sides = [
@@ -89,7 +91,7 @@ def on_layer(tracer: Tracer, node: fx.Node) -> Labels:
     label, shape = tracer.label(source), shape_of(source)
     axis = len(shape) + {"linear": -1, "conv1d": -2, "conv2d": -3}[str(node.target).split(".")[1]]
     if label.axes - {axis}:
-        tracer.freeze(label.atoms, f"layer {name or module_of(node)} works on each of them alike")
+        tracer.freeze(label.atoms, f"layer {name or module_of(node)} works on each of its channels alike")
         label = nothing(len(shape))
     rows = tracer.fresh(shape_of(weight)[0])
     made = Label(rows.view([-1 if i == axis else 1 for i in range(len(shape_of(node)))]))
@@ -105,7 +107,7 @@ def on_layer(tracer: Tracer, node: fx.Node) -> Labels:
     if groups > 1:  # whole groups go, with all they read and make
         first = rows.view(groups, -1)[:, :1]
         tracer.link(first, rows.view(groups, -1), name)
-        tracer.link(first, columns.reshape(groups, -1), "they are the model's input, or of a fixed width")
+        tracer.link(first, columns.reshape(groups, -1), "its channels are the model's input, or of a fixed width")
     return made
 
 
@@ -117,17 +119,19 @@ def on_batch_norm(tracer: Tracer, node: fx.Node) -> Labels:
         return label
     module = tracer.model.get_submodule(name) if name else None
     if label.axes != {1} or type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d):
-        tracer.freeze(label.atoms, f"they are normalised at {where(node)} by what cannot be narrowed")
+        tracer.freeze(label.atoms, f"its channels are normalised at {where(node)} by what cannot be narrowed")
         return tracer.nothing(node)
     if name not in tracer.ties.norms:
         tracer.ties.norms[name] = tracer.fresh(label.atoms.shape[1])
-    tracer.link(label.atoms.flatten(), tracer.ties.norms[name], f"norm {name} reads values of a fixed width among them")
+    tracer.link(
+        label.atoms.flatten(), tracer.ties.norms[name], f"norm {name} reads values of a fixed width among its channels"
+    )
     return label
 
 
 def on_layer_norm(tracer: Tracer, node: fx.Node) -> Labels:
     axes = range(-len(argument(node, 1, "normalized_shape")), 0)
-    return tracer.keep_axes(node, axes, "are normalised over all of them together: those left would change")
+    return tracer.keep_axes(node, axes, "are normalised together: those left would change")
 
 
 def on_group_norm(tracer: Tracer, node: fx.Node) -> Labels:
@@ -184,7 +188,7 @@ def on_matmul(tracer: Tracer, node: fx.Node) -> Labels:
     shapes = [shape_of(x) for x in node.args[:2]]
     ranks = [len(shape) for shape in shapes]
     if min(ranks) < 2:
-        tracer.stop(node, f"they are multiplied with a vector at {where(node)}")
+        tracer.stop(node, f"its channels are multiplied with a vector at {where(node)}")
         return tracer.nothing(node)
     batch = BATCH_LETTERS[: max(ranks) - 2]
     letters = [batch[len(batch) - rank + 2 :] + tail for rank, tail in zip(ranks, ("mk", "kn"), strict=True)]
@@ -198,7 +202,7 @@ def on_einsum(tracer: Tracer, node: fx.Node) -> Labels:
     terms = left.split(",")
     plain = len(terms) == 2 and out and "." not in left and all(len(set(term)) == len(term) for term in terms)
     if not plain:
-        tracer.stop(node, f"they go through einsum {equation!r} ({where(node)}), which is not followed")
+        tracer.stop(node, f"its channels go through einsum {equation!r} ({where(node)}), which is not followed")
         return tracer.nothing(node)
     one, two = (Operand(tracer.label(x), shape_of(x), term) for x, term in zip(sources, terms, strict=True))
     return contract(tracer, node, one, two, out)

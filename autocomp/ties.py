@@ -174,13 +174,13 @@ class Tracer:
                     self.freeze(other.atoms, f"channels of two kinds meet at {where}")
                 return nothing(rank)
             if label is not result:
-                self.link(result.atoms, label.atoms, f"at {where} they meet values of a fixed width")
+                self.link(result.atoms, label.atoms, f"its channels meet values of a fixed width at {where}")
         for label, shape in aligned:
             against = {axis for axis in axes if shape[axis] > 1}
             if against and not label.empty and (label.soft or not label.axes):
                 self.link(result.atoms, label.atoms, where)
             elif against and label.empty:
-                self.freeze(result.atoms, f"at {where} they meet values of a fixed width")
+                self.freeze(result.atoms, f"its channels meet values of a fixed width at {where}")
         return result
 
     def along(self, label: Label, axis: int, where: str) -> Label:
@@ -199,7 +199,7 @@ class Tracer:
                 found = self.labels.get(source)
                 for label in found if isinstance(found, tuple) and not isinstance(found, Label) else (found,):
                     if isinstance(label, Label):
-                        self.freeze(label.atoms, "they are the model's output")
+                        self.freeze(label.atoms, "its channels are the model's output")
         elif node.op == "call_function":
             self.labels[node] = self.call(node)
 
@@ -219,7 +219,7 @@ class Tracer:
         if name in MOVES:
             return self.move(node)
         if name in SPATIAL:
-            return self.keep_axes(node, range(-SPATIAL[name], 0), "are pooled or resized along them")
+            return self.keep_axes(node, range(-SPATIAL[name], 0), "are pooled or resized over")
         if name in REDUCE:
             return self.reduce(node)
         if name in AXIS:
@@ -228,7 +228,7 @@ class Tracer:
         if torch.Tag.pointwise in tags or name in POINTWISE:
             return self.unite([(self.label(n), shape_of(n)) for n in node.all_input_nodes], where(node))
         if name not in CREATE:
-            self.stop(node, f"they go through {name} ({where(node)}), which is not followed")
+            self.stop(node, f"its channels go through {name} ({where(node)}), which is not followed")
         return self.nothing(node)
 
     def stop(self, node: fx.Node, why: str) -> None:
@@ -248,7 +248,7 @@ class Tracer:
         label = self.label(node.args[0])
         rank = label.atoms.dim()
         if label.axes & {axis % rank for axis in axes if rank}:
-            self.freeze(label.atoms, f"they {why} ({where(node)})")
+            self.freeze(label.atoms, f"its channels {why} ({where(node)})")
             return self.nothing(node)
         return label if isinstance(node.meta.get("val"), Tensor) else tuple(label for _ in node.meta["val"])
 
@@ -258,10 +258,10 @@ class Tracer:
         given = argument(node, 2 if "norm" in str(node.target) else 1, "dim", None)
         axes = list(range(rank)) if given is None or given == [] else [given] if isinstance(given, int) else list(given)
         if len(node.all_input_nodes) > 1 or not isinstance(node.meta.get("val"), Tensor):
-            self.stop(node, f"they are compared at {where(node)}")
+            self.stop(node, f"its channels are compared at {where(node)}")
             return self.nothing(node)
         if label.axes & {axis % rank for axis in axes}:
-            self.freeze(label.atoms, f"they are summed up at {where(node)}")
+            self.freeze(label.atoms, f"its channels are summed up at {where(node)}")
             return self.nothing(node)
         if node.meta["val"].dim() == rank:
             return label
@@ -284,7 +284,7 @@ class Tracer:
         try:
             moved = target(full, *rest, **node.kwargs)
         except (RuntimeError, TypeError):  # an index or a size that is itself computed
-            self.stop(node, f"they go through {node.target} ({where(node)}) with computed sizes")
+            self.stop(node, f"its channels go through {node.target} ({where(node)}) with computed sizes")
             return self.nothing(node)
         if not isinstance(moved, Tensor):
             return tuple(Label(_squeezed(part), label.soft) for part in moved)

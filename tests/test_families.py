@@ -32,7 +32,7 @@ def test_the_group_is_found_and_offered(name):
     assert group.prunable, group.reason
     assert group.width == width
     reasons = {g.name: g.reason for g in graph.groups.values() if not g.prunable}
-    allowed = ("output", "fixed width", "normalised", "summed up")
+    allowed = ("output", "fixed width", "normalised")
     assert all(any(word in why for word in allowed) for why in reasons.values()), reasons
 
 
