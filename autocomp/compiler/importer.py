@@ -53,6 +53,7 @@ def import_program(program: torch.export.ExportedProgram, profile: Profile) -> t
                     "conv2d_w8a8.default": _QuantisedConverter(program, profile, convolution=True),
                     "linear_w8a8.default": _QuantisedConverter(program, profile, convolution=False),
                     "linear_weight_only.default": WeightOnlyConverter(program, profile),
+                    "embedding.default": _embedding,
                 },
             )
     except Exception as error:
@@ -89,6 +90,23 @@ def _without_padding(sums: Any, groups: int, channels: int) -> Any:
         lambda *i: sums[(*i[:-1], i[-1] // outputs * padded + i[-1] % outputs)],
         name="take",
     )
+
+
+def _embedding(node: Any, importer: Any) -> Any:
+    """Look rows up; an index outside the table means its nearest row, where TVM's own translation reads foreign memory."""
+    from tvm import relax
+
+    table, indices = importer.env[node.args[0]], importer.env[node.args[1]]
+    extents = [*indices.ty.shape.values, table.ty.shape.values[-1]]
+    value = indices
+    for step in (
+        lambda x: relax.op.astype(x, "int32"),
+        lambda x: relax.op.reshape(x, (-1,)),
+        lambda x: relax.op.take(table, x, axis=0, mode="clip"),
+        lambda x: relax.op.reshape(x, extents),
+    ):
+        value = importer.block_builder.emit(step(value))
+    return value
 
 
 class _QuantisedConverter:

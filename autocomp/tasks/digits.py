@@ -6,7 +6,7 @@ enlarged to 16x16. Splits: 997 training, 400 validation (the search reads it), 4
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -53,8 +53,15 @@ def load_digits_task(
 
     ``epochs`` other than the default is for tests: fewer epochs give a worse model sooner.
     """
+    return digits_task(new_model, RECIPE.with_(epochs=epochs, seed=seed), "a residual CNN", cache, progress)
+
+
+def digits_task(
+    new_model: Callable[[], nn.Module], recipe: Recipe, described: str, cache: bool, progress: Progress | None
+) -> Task:
+    """Return the task of classifying the digits by any network that takes ``[N, 1, 16, 16]``, trained by a recipe."""
     training, validation, test = load_splits()
-    recipe = RECIPE.with_(epochs=epochs, seed=seed)
+    seed = recipe.seed
     train = AugmentedBatches(training, recipe.batch, seed)
     model = trained(new_model, recipe, train, cache=cache, progress=progress or Progress())
     return Task(
@@ -66,9 +73,9 @@ def load_digits_task(
         train=train,
         loss=functional.cross_entropy,
         objective="accuracy",
-        name="digits",
+        name=recipe.task,
         description=(
-            "Handwritten digits (UCI, 1,797 images brought to 16x16), classified by a residual CNN; "
+            f"Handwritten digits (UCI, 1,797 images brought to 16x16), classified by {described}; "
             f"slices: clean, noisy (standard deviation {NOISE}), rotated (up to {DEGREES:.0f} degrees)"
         ),
     )

@@ -27,7 +27,8 @@ FORMAT_VERSION = 1
 class Recipe:
     """Everything that decides the trained weights; its hash names the cached file.
 
-    ``version`` is raised by hand whenever the network, the data or the augmentation change.
+    ``version`` is raised by hand whenever the network, the data or the augmentation change; ``data`` names by content
+    data that differ from one installation to another.
     """
 
     task: str
@@ -38,6 +39,7 @@ class Recipe:
     weight_decay: float
     label_smoothing: float
     seed: int = 0
+    data: str = ""
 
     def with_(self, epochs: int | None, seed: int) -> Recipe:
         """Return the recipe with another seed, and other epochs unless None."""
@@ -166,8 +168,9 @@ def _one_epoch(
 ) -> float:
     total, batches = 0.0, 0
     for inputs, target in train:
-        inputs = tuple(tensor.contiguous(memory_format=torch.channels_last) for tensor in inputs)
-        loss = functional.cross_entropy(model(*inputs), target, label_smoothing=label_smoothing)
+        inputs = tuple(t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in inputs)
+        logits = model(*inputs).flatten(0, -2)  # a row for every sample, or for every position of every sample
+        loss = functional.cross_entropy(logits, target.flatten(), label_smoothing=label_smoothing)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
