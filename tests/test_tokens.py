@@ -53,7 +53,9 @@ def test_text_is_the_same_every_time(text) -> None:
 
 def test_every_kind_of_token_is_given_its_role(tmp_path: Path) -> None:
     source = tmp_path / "sample.py"
-    source.write_text('def readLine(size=12):  # "why"\n    """Say it."""\n    return self.file.read(limit=size, x="a")\n')
+    source.write_text(
+        'def readLine(size=12):  # "why"\n    """Say it."""\n    return self.file.read(limit=size, x="a")\n'
+    )
     words, roles = stdlib_text.tagged(source)
     named = list(zip(words, (stdlib_text.ROLES[role] for role in roles), strict=True))
     assert named[:9] == [

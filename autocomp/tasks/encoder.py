@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-INITIAL = 0.3  # scale of untrained embeddings: with torch's 1 they drown what the blocks add, and training starts slowly
+INITIAL = (
+    0.3  # scale of untrained embeddings: with torch's 1 they drown what the blocks add, and training starts slowly
+)
 
 
 class Attention(nn.Module):

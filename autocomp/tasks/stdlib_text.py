@@ -88,10 +88,10 @@ def load_text() -> tuple[Text, Text, Text, str]:
     ranked = sorted(counts, key=lambda word: (-counts[word], word))[: VOCABULARY - 1]
     numbers = {word: place + 1 for place, word in enumerate(ranked)}
     training, validation, test = (_numbered(part, numbers) for part in parts.values())
-    digest = hashlib.sha256()
+    content = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.path} {len(file.words)} {' '.join(file.words)}".encode())
-    return training, validation, test, digest.hexdigest()[:12]
+        content.update(f"{file.path} {len(file.words)} {' '.join(file.words)}".encode())
+    return training, validation, test, content.hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,8 @@ def _role(token: tokenize.TokenInfo, before: str, behind: str, depth: int) -> st
 def _numbered(files: list[_File], numbers: dict[str, int]) -> Text:
     tokens = [numbers.get(word, 0) for file in files for word in file.words]
     roles = [role for file in files for role in file.roles]
-    starts, begin = [], 0
+    starts: list[int] = []
+    begin = 0
     for file in files:
         starts += range(begin, begin + len(file.words) - LENGTH + 1, LENGTH)
         begin += len(file.words)

@@ -112,7 +112,9 @@ class TokenBatches:
         return EPOCH
 
     def __iter__(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-        shift = int(torch.randint(LENGTH, (1,), generator=self.generator))  # windows do not always break at the same places
+        shift = int(
+            torch.randint(LENGTH, (1,), generator=self.generator)
+        )  # windows do not always break at the same places
         order = torch.randperm(len(self.text.starts) - 1, generator=self.generator)
         while len(order) < self.batch * EPOCH:
             order = torch.cat([order, order])
