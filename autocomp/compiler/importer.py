@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from autocomp.compiler.half import HalfConverter
 from autocomp.compiler.normalise import decomposed, origin
 from autocomp.compiler.weight_only import WeightOnlyConverter
 from autocomp.errors import ExportError
@@ -52,6 +53,8 @@ def import_program(program: torch.export.ExportedProgram, profile: Profile) -> t
                 custom_convert_map={
                     "conv2d_w8a8.default": _QuantisedConverter(program, profile, convolution=True),
                     "linear_w8a8.default": _QuantisedConverter(program, profile, convolution=False),
+                    "conv2d_fp16.default": HalfConverter(program, profile, convolution=True),
+                    "linear_fp16.default": HalfConverter(program, profile, convolution=False),
                     "linear_weight_only.default": WeightOnlyConverter(program, profile),
                     "embedding.default": _embedding,
                 },

@@ -17,6 +17,7 @@ from autocomp.kernels.packing import tap_of
 
 TEMPLATE = "autocomp.template"  # block annotations by which the scheduler knows an anchor
 FLOPS = "autocomp.flops"
+RUNS = "autocomp.runs"  # how many leading axes of an anchor number partial sums that are added up behind it
 
 _ROW_TILES = range(6, 15)  # rows of a register tile that reach the peak on 16 to 32 vector registers
 

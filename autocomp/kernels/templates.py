@@ -14,14 +14,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from autocomp.hardware import Profile
-from autocomp.kernels.compute import FLOPS, TEMPLATE
+from autocomp.kernels.compute import FLOPS, RUNS, TEMPLATE
 from autocomp.kernels.intrinsics import dot_product
 
 VERSION = 4  # raise when a change here makes stored choices worth finding again
 
 _SQUARE = 16  # floats of a cache line of 64 bytes
 
-_CONTRACTIONS = ("conv2d", "conv2d_int8", "dense", "dense_int8", "batch_matmul", "depthwise")
+_CONTRACTIONS = (
+    "conv2d", "conv2d_int8", "conv2d_fp16", "dense", "dense_int8", "dense_fp16", "batch_matmul", "depthwise", "depthwise_fp16",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,10 @@ def describe(function: Any) -> Anchor:
     node = schedule.get(block)
     spatial = tuple(int(axis.dom.extent) for axis in node.iter_vars if axis.iter_type == 0)
     reduction = tuple(int(axis.dom.extent) for axis in node.iter_vars if axis.iter_type != 0)
-    return Anchor(str(node.annotations[TEMPLATE]), int(node.annotations[FLOPS]), spatial, reduction)
+    runs = int(node.annotations.get(RUNS, 0))
+    return Anchor(
+        str(node.annotations[TEMPLATE]), int(node.annotations[FLOPS]), spatial[runs:], (*spatial[:runs], *reduction)
+    )
 
 
 def tiles(anchor: Anchor, profile: Profile) -> list[Tile]:
@@ -88,16 +93,19 @@ def tiles(anchor: Anchor, profile: Profile) -> list[Tile]:
 
 def _contraction_tiles(anchor: Anchor, vectors: int, profile: Profile) -> Iterator[Tile]:
     *_, up, across = (1, *anchor.spatial[:-1])
-    square = anchor.template in ("conv2d", "conv2d_int8", "depthwise")
+    square = anchor.template.startswith(("conv2d", "depthwise"))
     steps = 1
+    unrolls: tuple[int, ...] = (1, 4) if anchor.reduction[-1] % 4 == 0 else (1,)
     if anchor.template.endswith("int8"):
-        steps = dot_product(profile).of_width(anchor.reduction[-1]).steps
+        steps, unrolls = dot_product(profile).of_width(anchor.reduction[-1]).steps, (1,)
+    elif anchor.template.endswith("fp16") and anchor.reduction[-1] % 8 == 0:
+        unrolls = (1, 4, 8)
     for rows, count in itertools.product(_divisors(across, 28), _divisors(vectors, 8)):
         for rows_up in _divisors(up, 8) if square and rows == across and rows < 8 else (1,):
             # beside the accumulators: a register of weights for each vector, and the broadcast input (or a depthwise product)
             if rows * rows_up * count + steps * count + 1 > profile.vector_registers:
                 continue
-            for unroll in (1, 4) if anchor.reduction[-1] % 4 == 0 and not anchor.template.endswith("int8") else (1,):
+            for unroll in unrolls:
                 for channels_outer in (True, False) if vectors > count else (True,):
                     yield Tile(rows, count, unroll, channels_outer, rows_up)
 
@@ -110,7 +118,7 @@ def _cost(tile: Tile, anchor: Anchor, profile: Profile) -> float:
     """
     rows = tile.rows * tile.rows_up
     block = rows * tile.vectors
-    if anchor.template == "depthwise":
+    if anchor.template.startswith("depthwise"):
         return 1 / min(block, 16) + 0.001 * abs(tile.vectors - 2)
     compute = max(block / 2, 4.5)
     loads = (rows + tile.vectors) / 2
@@ -123,13 +131,15 @@ def apply(function: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:
     """Schedule a fused function with one tile; returns a PrimFunc marked as scheduled."""
     from tvm import s_tir
 
-    from autocomp.kernels import weight_only
+    from autocomp.kernels import half, weight_only
 
     if _is_scheduled(function):
         return function
     schedule = s_tir.Schedule(function)
     if weight_only.is_weight_only(anchor):
         weight_only.tile_weight_only(schedule, tile, anchor, profile)
+    elif anchor.template.endswith("fp16") and tile.vectors and len(_reductions(schedule)) > 1:
+        half.tile_runs(schedule, tile, anchor, profile)
     elif anchor.template in _CONTRACTIONS and tile.vectors:
         _tile_contraction(schedule, tile, anchor, profile)
     else:
@@ -311,12 +321,18 @@ def _anchor_block(schedule: Any) -> Any:
     return None
 
 
+def _reductions(schedule: Any) -> list[Any]:
+    return [block for block in _blocks(schedule) if not _is_spatial(schedule, block)]
+
+
 def _blocks(schedule: Any) -> list[Any]:
     return list(schedule.get_child_blocks(schedule.get_sblock("root")))
 
 
 def _lanes(anchor: Anchor, profile: Profile) -> int:
-    return dot_product(profile).lanes if anchor.template.endswith("int8") else profile.lanes
+    if anchor.template.endswith("int8"):
+        return dot_product(profile).lanes
+    return 2 * profile.lanes if anchor.template.endswith("fp16") else profile.lanes
 
 
 def _is_spatial(schedule: Any, block: Any) -> bool:

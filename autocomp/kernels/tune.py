@@ -9,7 +9,7 @@ import numpy as np
 
 from autocomp.errors import AutocompError
 from autocomp.hardware import Profile
-from autocomp.kernels import compute, packing, templates
+from autocomp.kernels import compute, half, packing, templates
 from autocomp.kernels.intrinsics import dot_product
 from autocomp.kernels.store import KernelRecord, KernelStore
 from autocomp.kernels.timers import LocalTimer, Timer
@@ -72,20 +72,11 @@ class Tuner:
                 replace(self.profile, cores=1), self.store, budget=self.budget
             )  # several cores are always local
             return self.profile.cores * (single.peak(template) or 0.0)
-        int8 = template.endswith("int8")
-        key = f"peak-{'int8' if int8 else 'fp32'}-v{templates.VERSION}"
+        arithmetic = next((kind for kind in ("int8", "fp16") if template.endswith(kind)), "fp32")
+        key = f"peak-{arithmetic}-v{templates.VERSION}"
         record = self.store.get(key)
         if record is None:
-            from tvm import te
-
-            dot = dot_product(self.profile) if int8 else None
-            spec = compute.DenseSpec.of((24, 256), 64, self.profile.lanes)
-            data = te.placeholder((24, 256), dot.activation if dot else "float32", name="data")
-            packed = packing.pack_dense_weight(
-                np.zeros((64, 256), "int8" if dot else "float32"), self.profile.lanes, dot
-            )
-            weight = te.placeholder(packed.shape, str(packed.dtype), name="weight")
-            function = te.create_prim_func([data, weight, compute.dense(data, weight, spec, dot)])
+            function = _reference_product(arithmetic, self.profile)
             anchor = templates.describe(function)
             tiles = templates.tiles(anchor, self.profile)[: self.budget]
             best, trials = self._measure_tiles(function, anchor, tiles, stop_early=False)
@@ -126,6 +117,25 @@ class Tuner:
             )
         answers.close()
         return best, trials
+
+
+def _reference_product(arithmetic: str, profile: Profile) -> Any:
+    """A product small enough for the first-level cache: 24 x 256 times 256 x 64, in float32, float16 or 8-bit integers."""
+    from tvm import te
+
+    weight = np.zeros((64, 256), {"int8": "int8", "fp16": "float16"}.get(arithmetic, "float32"))
+    if arithmetic == "fp16":
+        lanes = 2 * profile.lanes
+        packed, dtype = half.pack_dense_weight(weight, lanes), "float16"
+    else:
+        lanes, dot = profile.lanes, dot_product(profile) if arithmetic == "int8" else None
+        packed, dtype = packing.pack_dense_weight(weight, lanes, dot), dot.activation if dot else "float32"
+    spec = compute.DenseSpec.of((24, 256), 64, lanes)
+    data = te.placeholder((24, 256), dtype, name="data")
+    constant = te.placeholder(packed.shape, str(packed.dtype), name="weight")
+    if arithmetic == "fp16":
+        return te.create_prim_func([data, constant, half.dense(data, constant, spec)])
+    return te.create_prim_func([data, constant, compute.dense(data, constant, spec, dot)])
 
 
 def _describe(anchor: templates.Anchor) -> str:
