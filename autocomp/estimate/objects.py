@@ -138,6 +138,8 @@ class _Loader:
 
         numbers = ENUM_RELOC_TYPE_AARCH64 if self.isa == "arm64" else ENUM_RELOC_TYPE_x64
         names = {number: name for name, number in numbers.items()}
+        if self.isa == "arm64":
+            names[299] = "R_AARCH64_LDST128_ABS_LO12_NC"  # aaelf64, table 4-9; pyelftools leaves it out
         base = self.addresses[section["sh_info"]]
         for relocation in section.iter_relocations():
             name = names.get(relocation["r_info_type"], f"number {relocation['r_info_type']}")
