@@ -1,10 +1,10 @@
-# Two commands: `make demo` and `make test`. Each sets up its own virtual environment first.
+# `make demo`, `make test`, and `make test-board` (the tests on an emulated Cortex-A76 board). Each sets up its own virtual environment first.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/digits
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-board lint clean
 
 demo: $(VENV)/.ready
 	rm -rf $(OUT)
@@ -12,6 +12,9 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest
+
+test-board: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m board
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

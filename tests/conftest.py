@@ -1,4 +1,7 @@
-"""Every test run has a cache of its own: what the user has tuned or trained is neither read nor changed."""
+"""Every test run has a cache of its own: what the user has tuned or trained is neither read nor changed.
+
+Tests marked ``board`` run only where they are asked for: they download an arm64 system once, 130 MB, and need qemu.
+"""
 
 from __future__ import annotations
 
@@ -17,3 +20,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del os.environ["AUTOCOMP_CACHE"]
     else:
         os.environ["AUTOCOMP_CACHE"] = before
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the emulated board out unless ``-m`` speaks of it; what is left out is counted as deselected."""
+    if "board" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("board")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("board")]

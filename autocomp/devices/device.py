@@ -83,4 +83,6 @@ def quieter(compiled: Compiled, example_inputs: tuple[torch.Tensor, ...]) -> Lat
 
 def latency_model(profile: Profile, tuner: Tuner) -> LatencyModel:
     """The tier-0 latency model of a target, at its measured (or estimated) arithmetic peaks."""
-    return LatencyModel(profile, {"fp32": tuner.peak("dense") or 1.0, "int8": tuner.peak("dense_int8") or 1.0})
+    # without byte products among its precisions a target may have no kernel for them at all
+    int8 = tuner.peak("dense_int8") if "w8a8" in profile.precisions else None
+    return LatencyModel(profile, {"fp32": tuner.peak("dense") or 1.0, "int8": int8 or 1.0})
