@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numba
@@ -10,56 +11,60 @@ import numpy as np
 from autocomp.estimate.instructions import Core
 
 LINE = 64  # bytes, of every core described here
-_LINE_SHIFT = 6
 _PENDING = 1 << 15  # entries of the table of lines on their way
-_LONGEST = 4000  # cycles a line may queue for a busy memory: bounds the times the model looks ahead
+LONGEST_WAIT = 4000  # cycles a line may queue for a busy memory: bounds the times the model looks ahead
 
 
-class Hierarchy(NamedTuple):
-    """Tags in order of use, one level after the other; and timing in cycles, bandwidth in 1/256 of a cycle a line."""
+# Columns of the table of levels. Times beyond a first-level hit are in cycles; rates in 256ths of a cycle a line.
+_OFFSET, _WAYS, _SETS = 0, 1, 2  # of a level's tags
+_EXTRA, _PER_LINE, _FREE = (
+    3,
+    4,
+    5,
+)  # of the next level (or memory): what a hit there adds, how long a line holds the link, until when
+_MISSES = 6
+_COLUMNS = 7
 
-    tags: np.ndarray  # int64, all levels
-    offset: np.ndarray  # of each level's tags
-    ways: np.ndarray
-    sets: np.ndarray
-    extra: np.ndarray  # cycles beyond a first-level hit, of a hit in level 1, 2, ... and of memory
-    per_line: np.ndarray  # 256ths of a cycle that a line from level 1, 2, ... or memory holds its link
-    free: np.ndarray  # 256ths of a cycle at which that link is free
-    pending_line: np.ndarray
-    pending_ready: np.ndarray
-    misses: np.ndarray  # of each level
-
-
-def new_hierarchy(core: Core) -> Hierarchy:
-    """Empty caches of a core."""
-    levels = core.caches
-    sets = np.array([max(1, level.bytes // LINE // level.ways) for level in levels], np.int64)
-    ways = np.array([level.ways for level in levels], np.int64)
-    sizes = sets * ways
-    first = levels[0].latency
-    memory_cycles = core.memory_latency_s * core.clock_hz
-    extra = [level.latency - first for level in levels[1:]] + [round(memory_cycles)]
-    rates = [level.bytes_per_cycle for level in levels[1:]] + [core.memory_bytes_per_second / core.clock_hz]
-    return Hierarchy(
-        np.full(int(sizes.sum()), -1, np.int64),
-        np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64),
-        ways,
-        sets,
-        np.array(extra, np.int64),
-        np.array([round(256 * LINE / rate) for rate in rates], np.int64),
-        np.zeros(len(levels), np.int64),
-        np.full(_PENDING, -1, np.int64),
-        np.zeros(_PENDING, np.int64),
-        np.zeros(len(levels), np.int64),
-    )
+# Lines on their way: which, and when they can be used.
+_ON_WAY, _READY = 0, 1
 
 
-@numba.njit(cache=True, forceinline=True)
-def touch(caches, level, line):  # type: ignore[no-untyped-def]
+class Caches(NamedTuple):
+    """Tags in order of use, one level after the other; the table of levels; and the lines on their way."""
+
+    tags: np.ndarray
+    levels: np.ndarray
+    pending: np.ndarray
+
+    @property
+    def misses(self) -> tuple[int, ...]:
+        """Misses that an instruction met, by level."""
+        return tuple(int(count) for count in self.levels[:, _MISSES])
+
+
+def new_caches(core: Core, warmed: Sequence[tuple[int, int]] = ()) -> Caches:
+    """Caches of a core that hold, as far as they fit, the address ranges (from, to), touched in order."""
+    table = np.zeros((len(core.caches), _COLUMNS), np.int64)
+    rates = [level.bytes_per_cycle for level in core.caches[1:]] + [core.memory_bytes_per_second / core.clock_hz]
+    latencies = [level.latency for level in core.caches[1:]]
+    latencies.append(core.caches[0].latency + round(core.memory_latency_s * core.clock_hz))
+    offset = 0
+    for row, level, latency, rate in zip(table, core.caches, latencies, rates, strict=True):
+        sets = max(1, level.bytes // LINE // level.ways)
+        row[[_OFFSET, _WAYS, _SETS]] = offset, level.ways, sets
+        row[[_EXTRA, _PER_LINE]] = latency - core.caches[0].latency, round(256 * LINE / rate)
+        offset += sets * level.ways
+    caches = Caches(np.full(offset, -1, np.int64), table, np.full((_PENDING, 2), -1, np.int64))
+    for first, last in warmed:
+        _warm(caches.tags, caches.levels, first // LINE, -(-last // LINE))
+    return caches
+
+
+@numba.njit(cache=True)
+def touch(tags, levels, level, line):  # type: ignore[no-untyped-def]
     """Whether a line is in a level; makes it the most recently used one there either way."""
-    ways = caches.ways[level]
-    start = caches.offset[level] + (line % caches.sets[level]) * ways
-    tags = caches.tags
+    ways = levels[level, _WAYS]
+    start = levels[level, _OFFSET] + (line % levels[level, _SETS]) * ways
     way = 0
     while way < ways - 1 and tags[start + way] != line:
         way += 1
@@ -71,47 +76,48 @@ def touch(caches, level, line):  # type: ignore[no-untyped-def]
     return hit
 
 
-@numba.njit(cache=True, forceinline=True)
-def holds(caches, level, line):  # type: ignore[no-untyped-def]
+@numba.njit(cache=True)
+def holds(tags, levels, level, line):  # type: ignore[no-untyped-def]
     """Whether a line is in a level, without using it."""
-    start = caches.offset[level] + (line % caches.sets[level]) * caches.ways[level]
-    for way in range(caches.ways[level]):  # noqa: SIM110 - numba compiles no generator here
-        if caches.tags[start + way] == line:
+    ways = levels[level, _WAYS]
+    start = levels[level, _OFFSET] + (line % levels[level, _SETS]) * ways
+    for way in range(ways):  # noqa: SIM110 - numba compiles no generator here
+        if tags[start + way] == line:
             return True
     return False
 
 
-@numba.njit(cache=True, forceinline=True)
-def arrival(caches, line, cycle, transfers):  # type: ignore[no-untyped-def]
+@numba.njit(cache=True)
+def arrival(tags, levels, pending, line, cycle, transfers, waited):  # type: ignore[no-untyped-def]
     """The cycle at which a line that is wanted at ``cycle`` can be used from the first level: ``cycle`` itself for a hit.
 
-    ``transfers`` is how often the line crosses its links: 2 for a line to be written, which is written back one day.
+    ``transfers`` is how often the line crosses its links: 2 for a line to be written, which is written back one day. Misses are
+    counted where ``waited`` is 1.
     """
     slot = line % _PENDING
-    if touch(caches, 0, line):
-        if caches.pending_line[slot] == line and caches.pending_ready[slot] > cycle:
-            return caches.pending_ready[slot]
+    if touch(tags, levels, 0, line):
+        if pending[slot, _ON_WAY] == line and pending[slot, _READY] > cycle:
+            return pending[slot, _READY]
         return cycle
-    caches.misses[0] += 1
-    levels = caches.ways.shape[0]
+    levels[0, _MISSES] += waited
     level = 1
-    while level < levels and not touch(caches, level, line):
-        caches.misses[level] += 1
+    while level < levels.shape[0] and not touch(tags, levels, level, line):
+        levels[level, _MISSES] += waited
         level += 1
     start = cycle * 256
     for link in range(level):
-        if caches.free[link] > start:
-            start = caches.free[link]
-        caches.free[link] = start + transfers * caches.per_line[link]
-    ready = min(start >> 8, cycle + _LONGEST) + caches.extra[level - 1]
-    caches.pending_line[slot] = line
-    caches.pending_ready[slot] = ready
+        if levels[link, _FREE] > start:
+            start = levels[link, _FREE]
+        levels[link, _FREE] = start + transfers * levels[link, _PER_LINE]
+    ready = min(start >> 8, cycle + LONGEST_WAIT) + levels[level - 1, _EXTRA]
+    pending[slot, _ON_WAY] = line
+    pending[slot, _READY] = ready
     return ready
 
 
 @numba.njit(cache=True)
-def warm(caches, first, last):  # type: ignore[no-untyped-def]
-    """Touch every line from byte address ``first`` to ``last``, as an earlier run of the kernel would have."""
-    for line in range(first >> _LINE_SHIFT, ((last - 1) >> _LINE_SHIFT) + 1):
-        for level in range(caches.ways.shape[0]):
-            touch(caches, level, line)
+def _warm(tags, levels, first, last):  # type: ignore[no-untyped-def]
+    """Touch lines in order, as an earlier run of the kernel would have."""
+    for line in range(first, last):
+        for level in range(levels.shape[0]):
+            touch(tags, levels, level, line)

@@ -9,62 +9,49 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numba
 import numpy as np
 
-from autocomp.estimate.caches import LINE, arrival, holds, new_hierarchy, warm
+from autocomp.estimate.caches import LINE, arrival, holds, new_caches
 from autocomp.estimate.decode import LOAD, LOAD_AND_STORE, REGISTERS, STORE, Instruction
-from autocomp.estimate.instructions import Core
+from autocomp.estimate.instructions import Core, MicroOperation
 
-_OPERATIONS, _SOURCES = 10, 6  # most that one instruction has
-_COMPUTE, _LOAD_OPERATION, _ADDRESS_OPERATION = 0, 1, 2
+# Arrays are few and plain, with named columns: numba counts references to each array it takes out of a tuple, which costs more
+# than the model itself.
 
-_HORIZON = 1 << 14  # cycles the calendars of pipelines and queues look ahead: more than caches._LONGEST
-_FORWARDED = 1 << 14  # entries of the table of stored words
+# Columns of a program: the static facts of an instruction, and blocks of columns that end before their first -1.
+_ADDRESS, _NEXT, _SLOTS, _LATENCY, _LOAD_LATENCY, _ACCESS, _ACCESSED, _BRANCH, _WRITTEN_BACK, _COUNT = range(10)
+_QUEUES = 4
+_NEEDS = 10  # operations by queue
+_SOURCES = 6
+_READS = _NEEDS + _QUEUES
+_EARLY = _READS + _SOURCES  # cycles by which each of these is needed later than its result is said to come
+_ADDRESS_READS = _EARLY + _SOURCES
+_WRITES = _ADDRESS_READS + _SOURCES
+_OPERATIONS = _WRITES + _SOURCES
+_MOST_OPERATIONS = 10
+_MASK, _HOLD, _KIND, _LOWEST, _HIGHEST, _QUEUE, _STRIDE = range(
+    7
+)  # of each operation; lowest and highest pipeline of its mask
+_PROGRAM_COLUMNS = _OPERATIONS + _STRIDE * _MOST_OPERATIONS
+
+_COMPUTE, _LOAD_OPERATION, _ADDRESS_OPERATION = 0, 1, 2  # kinds of operations
+
+# What is busy until when is kept in calendars whose entries are tagged with their cycle, so that they need no clearing.
+_HORIZON = 1 << 14  # cycles they look ahead: more than caches.LONGEST_WAIT and what can queue behind it
+_FREE_FROM, _USED = 0, 1  # columns of pipelines
+_WAITING, _ENTRIES = 0, 1  # columns of queues
+_CYCLE, _LEAVING = 0, 1  # last axis of departures from queues
+
+_WORDS = 1 << 14  # entries of the table of stored words: which, and when its data is there
+_WORD, _AT = 0, 1
+
 _STEADY = 2  # equal strides after which the prefetcher starts
+_BEFORE, _STEP, _EQUAL, _STARTED = range(4)  # columns of the prefetcher, by instruction
+_DIRECTION, _RUN, _LAST = 0, 1, 2  # columns of the branch predictor; two of _LAST, by direction
 
-# slots of the parameter vector
-_WIDTH, _WINDOW, _RETIRE, _MISPREDICT, _HISTORY, _STORE_FORWARD, _STORE_BUFFER, _PREFETCH = range(8)
-
-
-class Program(NamedTuple):
-    """The static facts of a trace's instructions, as arrays by instruction number."""
-
-    address: np.ndarray
-    next_address: np.ndarray
-    slots: np.ndarray
-    latency: np.ndarray
-    load_latency: np.ndarray
-    access: np.ndarray
-    accessed: np.ndarray
-    branch: np.ndarray
-    written_back: np.ndarray
-    operations: np.ndarray  # how many
-    pipelines: np.ndarray  # [n, _OPERATIONS] masks
-    holds: np.ndarray  # [n, _OPERATIONS] cycles
-    kind: np.ndarray  # [n, _OPERATIONS]
-    first: np.ndarray  # [n, _OPERATIONS] lowest pipeline of the mask
-    last: np.ndarray  # [n, _OPERATIONS] highest one
-    queue: np.ndarray  # [n, _OPERATIONS] where the operation waits
-    needs: np.ndarray  # [n, queues] operations by queue
-    reads: np.ndarray  # [n, _SOURCES], -1 after the last
-    early: np.ndarray  # [n, _SOURCES] cycles by which a source is needed later
-    address_reads: np.ndarray
-    writes: np.ndarray
-
-
-class _Machine(NamedTuple):
-    """What is busy until when: calendars tagged with their cycle, so that they need no clearing."""
-
-    busy: np.ndarray  # [pipeline, cycle mod horizon] = cycle
-    lowest: np.ndarray  # first cycle at which a pipeline may be free
-    used: np.ndarray  # operations a pipeline ran
-    entries: np.ndarray
-    waiting: np.ndarray
-    leaving: np.ndarray  # [queue, cycle mod horizon] operations that leave
-    leaving_at: np.ndarray  # the cycle that entry is for
+_WIDTH, _WINDOW, _RETIRE, _MISPREDICT, _HISTORY, _STORE_FORWARD, _STORE_BUFFER, _STORES, _PREFETCH = range(9)
 
 
 @dataclass(frozen=True)
@@ -81,111 +68,92 @@ class Simulated:
 def simulate(
     trace: np.ndarray, instructions: Sequence[Instruction], core: Core, warmed: Sequence[tuple[int, int]] = ()
 ) -> Simulated:
-    """Time a trace of (instruction number, address of its access, whether its time is attributed) on a core.
+    """Time a trace of (instruction number, address of its access or -1, whether its time is attributed) on a core.
 
     ``warmed`` are address ranges (from, to) that are in the caches as far as they fit, in order.
     """
-    caches = new_hierarchy(core)
-    for first, last in warmed:
-        if last > first:
-            warm(caches, first, last)
-    caches.misses[:] = 0
-    count = len(instructions)
-    cycles, executions = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    caches = new_caches(core, warmed)
+    cost = np.zeros((len(instructions), 2), np.int64)
     parameters = np.array(
-        [core.width, core.window, core.retire, core.mispredict, core.history, core.store_forward, core.store_buffer, core.prefetch],
+        [core.width, core.window, core.retire, core.mispredict, core.history, core.store_forward, core.store_buffer, core.stores, core.prefetch],
         np.int64,
     )  # fmt: skip
-    total, mispredicts = _simulate(
-        trace, program(instructions, core), parameters, _machine(core), caches, cycles, executions
+    queues = np.array([[0, queue.entries] for queue in core.queues], np.int64)
+    cycles, mispredicts = _simulate(
+        trace, program(instructions, core), parameters, len(core.pipelines), queues, *caches, cost
     )
-    return Simulated(int(total), cycles, executions, tuple(int(n) for n in caches.misses), int(mispredicts))
+    return Simulated(int(cycles), cost[:, 0], cost[:, 1], caches.misses, int(mispredicts))
 
 
-def program(instructions: Sequence[Instruction], core: Core) -> Program:
-    """Pack instructions and their timings into arrays."""
-    n = len(instructions)
-    scalars = np.zeros((10, n), np.int64)
-    pipelines, cycles, kind, first, last, queue = (np.zeros((n, _OPERATIONS), np.int64) for _ in range(6))
-    needs = np.zeros((n, len(core.queues)), np.int64)
-    reads, address_reads, writes = (np.full((n, _SOURCES), -1, np.int64) for _ in range(3))
-    early = np.zeros((n, _SOURCES), np.int64)
-    for at, instruction in enumerate(instructions):
+def program(instructions: Sequence[Instruction], core: Core) -> np.ndarray:
+    """Instructions and their timings as an array, a row each."""
+    rows = np.full((len(instructions), _PROGRAM_COLUMNS), -1, np.int32)
+    rows[:, _NEEDS:_READS] = 0
+    rows[:, _EARLY:_ADDRESS_READS] = 0
+    for row, instruction in zip(rows, instructions, strict=True):
         timing = core.timing(instruction)
-        operations = timing.operations[:_OPERATIONS]
-        scalars[:, at] = (
+        operations = timing.operations[:_MOST_OPERATIONS]
+        row[: _COUNT + 1] = (
             instruction.address, instruction.address + instruction.length, timing.slots, timing.latency,
             timing.load_latency, instruction.access, max(instruction.accessed, 1), instruction.branch,
             instruction.written_back, len(operations),
         )  # fmt: skip
         for index, operation in enumerate(operations):
-            pipelines[at, index], cycles[at, index] = operation.pipelines, operation.cycles
-            kind[at, index] = _kind(operation.pipelines, operation.address, instruction, core)
-            first[at, index] = (operation.pipelines & -operation.pipelines).bit_length() - 1
-            last[at, index] = operation.pipelines.bit_length() - 1
-            queue[at, index] = next(q for q, fed in enumerate(core.queues) if operation.pipelines & fed.pipelines)
-            needs[at, queue[at, index]] += 1
+            mask = operation.pipelines
+            queue = next(number for number, fed in enumerate(core.queues) if mask & fed.pipelines)
+            at = _OPERATIONS + _STRIDE * index
+            row[at : at + _STRIDE] = (
+                mask, operation.cycles, _kind(operation, instruction, core), (mask & -mask).bit_length() - 1,
+                mask.bit_length() - 1, queue,
+            )  # fmt: skip
+            row[_NEEDS + queue] += 1
         for index, register in enumerate(instruction.reads[:_SOURCES]):
-            reads[at, index] = register
-            early[at, index] = timing.forward if register == instruction.accumulator else 0
-        address_reads[at, : len(instruction.address_reads)] = instruction.address_reads[:_SOURCES]
-        writes[at, : len(instruction.writes[:_SOURCES])] = instruction.writes[:_SOURCES]
-    return Program(  # type: ignore[call-arg]  # the scalars are ten fields
-        *scalars, pipelines, cycles, kind, first, last, queue, needs, reads, early, address_reads, writes
-    )
+            row[_READS + index] = register
+            row[_EARLY + index] = timing.forward if register == instruction.accumulator else 0
+        for start, registers in ((_ADDRESS_READS, instruction.address_reads), (_WRITES, instruction.writes)):
+            row[start : start + len(registers[:_SOURCES])] = registers[:_SOURCES]
+    return rows
 
 
-def _kind(pipelines: int, address: bool, instruction: Instruction, core: Core) -> int:
-    if address:
+def _kind(operation: MicroOperation, instruction: Instruction, core: Core) -> int:
+    if operation.address:
         return _ADDRESS_OPERATION
-    generates = not pipelines & ~core.load_pipelines
+    generates = not operation.pipelines & ~core.load_pipelines
     if generates and instruction.access in (LOAD, LOAD_AND_STORE):
         return _LOAD_OPERATION
     return _ADDRESS_OPERATION if generates and instruction.access == STORE else _COMPUTE
 
 
-def _machine(core: Core) -> _Machine:
-    pipelines, queues = len(core.pipelines), len(core.queues)
-    return _Machine(
-        np.full((pipelines, _HORIZON), -1, np.int64),
-        np.zeros(pipelines, np.int64),
-        np.zeros(pipelines, np.int64),
-        np.array([queue.entries for queue in core.queues], np.int64),
-        np.zeros(queues, np.int64),
-        np.zeros((queues, _HORIZON), np.int64),
-        np.full((queues, _HORIZON), -1, np.int64),
-    )
-
-
-@numba.njit(cache=True, forceinline=True)
-def _issue(machine, code, at, index, earliest):  # type: ignore[no-untyped-def]
+@numba.njit(cache=True)
+def _issue(code, at, operation, busy, pipelines, departures, earliest):  # type: ignore[no-untyped-def]
     """Start an operation on that of its pipelines that is free first; of equals, the one used least. Returns the cycle."""
-    mask, held = code.pipelines[at, index], code.holds[at, index]
+    mask, held = code[at, operation + _MASK], code[at, operation + _HOLD]
     best, best_cycle = -1, np.int64(1) << 60
-    for pipeline in range(code.first[at, index], code.last[at, index] + 1):
+    for pipeline in range(code[at, operation + _LOWEST], code[at, operation + _HIGHEST] + 1):
         if (mask >> pipeline) & 1:
-            cycle = max(earliest, machine.lowest[pipeline])
-            while machine.busy[pipeline, cycle & (_HORIZON - 1)] == cycle:
+            cycle = max(earliest, pipelines[pipeline, _FREE_FROM])
+            while busy[pipeline, cycle & (_HORIZON - 1)] == cycle:
                 cycle += 1
-            if cycle < best_cycle or (cycle == best_cycle and machine.used[pipeline] < machine.used[best]):
+            if cycle < best_cycle or (cycle == best_cycle and pipelines[pipeline, _USED] < pipelines[best, _USED]):
                 best, best_cycle = pipeline, cycle
     for cycle in range(best_cycle, best_cycle + held):
-        machine.busy[best, cycle & (_HORIZON - 1)] = cycle
-    machine.used[best] += held
-    while machine.busy[best, machine.lowest[best] & (_HORIZON - 1)] == machine.lowest[best]:
-        machine.lowest[best] += 1
-    queue = code.queue[at, index]
-    slot = best_cycle & (_HORIZON - 1)
-    if machine.leaving_at[queue, slot] != best_cycle:
-        machine.leaving_at[queue, slot] = best_cycle
-        machine.leaving[queue, slot] = 0
-    machine.leaving[queue, slot] += 1
+        busy[best, cycle & (_HORIZON - 1)] = cycle
+    pipelines[best, _USED] += held
+    free = pipelines[best, _FREE_FROM]
+    while busy[best, free & (_HORIZON - 1)] == free:
+        free += 1
+    pipelines[best, _FREE_FROM] = free
+    queue, slot = code[at, operation + _QUEUE], best_cycle & (_HORIZON - 1)
+    if departures[queue, slot, _CYCLE] != best_cycle:
+        departures[queue, slot, _CYCLE] = best_cycle
+        departures[queue, slot, _LEAVING] = 0
+    departures[queue, slot, _LEAVING] += 1
     return best_cycle
 
 
-@numba.njit(cache=True, forceinline=True)
-def _enter_queues(machine, needed, cycle, clock):  # type: ignore[no-untyped-def]
-    """The first cycle from ``cycle`` on at which all operations of an instruction find room in their queues.
+@numba.njit(cache=True)
+def _wait_for_room(code, at, queues, departures, clock, cycle):  # type: ignore[no-untyped-def]
+    """The first cycle from ``cycle`` on at which all operations of an instruction find room in their queues; they enter them.
 
     ``clock[0]`` is the cycle up to which departures have been counted.
     """
@@ -193,161 +161,165 @@ def _enter_queues(machine, needed, cycle, clock):  # type: ignore[no-untyped-def
         while clock[0] < cycle:
             clock[0] += 1
             slot = clock[0] & (_HORIZON - 1)
-            for queue in range(needed.shape[0]):
-                if machine.leaving_at[queue, slot] == clock[0]:
-                    machine.waiting[queue] -= machine.leaving[queue, slot]
+            for queue in range(queues.shape[0]):
+                if departures[queue, slot, _CYCLE] == clock[0]:
+                    queues[queue, _WAITING] -= departures[queue, slot, _LEAVING]
         room = True
-        for queue in range(needed.shape[0]):
-            if (
-                needed[queue]
-                and machine.waiting[queue]
-                and machine.waiting[queue] + needed[queue] > machine.entries[queue]
-            ):
+        for queue in range(queues.shape[0]):
+            wanted, waiting = code[at, _NEEDS + queue], queues[queue, _WAITING]
+            if wanted and waiting and waiting + wanted > queues[queue, _ENTRIES]:
                 room = False
         if room:
             break
         cycle += 1
-    for queue in range(needed.shape[0]):
-        machine.waiting[queue] += needed[queue]
+    for queue in range(queues.shape[0]):
+        queues[queue, _WAITING] += code[at, _NEEDS + queue]
     return cycle
 
 
-@numba.njit(cache=True, forceinline=True)
-def _mispredicted(at, taken, history, direction, run, last):  # type: ignore[no-untyped-def]
+@numba.njit(cache=True)
+def _mispredicted(branches, at, taken, history):  # type: ignore[no-untyped-def]
     """Whether a predictor that remembers how often a branch went one way in a row would miss this time."""
+    if taken == branches[at, _DIRECTION]:
+        branches[at, _RUN] += 1
+        previous = branches[at, _LAST + taken]
+        return 0 < previous <= history and branches[at, _RUN] == previous + 1
     missed = False
-    if taken == direction[at]:
-        run[at] += 1
-        previous = last[at, taken]
-        missed = 0 < previous <= history and run[at] == previous + 1
-    else:
-        if direction[at] >= 0:
-            previous = last[at, direction[at]]
-            missed = not (run[at] == previous and previous <= history)
-            last[at, direction[at]] = run[at]
-        direction[at] = taken
-        run[at] = 1
+    if branches[at, _DIRECTION] >= 0:
+        other = _LAST + branches[at, _DIRECTION]
+        missed = not (branches[at, _RUN] == branches[at, other] and branches[at, other] <= history)
+        branches[at, other] = branches[at, _RUN]
+    branches[at, _DIRECTION] = taken
+    branches[at, _RUN] = 1
     return missed
 
 
-@numba.njit(cache=True, forceinline=True)
-def _prefetch(caches, at, address, cycle, ahead, previous, stride, steady, started):  # type: ignore[no-untyped-def]
+@numba.njit(cache=True)
+def _prefetch(streams, at, address, cycle, ahead, tags, levels, pending):  # type: ignore[no-untyped-def]
     """Fetch lines ahead of an instruction whose addresses advance steadily."""
-    step = address - previous[at]
+    step = address - streams[at, _BEFORE]
     if step == 0:
         return
-    if step == stride[at]:
-        steady[at] += 1
+    if step == streams[at, _STEP]:
+        streams[at, _EQUAL] += 1
     else:
-        steady[at] = 0
-        stride[at] = step
-        started[at] = 0
-    crossed = address // LINE != previous[at] // LINE
-    previous[at] = address
-    if steady[at] < _STEADY or not crossed:
+        streams[at, _STEP], streams[at, _EQUAL], streams[at, _STARTED] = step, 0, 0
+    crossed = address // LINE != streams[at, _BEFORE] // LINE
+    streams[at, _BEFORE] = address
+    if streams[at, _EQUAL] < _STEADY or not crossed:
         return
     reach = step if abs(step) >= LINE else (LINE if step > 0 else -LINE)
-    nearest = ahead if started[at] else 1  # the lines between were fetched when earlier ones were touched
-    started[at] = 1
+    nearest = ahead if streams[at, _STARTED] else 1  # the lines between were fetched when earlier ones were touched
+    streams[at, _STARTED] = 1
     for distance in range(nearest, ahead + 1):
         line = (address + reach * distance) // LINE
-        if not holds(caches, 0, line):
-            arrival(caches, line, cycle, 1)
-            caches.misses[0] -= 1  # only misses that an instruction waits for are counted
+        if not holds(tags, levels, 0, line):
+            arrival(tags, levels, pending, line, cycle, 1, 0)
 
 
 @numba.njit(cache=True)
-def _simulate(trace, code, parameters, machine, caches, cycles, executions):  # type: ignore[no-untyped-def]
-    width, window, retire = parameters[_WIDTH], parameters[_WINDOW], parameters[_RETIRE]
+def _simulate(trace, code, parameters, pipeline_count, queues, tags, levels, pending, cost):  # type: ignore[no-untyped-def]
+    width, window, retire, history = parameters[_WIDTH], parameters[_WINDOW], parameters[_RETIRE], parameters[_HISTORY]
+    forward, ahead, drains = parameters[_STORE_FORWARD], parameters[_PREFETCH], parameters[_STORES]
+    busy = np.full((pipeline_count, _HORIZON), -1, np.int64)
+    pipelines = np.zeros((pipeline_count, 2), np.int64)
+    departures = np.full((queues.shape[0], _HORIZON, 2), -1, np.int64)
     ready = np.zeros(REGISTERS, np.int64)
     in_window = np.zeros(window, np.int64)  # retirement of the last instructions
     stores = np.zeros(parameters[_STORE_BUFFER], np.int64)  # when the last stores left the buffer
-    stored_word, stored_ready = np.full(_FORWARDED, -1, np.int64), np.zeros(_FORWARDED, np.int64)
-    count = code.address.shape[0]
-    previous, stride = np.zeros(count, np.int64), np.zeros(count, np.int64)
-    steady, started = np.zeros(count, np.int64), np.zeros(count, np.int64)
-    direction, run, last_run = np.full(count, -1, np.int64), np.zeros(count, np.int64), np.zeros((count, 2), np.int64)
+    stored = np.full((_WORDS, 2), -1, np.int64)
+    streams = np.zeros((code.shape[0], 4), np.int64)
+    branches = np.zeros((code.shape[0], 4), np.int64)
+    branches[:, _DIRECTION] = -1
     clock = np.zeros(1, np.int64)
-    dispatch = used = retired = retired_now = redirect = drained = 0
+    dispatch = used = retired = retired_now = redirect = drained = drained_now = 0
     window_slot = store_slot = mispredicts = 0
     for step in range(trace.shape[0]):
         at, address = trace[step, 0], trace[step, 1]
-        access = code.access[at]
-        if access and address < 0:
-            access = 0  # its address is not known: it is timed as if it touched no memory
+        access = code[at, _ACCESS]
+        if address < 0:
+            access = 0  # where it reads is not known: it is timed as if it touched no memory
+        last = address + code[at, _ACCESSED] - 1
         # dispatch: in order, as wide as the core, with room in the window, the store buffer and the queues
         start = max(dispatch, redirect, in_window[window_slot])
         if access >= STORE:
             start = max(start, stores[store_slot])
         if start > dispatch:
             dispatch, used = start, 0
-        if used and used + code.slots[at] > width:
+        if used and used + code[at, _SLOTS] > width:
             dispatch, used = dispatch + 1, 0
-        start = _enter_queues(machine, code.needs[at], dispatch, clock)
-        if start > dispatch:
-            dispatch, used = start, 0
-        used += code.slots[at]
+        if code[at, _COUNT]:
+            start = _wait_for_room(code, at, queues, departures, clock, dispatch)
+            if start > dispatch:
+                dispatch, used = start, 0
+        used += code[at, _SLOTS]
         while used > width:
             dispatch, used = dispatch + 1, used - width
         # operands
         address_ready = data_ready = dispatch + 1
-        for index in range(_SOURCES):
-            if code.address_reads[at, index] < 0:
-                break
-            address_ready = max(address_ready, ready[code.address_reads[at, index]])
-        for index in range(_SOURCES):
-            if code.reads[at, index] < 0:
-                break
-            data_ready = max(data_ready, ready[code.reads[at, index]] - code.early[at, index])
+        column = _ADDRESS_READS
+        while column < _WRITES and code[at, column] >= 0:
+            address_ready = max(address_ready, ready[code[at, column]])
+            column += 1
+        column = _READS
+        while column < _EARLY and code[at, column] >= 0:
+            data_ready = max(data_ready, ready[code[at, column]] - code[at, column + _SOURCES])
+            column += 1
         # the address: loads, and the address halves of stores
-        done = data_ready
+        end = _OPERATIONS + _STRIDE * code[at, _COUNT]
         addressed = address_ready
-        for index in range(code.operations[at]):
-            if code.kind[at, index]:
-                begun = _issue(machine, code, at, index, address_ready)
-                if code.kind[at, index] == _LOAD_OPERATION or access == STORE:
+        for operation in range(_OPERATIONS, end, _STRIDE):
+            if code[at, operation + _KIND]:
+                begun = _issue(code, at, operation, busy, pipelines, departures, address_ready)
+                if code[at, operation + _KIND] == _LOAD_OPERATION or access == STORE:
                     addressed = max(addressed, begun)
-        if access in (LOAD, LOAD_AND_STORE):
+        done = data_ready
+        if access == LOAD or access == LOAD_AND_STORE:  # noqa: SIM109 - numba compares with a tuple slowly
             arrived = addressed
-            for line in range(address // LINE, (address + code.accessed[at] - 1) // LINE + 1):
-                arrived = max(arrived, arrival(caches, line, addressed, 1))
-            if parameters[_PREFETCH]:
-                _prefetch(caches, at, address, addressed, parameters[_PREFETCH], previous, stride, steady, started)
-            loaded = arrived + code.load_latency[at]
-            for word in ((address >> 2), (address + code.accessed[at] - 1) >> 2):
-                if stored_word[word % _FORWARDED] == word:
-                    loaded = max(loaded, stored_ready[word % _FORWARDED] + parameters[_STORE_FORWARD])
+            for line in range(address // LINE, last // LINE + 1):
+                arrived = max(arrived, arrival(tags, levels, pending, line, addressed, 1, 1))
+            if ahead:
+                _prefetch(streams, at, address, addressed, ahead, tags, levels, pending)
+            loaded = arrived + code[at, _LOAD_LATENCY]
+            if stored[(address >> 2) & (_WORDS - 1), _WORD] == address >> 2:
+                loaded = max(loaded, stored[(address >> 2) & (_WORDS - 1), _AT] + forward)
+            if stored[(last >> 2) & (_WORDS - 1), _WORD] == last >> 2:
+                loaded = max(loaded, stored[(last >> 2) & (_WORDS - 1), _AT] + forward)
             done = max(done, loaded)
-        elif code.load_latency[at]:
-            done = max(done, addressed + code.load_latency[at])
+        elif code[at, _LOAD_LATENCY] > 0:
+            done = max(done, addressed + code[at, _LOAD_LATENCY])
         # the operation itself
-        begun = done
-        for index in range(code.operations[at]):
-            if code.kind[at, index] == _COMPUTE:
-                begun = max(begun, _issue(machine, code, at, index, done))
-        begun = max(begun, addressed)
-        done = begun + code.latency[at]
+        begun = max(done, addressed)
+        for operation in range(_OPERATIONS, end, _STRIDE):
+            if code[at, operation + _KIND] == _COMPUTE:
+                begun = max(begun, _issue(code, at, operation, busy, pipelines, departures, done))
+        done = begun + code[at, _LATENCY]
         if access >= STORE:
-            for word in range(address >> 2, ((address + code.accessed[at] - 1) >> 2) + 1):
-                stored_word[word % _FORWARDED] = word
-                stored_ready[word % _FORWARDED] = begun
+            for word in range(address >> 2, (last >> 2) + 1):
+                stored[word & (_WORDS - 1), _WORD] = word
+                stored[word & (_WORDS - 1), _AT] = begun
             arrived = begun
-            for line in range(address // LINE, (address + code.accessed[at] - 1) // LINE + 1):
-                arrived = max(arrived, arrival(caches, line, begun, 2))
-            drained = max(drained + 1, done, retired, arrived)
+            for line in range(address // LINE, last // LINE + 1):
+                arrived = max(arrived, arrival(tags, levels, pending, line, begun, 2, 1))
+            start = max(done, retired, arrived)
+            if start > drained:
+                drained, drained_now = start, 0
+            drained_now += 1
+            if drained_now > drains:
+                drained, drained_now = drained + 1, 1
             stores[store_slot] = drained
             store_slot += 1
             if store_slot == stores.shape[0]:
                 store_slot = 0
-        for index in range(_SOURCES):
-            if code.writes[at, index] < 0:
-                break
-            ready[code.writes[at, index]] = done
-        if code.written_back[at] >= 0:
-            ready[code.written_back[at]] = address_ready + 1
-        if code.branch[at] and step + 1 < trace.shape[0]:
-            taken = 1 if code.address[trace[step + 1, 0]] != code.next_address[at] else 0
-            if _mispredicted(at, taken, parameters[_HISTORY], direction, run, last_run):
+        column = _WRITES
+        while column < _OPERATIONS and code[at, column] >= 0:
+            ready[code[at, column]] = done
+            column += 1
+        if code[at, _WRITTEN_BACK] >= 0:
+            ready[code[at, _WRITTEN_BACK]] = address_ready + 1
+        if code[at, _BRANCH] and step + 1 < trace.shape[0]:
+            taken = 1 if code[trace[step + 1, 0], _ADDRESS] != code[at, _NEXT] else 0
+            if _mispredicted(branches, at, taken, history):
                 mispredicts += 1
                 redirect = max(redirect, done + parameters[_MISPREDICT])
         # retirement, in order; what passes since the last one is this instruction's share of the time
@@ -359,8 +331,8 @@ def _simulate(trace, code, parameters, machine, caches, cycles, executions):  # 
             if retired_now > retire:
                 retired, retired_now = retired + 1, 1
         if trace[step, 2]:
-            cycles[at] += retired - before
-            executions[at] += 1
+            cost[at, 0] += retired - before
+            cost[at, 1] += 1
         in_window[window_slot] = retired
         window_slot += 1
         if window_slot == window:

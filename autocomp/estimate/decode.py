@@ -58,6 +58,7 @@ def decode_arm64(code: bytes, address: int) -> list[Instruction]:
 _ACCUMULATING = re.compile(
     r"(fml[as]l?2?|[su]dot|ml[as]|[su]ml[as]l2?|[su]adalp|[su]abal?2?|[su]r?sra|sqdml[as]l2?|sqrdml[as]h|s[lr]i|bsl|bit|bif|ins|tbx|(s?q?r?u?q?(shrn|xtn|shrun|xtun|rshrn)|fcvtn|[ar]*addhn|[r]*subhn)2)"
 )
+_WRITES_NO_REGISTER = re.compile(r"b(\.\w+)?|br|blr?|ret|nop|hint|msr|prfu?m")
 _COMPARING = frozenset(["cmp", "cmn", "tst", "ccmp", "ccmn", "fcmp", "fcmpe", "fccmp", "fccmpe"])
 _UNARY = frozenset(
     ["lsl", "lsr", "asr", "ror", "ubfx", "ubfiz", "sbfx", "sbfiz", "sxtb", "sxth", "sxtw", "uxtb", "uxth", "uxtw"]
@@ -80,28 +81,16 @@ def _arm64_word(word: bytes) -> Instruction:
         if operand.type == arm64.ARM64_OP_MEM:
             address += [_register(found.reg_name(r)) for r in (operand.mem.base, operand.mem.index) if r]
     access = LOAD if mnemonic.startswith("ld") else STORE if mnemonic.startswith("st") else NO_ACCESS
-    registers = [
-        _register(found.reg_name(operand.reg)) for operand in found.operands if operand.type == arm64.ARM64_OP_REG
-    ]
-    accumulator = -1
-    partial = mnemonic == "mov" and "[" in text.split(",")[0]
-    if registers and (_ACCUMULATING.fullmatch(mnemonic) or partial):
-        accumulator = registers[0]
-        read.append(accumulator)
-    elif mnemonic in ("fmadd", "fmsub", "fnmadd", "fnmsub"):
-        accumulator = registers[-1]
-    elif mnemonic in ("movi", "mvni"):
-        read = []
-    elif mnemonic in _COMPARING:  # said to write their first operand
-        read, written = registers + [FLAGS] * mnemonic.startswith(("cc", "fcc")), [FLAGS]
-    elif mnemonic in _UNARY:  # said to read their destination
-        read = registers[1:]
-    elif mnemonic in ("cbz", "cbnz", "tbz", "tbnz"):  # said to read the flags
-        read = registers
-    elif access == LOAD and re.search(r"\}\[\d+\]", text):  # one lane is loaded, the others stay
-        read.append(registers[0])
+    registers: list[int] = []  # operands, in order, up to the one in memory
+    for operand in found.operands:
+        if operand.type == arm64.ARM64_OP_MEM:
+            break
+        if operand.type == arm64.ARM64_OP_REG:
+            registers.append(_register(found.reg_name(operand.reg)))
+    read, written, accumulator = _roles(mnemonic, text, access, registers, read, written)
     groups = set(found.groups)
-    base = [register for register in written if access and register in address]
+    updated = access and re.search(r"\]!|\],", text)
+    base = [register for register in written if updated and register in address]
     read = [
         register
         for register in read
@@ -125,6 +114,42 @@ def _arm64_word(word: bytes) -> Instruction:
         branch=bool(groups & {capstone.CS_GRP_JUMP, capstone.CS_GRP_BRANCH_RELATIVE})
         or mnemonic in ("ret", "br", "blr", "bl"),
     )
+
+
+def _roles(
+    mnemonic: str, text: str, access: int, registers: list[int], read: list[int], written: list[int]
+) -> tuple[list[int], list[int], int]:
+    """(read, written, accumulator) of an instruction, from its register operands and what the disassembler says of them.
+
+    The disassembler leaves operands out of some instructions' lists (sdot), and calls some read that are written, or the reverse.
+    """
+    if access:
+        if access == STORE:
+            return read + registers, written, -1
+        partial = re.search(r"\}\[\d+\]", text)  # one lane is loaded, the others stay
+        read = read + registers if partial else [register for register in read if register not in registers]
+        return read, written + registers, -1
+    if mnemonic in _COMPARING:
+        return registers + [FLAGS] * mnemonic.startswith(("cc", "fcc")), [FLAGS], -1
+    if mnemonic in ("cbz", "cbnz", "tbz", "tbnz"):
+        return registers, [], -1
+    if _WRITES_NO_REGISTER.fullmatch(mnemonic):
+        return read, written, -1
+    written = written + registers[:1]
+    if mnemonic in ("movi", "mvni"):
+        return [], written, -1
+    if mnemonic in _UNARY:
+        return registers[1:], written, -1
+    read = read + registers[1:]
+    if mnemonic in ("fmadd", "fmsub", "fnmadd", "fnmsub"):
+        accumulator, factors = registers[-1], registers[1:-1]
+    elif _ACCUMULATING.fullmatch(mnemonic) or (mnemonic == "mov" and "[" in text.split(",")[0]):
+        accumulator, factors = registers[0], registers[1:]
+        read = [*read, accumulator]
+    else:
+        return read, written, -1
+    # a sum that is a factor as well is needed at the start, as factors are
+    return read, written, -1 if accumulator in factors else accumulator
 
 
 def _arm64_form(text: str) -> str:

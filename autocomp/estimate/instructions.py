@@ -95,6 +95,7 @@ class Core:
     history: int
     store_forward: int
     store_buffer: int
+    stores: int
     prefetch: int
     pipelines: tuple[str, ...]
     queues: tuple[Queue, ...]
@@ -219,7 +220,7 @@ def _core(facts: Mapping[str, Any], digest: str) -> Core:
         name=facts["name"], isa=facts["isa"], description=facts["description"], source=facts["source"],
         clock_hz=float(facts["clock_hz"]), width=facts["width"], window=facts["window"], retire=facts["retire"],
         mispredict=facts["mispredict"], history=facts["history"], store_forward=facts["store_forward"],
-        store_buffer=facts["store_buffer"], prefetch=facts["prefetch"], pipelines=tuple(facts["pipelines"]),
+        store_buffer=facts["store_buffer"], stores=facts["stores"], prefetch=facts["prefetch"], pipelines=tuple(facts["pipelines"]),
         queues=tuple(
             Queue(sum(bits[name] for name in queue["pipelines"]), queue["entries"]) for queue in facts["queues"].values()
         ),

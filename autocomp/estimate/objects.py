@@ -19,6 +19,7 @@ BASE = 0x1000_0000  # where the image is loaded
 _PAGE = 4096
 _ALLOCATED, _EXECUTABLE = 2, 4  # section flags SHF_ALLOC and SHF_EXECINSTR
 _MACHINES = {"EM_AARCH64": "arm64", "EM_X86_64": "x86-64"}
+_MORE_NAMES = {"arm64": {299: "R_AARCH64_LDST128_ABS_LO12_NC"}}  # which the ELF library does not list
 _ENTRY = "__tvm_ffi_"  # TVM FFI's prefix of an exported function
 _STUB = 16  # bytes of the stub of an undefined function
 
@@ -137,9 +138,7 @@ class _Loader:
         from elftools.elf.enums import ENUM_RELOC_TYPE_AARCH64, ENUM_RELOC_TYPE_x64
 
         numbers = ENUM_RELOC_TYPE_AARCH64 if self.isa == "arm64" else ENUM_RELOC_TYPE_x64
-        names = {number: name for name, number in numbers.items()}
-        if self.isa == "arm64":
-            names[299] = "R_AARCH64_LDST128_ABS_LO12_NC"  # aaelf64, table 4-9; pyelftools leaves it out
+        names = {number: name for name, number in numbers.items()} | _MORE_NAMES.get(self.isa, {})
         base = self.addresses[section["sh_info"]]
         for relocation in section.iter_relocations():
             name = names.get(relocation["r_info_type"], f"number {relocation['r_info_type']}")

@@ -1,6 +1,7 @@
 """Machine code for what a kernel's object file calls but does not hold: TVM's backend functions, memset and memcpy.
 
-Each stub is written as pairs of encoding and assembly, so that a reader can follow it and a test can disassemble it. A workspace is
+Each stub is written as pairs of encoding and assembly (branches to distances), so that a reader can follow it and a test can
+disassemble it. A workspace is
 taken from a pointer that only moves up and goes back when it is freed, as TVM allocates and frees in nested order.
 """
 
@@ -17,7 +18,7 @@ _ARM64: Mapping[str, _Code] = {
     "TVMBackendParallelLaunch": (
         (0xA9BD7BFD, "stp x29, x30, [sp, #-0x30]!"),
         (0xF9000BFF, "str xzr, [sp, #0x10]"),
-        (0x52800029, "movz w9, #0x1"),
+        (0x52800029, "mov w9, #1"),
         (0xB9001BE9, "str w9, [sp, #0x18]"),
         (0xAA0003E9, "mov x9, x0"),
         (0xAA0103E2, "mov x2, x1"),
@@ -54,12 +55,12 @@ _ARM64: Mapping[str, _Code] = {
         (0x54000083, "b.lo #0x10"),
         (0xAC810120, "stp q0, q0, [x9], #0x20"),
         (0xAC810120, "stp q0, q0, [x9], #0x20"),
-        (0x17FFFFFC, "b #-0x10"),
+        (0x17FFFFFC, "b #0xfffffffffffffff0"),
         (0xB1010042, "adds x2, x2, #0x40"),
         (0x54000080, "b.eq #0x10"),
-        (0x38001521, "strb w1, [x9], #0x1"),
-        (0xF1000442, "subs x2, x2, #0x1"),
-        (0x17FFFFFD, "b #-0xc"),
+        (0x38001521, "strb w1, [x9], #1"),
+        (0xF1000442, "subs x2, x2, #1"),
+        (0x17FFFFFD, "b #0xfffffffffffffff4"),
         (0xD65F03C0, "ret"),
     ),
     "memcpy": (
@@ -68,13 +69,13 @@ _ARM64: Mapping[str, _Code] = {
         (0x54000083, "b.lo #0x10"),
         (0xACC10420, "ldp q0, q1, [x1], #0x20"),
         (0xAC810520, "stp q0, q1, [x9], #0x20"),
-        (0x17FFFFFC, "b #-0x10"),
+        (0x17FFFFFC, "b #0xfffffffffffffff0"),
         (0xB1008042, "adds x2, x2, #0x20"),
         (0x540000A0, "b.eq #0x14"),
-        (0x38401423, "ldrb w3, [x1], #0x1"),
-        (0x38001523, "strb w3, [x9], #0x1"),
-        (0xF1000442, "subs x2, x2, #0x1"),
-        (0x17FFFFFC, "b #-0x10"),
+        (0x38401423, "ldrb w3, [x1], #1"),
+        (0x38001523, "strb w3, [x9], #1"),
+        (0xF1000442, "subs x2, x2, #1"),
+        (0x17FFFFFC, "b #0xfffffffffffffff0"),
         (0xD65F03C0, "ret"),
     ),
 }
