@@ -18,6 +18,8 @@ from autocomp.hardware import Profile
 from autocomp.kernels.compute import padded_rows, round_up
 from autocomp.kernels.intrinsics import dot_product
 from autocomp.kernels.store import KernelRecord
+from autocomp.kernels.weight_only import FIELDS, WeightOnlySpec
+from autocomp.precisions import FORMATS, group_of
 from autocomp.records import Method
 
 if TYPE_CHECKING:
@@ -44,7 +46,22 @@ def layer_work(layer: Layer, method: Method, profile: Profile) -> list[Work]:
     from autocomp.space import factor_shapes
 
     parts = factor_shapes(layer, method.ranks) if method.ranks else [layer]
+    kind = FORMATS[method.precision]
+    if kind.kind == "grouped" and layer.kind == "linear":
+        return [
+            _weight_only(part, int(kind.bits), group_of(method.precision, part.in_channels), profile) for part in parts
+        ]
+    # What has no kernels is computed in fp32 on decoded weights.
     return [_work(part, method.precision == "w8a8", profile) for part in parts]
+
+
+def _weight_only(layer: Layer, bits: int, group: int, profile: Profile) -> Work:
+    spec = WeightOnlySpec((layer.out_size[1],), layer.in_channels, layer.out_channels, bits, group, profile.lanes)
+    outputs = round_up(layer.out_channels, profile.lanes)
+    if spec.is_gemv:
+        within = (group,) if bits == 8 else (group // FIELDS, FIELDS)
+        return Work(spec.template, (spec.rows, spec.groups, outputs), within)
+    return Work(spec.template, (padded_rows(spec.rows), outputs), (spec.groups, group))
 
 
 def _work(layer: Layer, int8: bool, profile: Profile) -> Work:

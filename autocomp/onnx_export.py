@@ -22,7 +22,8 @@ def export_onnx(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...]
     """Write ``model`` (BatchNorm folded) as one ONNX file for the shapes of the example inputs. ExportError if it cannot be.
 
     A quantised layer computes the same integers up to float rounding: its input goes through QuantizeLinear and
-    DequantizeLinear, its weight is an int8 constant with one scale a channel [ONNX operators 13].
+    DequantizeLinear, its weight is an int8 constant with one scale a channel [ONNX operators 13]. Other weights are stored as they are,
+    in 16, 8 or 4 bits or as indices, and decoded by operators that a runtime folds when it loads the file.
     """
     import torch
 
@@ -118,8 +119,25 @@ def _translations() -> dict[Any, Any]:
         used = op.Slice(weight, ints(0), ints(int(x.shape[-1])), ints(1))
         return op.Add(op.MatMul(x, op.Transpose(used, perm=[1, 0])), bias)
 
+    def halves(x: Any, w: Any) -> tuple[Any, Any]:
+        # 10: float16, 1: float. Products are summed in float32, which every runtime has kernels for.
+        return op.Cast(op.Cast(x, to=10), to=1), op.Cast(w, to=1)
+
+    def linear_half(x: Any, w: Any, bias: Any) -> Any:
+        value, weight = halves(x, w)
+        return op.Add(op.MatMul(value, op.Transpose(weight, perm=[1, 0])), bias)
+
+    def conv2d_half(x: Any, w: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> Any:
+        value, weight = halves(x, w)
+        return op.Conv(
+            value, weight, bias,
+            strides=list(stride), pads=[*padding, *padding], dilations=list(dilation), group=int(groups),
+        )  # fmt: skip
+
     return {
         torch.ops.autocomp.linear_w8a8.default: linear,
+        torch.ops.autocomp.linear_fp16.default: linear_half,
+        torch.ops.autocomp.conv2d_fp16.default: conv2d_half,
         torch.ops.autocomp.linear_weight_only.default: weight_only,
         torch.ops.autocomp.conv2d_w8a8.default: conv2d,
     }

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from autocomp.errors import UsageError, suggest
+from autocomp.precisions import CENTROIDS, FORMATS
 from autocomp.records import Candidate, Method, Precision
 from autocomp.resources import shipped_files
 
@@ -37,16 +38,20 @@ class Target(Protocol):
 
 
 class Rule(BaseModel):
-    """Options of the layers named; ``keep`` and ``ranks`` are shares in (0, 1]; a missing key says nothing."""
+    """Options of the layers named; ``keep`` and the ranks are shares in (0, 1]; a missing key says nothing.
+
+    ``ranks`` are those of SVD and Tucker-2, ``spatial_ranks`` those of a column and a row kernel in place of a square one.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     layers: str | list[str]
     keep: list[Share] | None = None
     ranks: list[Share] | None = None
+    spatial_ranks: list[Share] | None = None
     precisions: list[Precision] | None = None
 
-    @field_validator("keep", "ranks", mode="before")
+    @field_validator("keep", "ranks", "spatial_ranks", mode="before")
     @classmethod
     def _numbers(cls, value: Any) -> Any:
         """YAML reads ``1`` as an integer, which is fine, and ``5e-1`` as a text, which is not."""
@@ -65,7 +70,13 @@ class Rule(BaseModel):
 
 
 class SpaceFile(BaseModel):
-    """A search-space file: ``rules`` in order, later ones override earlier ones by key; ``protect`` beats them all."""
+    """A search-space file: ``rules`` in order, later ones override earlier ones by key; ``protect`` beats them all.
+
+    ``ends`` is the least that the first and the last layer, which are the most sensitive, may be stored and computed in: ``float``
+    (fp16), ``8bit``, or ``any`` to leave them to the rules. ``kernels_only`` offers only precisions that every profile computes in:
+    without it the others are offered for their size. ``observer`` chooses the ranges of 8-bit activations. Norms, softmax and everything
+    else that is no convolution or linear layer stays in fp32 whatever the file says.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -73,6 +84,9 @@ class SpaceFile(BaseModel):
     description: str = ""
     rules: list[Rule]
     protect: list[str] = []
+    ends: Literal["any", "8bit", "float"] = "8bit"
+    kernels_only: bool = False
+    observer: Literal["minmax", "percentile", "mse"] = "mse"
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,7 @@ class Space:
 
     Widths count the units of a group: channels, or heads. Groups with one width and layers with one method are listed
     too. ``lanes`` is the vector length widths and ranks are multiples of; ``counts`` says of each width how many units
-    of each segment it keeps.
+    of each segment it keeps; ``observer`` is what the ranges of 8-bit activations are chosen by.
     """
 
     graph: Graph
@@ -99,6 +113,7 @@ class Space:
     refused: tuple[Refusal, ...] = ()
     lanes: int = 16
     counts: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
+    observer: Literal["minmax", "percentile", "mse"] = "mse"
     _sides: dict[tuple[str, str, int], int] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -220,7 +235,7 @@ def build_space(graph: Graph, space_file: SpaceFile | str | Path, profile: Targe
     methods = {layer.name: builder.methods(layer) for layer in graph.layers.values()}
     for name, reason in graph.skipped.items():
         builder.refuse(name, "every option", reason)
-    return Space(graph, widths, methods, tuple(builder.refused), builder.lanes, counts)
+    return Space(graph, widths, methods, tuple(builder.refused), builder.lanes, counts, rules.observer)
 
 
 def _check_globs(graph: Graph, rules: SpaceFile) -> None:
@@ -247,7 +262,7 @@ class _Builder:
 
     def options(self, layer: str) -> Rule:
         """Merge the rules that match; without any, nothing is offered."""
-        merged: dict[str, Any] = {"keep": [1.0], "ranks": [], "precisions": ["fp32"]}
+        merged: dict[str, Any] = {"keep": [1.0], "ranks": [], "spatial_ranks": [], "precisions": ["fp32"]}
         for rule in self.rules.rules:
             if rule.matches(layer):
                 merged |= rule.model_dump(exclude={"layers"}, exclude_none=True)
@@ -299,39 +314,58 @@ class _Builder:
         why_dense = layer.fixed or ("it is protected" if self.protected(layer.name) else "")
         precisions: list[Precision] = ["fp32"]
         for precision in dict.fromkeys(options.precisions or ()):
-            lacking = [profile.name for profile in self.profiles if precision not in profile.precisions]
             if precision == "fp32":
                 continue
-            if why_dense:
-                self.refuse(layer.name, precision, why_dense)
-            elif lacking:
-                self.refuse(layer.name, precision, f"profile {', '.join(lacking)} has no kernels for it")
+            reason = why_dense or self._precision_refused(layer, precision)
+            if reason:
+                self.refuse(layer.name, precision, reason)
             else:
                 precisions.append(precision)
         ranks = [(), *self._ranks(layer, options, why_dense)]
         return tuple(Method(precision, rank) for rank in ranks for precision in precisions)
 
+    def _precision_refused(self, layer: Layer, precision: Precision) -> str:
+        """Say why a layer cannot or should not take a precision; empty if it may."""
+        kind = FORMATS[precision]
+        lacking = [profile.name for profile in self.profiles if not has_kernel(layer, precision, profile)]
+        if lacking and (kind.kind == "integer" or self.rules.kernels_only):
+            return f"profile {', '.join(lacking)} has no kernels for it"
+        order = list(self.graph.layers)
+        least = {"any": 0, "8bit": 8, "float": 16}[self.rules.ends]
+        if layer.name in (order[0], order[-1]) and kind.bits < least:
+            which = "first" if layer.name == order[0] else "last"
+            return f"it is the {which} layer, among the most sensitive: `ends: {self.rules.ends}` in the search space protects it"
+        if kind.kind == "codebook":
+            books, indices = kind.stages * CENTROIDS * kind.dim * 2, layer.weights * kind.bits / 8
+            if books > indices:
+                return f"its codebooks of {books} bytes outweigh their {indices:.0f} bytes of indices"
+        return ""
+
     def _ranks(self, layer: Layer, options: Rule, why_dense: str) -> list[tuple[int, ...]]:
         offered: list[tuple[int, ...]] = []
-        for share in sorted(set(options.ranks or ()), reverse=True):
+        square = layer.kernel[0] > 1 and layer.kernel[1] > 1
+        asked = [(share, False) for share in sorted(set(options.ranks or ()), reverse=True)]
+        if square:
+            asked += [(share, True) for share in sorted(set(options.spatial_ranks or ()), reverse=True)]
+        for share, spatial in asked:
             ranks: tuple[int, ...] = ()
             reason = why_dense
             if layer.kind == "depthwise" or layer.conv_groups > 1:
                 reason = "a grouped convolution has no low-rank form here"
             if not reason:
-                ranks = self._ranks_at(layer, share)
+                ranks = self._ranks_at(layer, share, spatial)
                 reason = "its rank is less than a vector" if not ranks else _rank_waste(layer, ranks)
             if not reason and ranks in offered:
                 reason = f"rounds to {ranks}, offered already"
             if reason:
-                self.refuse(layer.name, f"rank {share:g}", reason)
+                self.refuse(layer.name, f"{'spatial ' if spatial else ''}rank {share:g}", reason)
             else:
                 offered.append(ranks)
         return offered
 
-    def _ranks_at(self, layer: Layer, share: float) -> tuple[int, ...]:
-        """Return one rank (SVD of a matrix) or two (Tucker-2 of a kernel), in whole vectors; empty below one vector."""
-        if layer.kernel == (1, 1):
+    def _ranks_at(self, layer: Layer, share: float, spatial: bool) -> tuple[int, ...]:
+        """Return one rank (SVD or spatial) or two (Tucker-2 of a kernel), in whole vectors; empty below one vector."""
+        if spatial or layer.kernel == (1, 1):
             full: tuple[int, ...] = (min(layer.in_channels, layer.out_channels),)
         else:
             full = (layer.in_channels, layer.out_channels)
@@ -347,6 +381,17 @@ def _multiple(wanted: float, full: int, step: int) -> int:
     return min(full, max(step, int(wanted / step + 0.5) * step))
 
 
+def has_kernel(layer: Layer, precision: Precision, profile: Target) -> bool:
+    """Whether a profile computes a layer in a precision; what it does not is decoded to float32 when the model is compiled.
+
+    Linear layers in w8 and w4 have kernels on every profile, convolutions in these and codebooks nowhere.
+    """
+    kind = FORMATS[precision].kind
+    if kind == "grouped":
+        return layer.kind == "linear"
+    return precision in profile.precisions
+
+
 def resized(layer: Layer, inputs: int, outputs: int) -> Layer:
     """Return the description of a layer at other widths; ``inputs`` counts columns."""
     grouped = layer.conv_groups > 1  # whole groups go: what an output reads stays as it is
@@ -357,8 +402,10 @@ def resized(layer: Layer, inputs: int, outputs: int) -> Layer:
 
 
 def factor_shapes(layer: Layer, ranks: Sequence[int]) -> list[Layer]:
-    """Describe the layers a factorised one becomes: two (SVD, one rank) or three (Tucker-2, two ranks)."""
+    """Describe the layers a factorised one becomes: two (one rank: SVD, of a larger kernel spatial) or three (Tucker-2)."""
     one, zero = (1, 1), (0, 0)
+    if len(ranks) == 1 and layer.kernel != (1, 1):
+        return _spatial_shapes(layer, ranks[0])
     if len(ranks) == 1:
         first = replace(resized(layer, layer.in_channels, ranks[0]), bias=False)
         pixel = replace(layer, in_size=layer.out_size, stride=one, padding=zero, dilation=one)
@@ -372,13 +419,29 @@ def factor_shapes(layer: Layer, ranks: Sequence[int]) -> list[Layer]:
     return [before, core, after]
 
 
+def _spatial_shapes(layer: Layer, rank: int) -> list[Layer]:
+    """A column kernel that strides down, then a row kernel that strides across."""
+    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = layer.kernel, layer.stride, layer.padding, layer.dilation
+    middle = (layer.out_size[0], layer.in_size[1])
+    batch = layer.macs // max(1, layer.weights * _area(layer.out_size))
+    down = replace(
+        layer, kernel=(kh, 1), stride=(sh, 1), padding=(ph, 0), dilation=(dh, 1), out_size=middle, bias=False
+    )
+    down = replace(down, out_channels=rank, macs=batch * layer.in_channels * rank * kh * _area(middle))
+    across = replace(layer, kernel=(1, kw), stride=(1, sw), padding=(0, pw), dilation=(1, dw), in_size=middle)
+    across = replace(across, in_channels=rank, macs=batch * rank * layer.out_channels * kw * _area(layer.out_size))
+    return [down, across]
+
+
 def _area(size: tuple[int, int]) -> int:
     return size[0] * size[1]
 
 
 def _rank_waste(layer: Layer, ranks: Sequence[int]) -> str:
     """Say why the factors are no use at this shape; empty if they are."""
-    full = (min(layer.in_channels, layer.out_channels),) if len(ranks) == 1 else (layer.in_channels, layer.out_channels)
+    full: tuple[int, ...] = (layer.in_channels, layer.out_channels)
+    if len(ranks) == 1:
+        full = (min(layer.in_channels * layer.kernel[0], layer.out_channels * layer.kernel[1]),)
     if any(rank > size for rank, size in zip(ranks, full, strict=True)):
         return f"rank {'x'.join(map(str, ranks))} is more than the full rank {'x'.join(map(str, full))}"
     factors = factor_shapes(layer, ranks)

@@ -14,6 +14,7 @@ from autocomp.accuracy.calibrate import Statistics, collect_from
 from autocomp.compress.apply import reestimate_batchnorm
 from autocomp.compress.database import LayerDatabase
 from autocomp.graph import Graph, analyse
+from autocomp.records import Precision
 from autocomp.space import Rule, Space, SpaceFile, build_space
 
 torch.set_num_threads(1)
@@ -33,6 +34,14 @@ EVERYTHING = SpaceFile(
     rules=[Rule(layers="*", keep=[1.0, 0.75, 0.5, 0.25], ranks=[0.5, 0.25], precisions=["fp32", "w8a8"])],
 )
 
+# Ways to store a weight, of every kind; first and last layers included, so that small nets have layers to store.
+STORABLE: list[Precision] = ["fp32", "fp16", "w8a8", "w8", "w4g32", "vq4", "vq2", "rvq4"]
+STORED = SpaceFile(
+    format_version=1,
+    ends="any",
+    rules=[Rule(layers="*", keep=[1.0, 0.5], ranks=[0.5], spatial_ranks=[0.5], precisions=STORABLE)],
+)
+
 
 @dataclass(frozen=True)
 class Pipeline:
@@ -49,7 +58,8 @@ class Pipeline:
 
 @cache
 def pipeline(kind: str = "plain") -> Pipeline:
-    """``plain``, ``depthwise``, ``flat`` or ``odd``."""
+    """``plain``, ``depthwise``, ``flat`` or ``odd``; with `` stored`` after it, in many precisions."""
+    kind, _, stored = kind.partition(" ")
     if kind in ("flat", "odd"):
         torch.manual_seed(0)
         model = (nets.Flat() if kind == "flat" else nets.Odd()).eval()
@@ -57,5 +67,5 @@ def pipeline(kind: str = "plain") -> Pipeline:
         model = nets.make(width=32, depthwise=kind == "depthwise")
         reestimate_batchnorm(model, [(nets.images(96),)])  # as after training: statistics that fit the data
     graph = analyse(model, (nets.images(1),))
-    space = build_space(graph, EVERYTHING, Vectors())
+    space = build_space(graph, STORED if stored else EVERYTHING, Vectors())
     return Pipeline(model, graph, space, collect_from(model, [(nets.images(96),)], graph, 96))

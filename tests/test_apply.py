@@ -17,6 +17,7 @@ from autocomp.compress.apply import reestimate_batchnorm, stitch
 from autocomp.compress.fold import fold_batchnorm
 from autocomp.compress.quantize import QuantConv2d, QuantLinear
 from autocomp.groups import removed
+from autocomp.precisions import FORMATS, group_of
 from autocomp.records import Candidate, Method
 from autocomp.space import factor_shapes
 
@@ -57,11 +58,28 @@ def by_hand(made, database, candidate):
             if entry.parts[0].bias is not None:
                 module.bias = nn.Parameter(entry.parts[0].bias[rows])
         else:
-            assert candidate.methods[name].ranks or tuple(module.weight.shape) == tuple(
-                entry.parts[0].weight[rows].shape
-            )
+            flat = FORMATS[candidate.methods[name].precision].kind in ("grouped", "codebook")
+            if not flat and not candidate.methods[name].ranks:
+                assert module.weight.shape == entry.parts[0].weight[rows].shape
             model.set_submodule(name, Direct(layer, candidate.methods[name], entry.parts, rows))
     return model.eval()
+
+
+def written_out(part, weight, scale, columns):
+    """Levels, or indices, of some rows as float64 weights [O, columns], element by element."""
+    kind = FORMATS[part.precision]
+    result = torch.zeros(len(weight), columns, dtype=torch.float64)
+    for n in range(len(weight)):
+        for k in range(columns):
+            if kind.kind == "codebook":
+                run, offset = divmod(k, kind.dim)
+                value = sum(float(part.codebook[s, int(weight[n, s, run]), offset]) for s in range(kind.stages))
+                result[n, k] = value * float(scale[n])
+                continue
+            level = int(weight[n, k // 2] >> 4 * (k % 2)) & 15 if kind.bits == 4 else int(weight[n, k])
+            level = level - 16 if kind.bits == 4 and level > 7 else level
+            result[n, k] = level * float(scale[n, k // group_of(part.precision, columns)])
+    return result
 
 
 class Direct(nn.Module):
@@ -76,9 +94,13 @@ class Direct(nn.Module):
         for index, (shape, part) in enumerate(zip(self.shapes, self.parts, strict=True)):
             rows = self.rows if index == len(self.parts) - 1 else slice(None)
             weight, bias = part.weight[rows], None if part.bias is None else part.bias[rows]
-            if part.scale is not None:
+            if part.precision == "w8a8":
                 x = ((x * part.inv_xs).round() + part.zp).clamp(0, 255) - part.zp
                 weight = weight.double() * part.scale[rows].double().view(-1, *([1] * (weight.dim() - 1)))
+            elif part.scale is not None:
+                weight = written_out(part, weight, part.scale[rows], part.columns)
+                weight = weight if shape.kind == "linear" else weight.view(len(weight), -1, *shape.kernel)
+            x = x.half() if part.precision == "fp16" else x
             x, weight = x.double(), weight.double()
             bias = None if bias is None else bias.double()
             if shape.kind == "linear":

@@ -117,13 +117,15 @@ def schedule(
 ) -> Scheduled:
     """Lower a model in evaluation mode for fixed input shapes, each kernel tuned or taken from the store.
 
-    BatchNorm is folded first. ExportError if the model cannot be exported; the caller compares with torch.
+    BatchNorm is folded first, and weights that no kernel of the profile reads are decoded to float32.
+    ExportError if the model cannot be exported; the caller compares with torch.
     """
     import tvm
 
     from autocomp.compress.fold import fold_batchnorm
+    from autocomp.compress.parts import decoded
 
-    program = export_program(fold_batchnorm(model).eval(), example_inputs)
+    program = export_program(decoded(fold_batchnorm(model), profile.precisions).eval(), example_inputs)
     mod = lower(to_channels_last(import_program(program, profile)), profile, tuner.target)
     calls = _kernel_calls(mod)
     scheduled, records = {}, {}

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from autocomp.cache import write_atomically
-from autocomp.compress.entry import Entry, compress_layer, pack, stored_bytes, unpack
+from autocomp.compress.entry import Entry, compress_layer, pack, unpack
+from autocomp.compress.parts import stored_bytes
 from autocomp.compress.prune import DAMPING, STEPS, keep, order_groups
 from autocomp.compress.quantize import Observer
 from autocomp.errors import CorruptError, UsageError
@@ -195,7 +196,7 @@ class LayerDatabase:
         return self.space.effective(layer, columns, self.graph.layers[layer].out_channels, method) == method
 
     def _hold(self, key: tuple[str, int], entries: dict[Method, Entry]) -> None:
-        size = sum(part.weight.nbytes for entry in entries.values() for part in entry.parts)
+        size = sum(part.nbytes for entry in entries.values() for part in entry.parts)
         self._loaded[key] = (size, entries)
         self._held += size
         while self._held > MEMORY and len(self._loaded) > 1:

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from autocomp.compress.lowrank import Factors, svd, tucker2
+from autocomp.compress.lowrank import Factors, Whitened
+from autocomp.compress.parts import Part, part_module, whole_part
 from autocomp.compress.prune import AnyLayer, Layers, least_squares, output_error, spread, with_weights
-from autocomp.compress.quantize import (
-    Observer,
-    QuantConv1d,
-    QuantConv2d,
-    QuantLinear,
-    activation_parameters,
-    observe,
-    quantise_centred,
-    quantise_weight,
-)
-from autocomp.records import Method
-from autocomp.space import factor_shapes, resized
+from autocomp.compress.quantize import Observer, observe
+from autocomp.compress.rounding import Metric
+from autocomp.compress.store import Inputs, Stored, store
+from autocomp.precisions import FORMATS
+from autocomp.records import Method, Precision
+from autocomp.space import factor_shapes
 
 if TYPE_CHECKING:
     from autocomp.accuracy.calibrate import LayerStatistics
@@ -32,22 +28,11 @@ OBSERVED = 1 << 15  # values a range is chosen from: enough for a percentile of 
 
 
 @dataclass(frozen=True)
-class Part:
-    """Weights of one module: float32 (``scale`` None) or int8 with what `QuantConv2d` takes."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: Tensor | None = None
-    inv_xs: float = 1.0
-    zp: int = 0
-
-
-@dataclass(frozen=True)
 class Entry:
     """A layer at one input width by one method, with all its output rows: slicing rows commutes with compressing.
 
     ``parts`` are one module, or the factors in order. ``error`` [O] is Fisher times dW_o H dW_o^T for each output
-    (nats a sample; of a quantised layer the noise of its activations is in it). A grouped convolution's entry, depthwise
+    (nats a sample; where activations are rounded too, their noise is in it). A grouped convolution's entry, depthwise
     or not, has the rows of the kept groups only.
     """
 
@@ -59,65 +44,16 @@ class Entry:
 
     def module(self, layer: Layer, original: nn.Module, rows: Tensor | None = None) -> nn.Module:
         """Return the module that computes the layer, with the output channels ``rows`` (None: all)."""
-        if len(self.parts) == 1 and self.parts[0].scale is None:
-            part = self.parts[0]
-            sliced = None if layer.conv_groups > 1 else rows
-            weight = part.weight if sliced is None else part.weight[sliced]
-            bias = part.bias if sliced is None or part.bias is None else part.bias[sliced]
+        if len(self.parts) == 1 and self.method.precision == "fp32":
+            part = self.parts[0].rows(None if layer.conv_groups > 1 else rows)
             assert isinstance(original, Layers)
-            return with_weights(original, weight.clone(), None if bias is None else bias.clone())
+            return with_weights(original, part.weight, part.bias)
         shapes = factor_shapes(layer, self.method.ranks) if self.method.ranks else [layer]
         modules = []
         for shape, part in zip(shapes, self.parts, strict=True):
-            modules.append(_module(shape, part, rows if shape is shapes[-1] else None))
+            last = shape is shapes[-1] and layer.conv_groups == 1
+            modules.append(part_module(shape, part.rows(rows if last else None)))
         return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
-
-
-def _module(shape: Layer, part: Part, rows: Tensor | None) -> nn.Module:
-    weight, bias, scale = part.weight, part.bias, part.scale
-    if rows is not None and shape.conv_groups == 1:
-        weight = weight[rows]
-        bias = None if bias is None else bias[rows]
-        scale = None if scale is None else scale[rows]
-    weight = weight.clone()
-    groups = len(weight) * shape.conv_groups // shape.out_channels if shape.conv_groups > 1 else 1
-    geometry = (shape.stride, shape.padding, shape.dilation, groups)
-    if scale is not None:
-        assert bias is not None
-        if shape.kind == "linear":
-            return QuantLinear(weight, scale.clone(), bias.clone(), part.inv_xs, part.zp)
-        quantised = QuantConv1d if shape.one_d else QuantConv2d
-        return quantised(weight, scale.clone(), bias.clone(), part.inv_xs, part.zp, *geometry)
-    module: nn.Conv1d | nn.Conv2d | nn.Linear
-    if shape.kind == "linear":
-        module = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    elif shape.one_d:
-        inputs, weight = weight.shape[1] * groups, weight.squeeze(2)
-        flat = (shape.kernel[1], shape.stride[1], shape.padding[1], shape.dilation[1], groups)
-        module = nn.Conv1d(inputs, len(weight), *flat, bias is not None, device="meta")
-    else:
-        inputs = weight.shape[1] * groups
-        module = nn.Conv2d(inputs, len(weight), shape.kernel, *geometry, bias is not None, device="meta")
-    module.weight = nn.Parameter(weight)
-    module.bias = None if bias is None else nn.Parameter(bias.clone())
-    return module
-
-
-def stored_bytes(layer: Layer, inputs: int, outputs: int, method: Method, changed: bool) -> int:
-    """Return the bytes of a layer's weights as stored, BatchNorm folded: int8 ones with float32 scale and bias.
-
-    ``inputs`` counts columns. A ``changed`` layer without BatchNorm has a bias even if the dense one has none.
-    """
-    shape = resized(layer, inputs, outputs)
-    shapes = factor_shapes(shape, method.ranks) if method.ranks else [shape]
-    total = 0
-    for part in shapes:
-        if method.precision == "w8a8":
-            total += part.weights + 8 * part.out_channels
-        else:
-            has_bias = part is shapes[-1] and (layer.bias or layer.norm is not None or changed)
-            total += 4 * part.weights + 4 * part.out_channels * has_bias
-    return total
 
 
 def compress_layer(
@@ -161,8 +97,10 @@ class _Compression:
         self.columns = spread(self.channels, self.taps)
         self.weight = module.weight.detach().double().flatten(1)
         self.kept = torch.arange(layer.out_channels) if rows is None else rows  # of a grouped convolution
+        self.fisher = seen.fisher
         if layer.conv_groups > 1:
             self.small = self.weight[self.kept] if self.pruned else self.weight
+            self.fisher = seen.fisher[self.kept]
         elif self.pruned:
             self.small = least_squares(self.weight, seen.covariance, self.columns)
         else:
@@ -171,97 +109,107 @@ class _Compression:
     def entry(self, method: Method) -> Entry:
         if method.ranks:
             return self._factorised(method)
-        small = self.small.float()
-        shape = (len(small), -1, *self.layer.kernel) if self.layer.kind != "linear" else small.shape
+        linear = self.layer.kind == "linear"
         if method.precision == "fp32":
-            part = Part(small.reshape(shape), self._bias(self.small, None))
-            return Entry(self.layer.name, self.in_width, method, (part,), self._error(self.small))
-        integers, weight_scale = quantise_weight(small)
-        effective = integers.double() * weight_scale.double()[:, None]
+            stored = Stored(whole_part(self.small), self.small)
+        else:
+            stored = store(self.small, method.precision, self.inputs, self.fisher, linear)
+        part = replace(stored.part, weight=_kernel(stored.part, self.layer))
+        bias = self._bias(stored.effective, stored.shift)
+        if bias is None and method.precision != "fp32":
+            bias = torch.zeros(len(self.small))
+        error = self._error(stored.effective)
+        if stored.noise is not None:
+            error = error + self.fisher * self._through(stored.effective.square(), stored.noise)
+        return Entry(self.layer.name, self.in_width, method, (replace(part, bias=bias),), error)
+
+    @cached_property
+    def inputs(self) -> Inputs:
+        """What the whole layer multiplies, of the channels that are kept."""
         sample = self.seen.sample[:, self.columns]
         low, high = float(self.seen.low[self.channels].min()), float(self.seen.high[self.channels].max())
-        inv_xs, zp = self._range(sample, low, high)
-        shift, noise = _noise(sample, inv_xs, zp)
-        bias = self._bias(effective, shift)
-        bias = torch.zeros(len(small)) if bias is None else bias
-        part = Part(integers.reshape(shape), bias, (weight_scale.double() / inv_xs).float(), inv_xs, zp)
-        error = self._error(effective) + self._fisher() * self._through(effective.square(), noise)
-        return Entry(self.layer.name, self.in_width, method, (part,), error)
+        return Inputs(sample, *self._range(sample, low, high), Metric(self._blocks()))
+
+    def _blocks(self) -> Tensor:
+        if self.layer.kind == "depthwise":
+            return self.seen.covariance[self.kept]
+        covariance = self.seen.covariance
+        if self.pruned:
+            covariance = covariance[self.columns][:, self.columns]
+        if self.layer.conv_groups == 1:
+            return covariance
+        size = self.weight.shape[1]
+        runs = [slice(start, start + size) for start in range(0, len(covariance), size)]
+        return torch.stack([covariance[run, run] for run in runs])
 
     def _factorised(self, method: Method) -> Entry:
-        covariance = self.seen.covariance[self.columns][:, self.columns]
-        fisher = self.seen.fisher
-        if len(method.ranks) == 1:
-            factors = svd(self.small, covariance, fisher, method.ranks[0])
-        else:
-            factors = tucker2(self.small, covariance, fisher, self.taps, (method.ranks[0], method.ranks[1]))
+        factors = self._whitened.factors(method.ranks)
         error = torch.zeros(len(self.small), dtype=torch.float64)
-        parts = [Part(factor.float()) for factor in factors.parts]
-        if method.precision == "w8a8":
-            parts, factors, error = self._quantised_factors(factors)
+        parts = [whole_part(factor.flatten(1)) for factor in factors.parts]
+        if method.precision != "fp32":
+            parts, factors, error = self._stored_factors(factors, method.precision)
         product = factors.product
         bias = self._bias(product, None)
         if bias is not None:
             parts[-1] = replace(parts[-1], bias=bias)
-        shaped = tuple(replace(part, weight=self._kernel(part.weight)) for part in parts)
+        shapes = factor_shapes(self.layer, method.ranks)
+        shaped = tuple(replace(part, weight=_kernel(part, shape)) for part, shape in zip(parts, shapes, strict=True))
         return Entry(self.layer.name, self.in_width, method, shaped, error + self._error(product))
 
-    def _quantised_factors(self, factors: Factors) -> tuple[list[Part], Factors, Tensor]:
-        """Return int8 parts, the factors they amount to, and the error that rounding the activations between causes."""
-        features = self.seen.sample[:, self.columns]
-        low, high = float(self.seen.low[self.channels].min()), float(self.seen.high[self.channels].max())
+    @cached_property
+    def _whitened(self) -> Whitened:
+        return Whitened(self.small, self._blocks(), self.fisher, self.layer.kernel)
+
+    def _stored_factors(self, factors: Factors, precision: Precision) -> tuple[list[Part], Factors, Tensor]:
+        """Return the parts, the factors they amount to, and the error that rounding the activations between causes.
+
+        Each factor is rounded for the inputs that the rounded ones before it give.
+        """
+        features, covariance = self.inputs.sample, self._blocks()
+        low, high = self.inputs.low, self.inputs.high
         parts, effective, noises = [], [], []
         for index, factor in enumerate(factors.parts):
-            inv_xs, zp = self._range(features, low, high)
-            noises.append(_noise(features, inv_xs, zp)[1])
-            integers, weight_scale = quantise_weight(factor.float())
-            parts.append(
-                Part(integers, torch.zeros(len(integers)), (weight_scale.double() / inv_xs).float(), inv_xs, zp)
+            if index:
+                low, high = self._range(features, float(features.min()), float(features.max()))
+            own = factors.metric(index, covariance)
+            sample = factors.rows(index, features)
+            inputs = Inputs(sample, low, high, Metric(own))
+            flat = factor.flatten(1)
+            stored = store(
+                flat, precision, inputs, torch.ones(len(flat), dtype=torch.float64), self.layer.kind == "linear"
             )
-            effective.append(integers.double() * weight_scale.double().view(-1, *([1] * (factor.dim() - 1))))
-            features = self._apply(features, effective[-1].float(), index, len(factors.parts))
-            low, high = float(features.min()), float(features.max())
-        applied = Factors(tuple(effective))
-        error = sum(applied.after(stage).square() @ noise for stage, noise in enumerate(noises))
-        return parts, applied, self._fisher() * error
+            noises.append(stored.noise)
+            parts.append(replace(stored.part, bias=torch.zeros(len(flat))))
+            effective.append(stored.effective.view_as(factor))
+            features = factors.apply(index, features, effective[-1])
+            covariance = factors.carry(index, covariance, effective[-1])
+        applied = Factors(tuple(effective), factors.taps)
+        error = torch.zeros(len(self.small), dtype=torch.float64)
+        for index, noise in enumerate(noises):
+            if noise is not None:
+                error = error + applied.after(index).square() @ factors.spread(index, noise)
+        return parts, applied, self.fisher * error
 
-    def _kernel(self, weight: Tensor) -> Tensor:
-        """Give a factor the shape its module takes."""
-        if self.layer.kind == "linear":
-            return weight
-        if weight.dim() == 3:
-            return weight.reshape(*weight.shape[:2], *self.layer.kernel)
-        return weight[:, :, None, None]
-
-    def _apply(self, features: Tensor, factor: Tensor, index: int, count: int) -> Tensor:
-        """Apply a factor to rows of features; the first of three works on each tap for itself."""
-        if count == 3 and index == 0:
-            return torch.einsum("rct,bc->rbt", features.view(len(features), -1, self.taps), factor).flatten(1)
-        return features @ factor.flatten(1).T
-
-    def _range(self, sample: Tensor, low: float, high: float) -> tuple[float, int]:
+    def _range(self, sample: Tensor, low: float, high: float) -> tuple[float, float]:
         values = sample.flatten()
-        return activation_parameters(*observe(values[:: max(1, len(values) // OBSERVED)], low, high, self.observer))
-
-    def _fisher(self) -> Tensor:
-        return self.seen.fisher[self.kept] if self.layer.conv_groups > 1 else self.seen.fisher
+        return observe(values[:: max(1, len(values) // OBSERVED)], low, high, self.observer)
 
     def _error(self, effective: Tensor) -> Tensor:
         """Return the weighted output error of the matrix that is really applied."""
         if self.layer.kind == "depthwise":
             difference = self.weight[self.kept] - effective
             error = torch.einsum("ci,cij,cj->c", difference, self.seen.covariance[self.kept], difference)
-            return self._fisher() * error.clamp_min(0.0)
+            return self.fisher * error.clamp_min(0.0)
         if self.layer.conv_groups > 1:
             difference = self._ungrouped(self.weight[self.kept] - effective)
             covariance = self.seen.covariance[self.columns][:, self.columns]
-            return self._fisher() * output_error(difference, covariance)
+            return self.fisher * output_error(difference, covariance)
         difference = self.weight.clone()
         if self.pruned:
             difference[:, self.columns] -= effective
         else:
             difference -= effective
-        return self._fisher() * output_error(difference, self.seen.covariance)
+        return self.fisher * output_error(difference, self.seen.covariance)
 
     def _ungrouped(self, matrix: Tensor) -> Tensor:
         """Write the rows of a grouped convolution out over all input channels."""
@@ -299,22 +247,17 @@ class _Compression:
         return (lost if bias is None else lost + bias.detach().double()).float()
 
 
-def _noise(sample: Tensor, inv_xs: float, zp: int) -> tuple[Tensor, Tensor]:
-    """Return mean and variance [K] of what quantisation adds to each column of the sample, float64."""
-    added = (quantise_centred(sample, inv_xs, zp) / inv_xs - sample).double()
-    return added.mean(0), added.var(0, correction=0)
+def _kernel(part: Part, shape: Layer) -> Tensor:
+    """Give a flat weight the shape its module takes: levels and indices stay as they are."""
+    if shape.kind == "linear" or FORMATS[part.precision].kind in ("grouped", "codebook"):
+        return part.weight
+    return part.weight.reshape(len(part.weight), -1, *shape.kernel)
 
 
 def pack(entries: Mapping[Method, Entry]) -> dict[str, object]:
     """Return entries of one layer and width as plain tensors and numbers, for a file."""
     return {
-        str(method): {
-            "error": entry.error,
-            "parts": [
-                {"weight": p.weight, "bias": p.bias, "scale": p.scale, "inv_xs": p.inv_xs, "zp": p.zp}
-                for p in entry.parts
-            ],
-        }
+        str(method): {"error": entry.error, "parts": [dict(vars(part)) for part in entry.parts]}
         for method, entry in entries.items()
     }
 

@@ -8,10 +8,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx, nn
 
+from autocomp.compress.codebook import CodebookConv2d, CodebookLinear
+from autocomp.compress.half import HalfConv2d, HalfLinear
 from autocomp.compress.quantize import QuantConv2d, QuantLinear
-from autocomp.compress.weight_only import WeightOnlyLinear
+from autocomp.compress.weight_only import WeightOnlyConv2d, WeightOnlyLinear
 
-Foldable = (nn.Conv1d, nn.Conv2d, nn.Linear, QuantConv2d, QuantLinear, WeightOnlyLinear)
+Foldable = (
+    nn.Conv1d, nn.Conv2d, nn.Linear, QuantConv2d, QuantLinear, HalfConv2d, HalfLinear,
+    WeightOnlyConv2d, WeightOnlyLinear, CodebookConv2d, CodebookLinear,
+)  # fmt: skip
 Norms = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
@@ -53,11 +58,12 @@ def find_norms(model: nn.Module) -> dict[str, str]:
 
 
 def fold_batchnorm(model: nn.Module, norms: Mapping[str, str] | None = None) -> nn.Module:
-    """Return an evaluation-mode copy with every BatchNorm folded into the convolution, Linear or 8-bit layer before it.
+    """Return an evaluation-mode copy with every BatchNorm folded into the layer before it, whatever its precision.
 
     ``norms`` maps layer to BatchNorm names (found by symbolic tracing when None). 8-bit layers take the affine map into
     ``scale`` and ``bias``: their integers stay as they are but for the sign of rows whose factor is negative, so that
-    every scale is positive. A BatchNorm without running statistics is left alone.
+    every scale is positive. Weights in 4 or 8 bits and codebooks take it into their scales; 16-bit ones are rounded once more. A BatchNorm
+    without running statistics is left alone.
     """
     folded = copy.deepcopy(model).eval()
     for layer, norm in (find_norms(folded) if norms is None else norms).items():
@@ -82,8 +88,16 @@ def _fold(layer: nn.Module, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
         layer.scale.copy_(layer.scale.double() * factor.abs())
         layer.bias.copy_(new_bias)
         return
-    if isinstance(layer, WeightOnlyLinear):  # a row whose factor is negative gets negative scales
+    if isinstance(layer, WeightOnlyConv2d | WeightOnlyLinear):  # a row whose factor is negative gets negative scales
         layer.scales.copy_(layer.scales.double() * factor[:, None])
+        layer.bias.copy_(new_bias)
+        return
+    if isinstance(layer, CodebookConv2d | CodebookLinear):
+        layer.scale.copy_(layer.scale.double() * factor)
+        layer.bias.copy_(new_bias)
+        return
+    if isinstance(layer, HalfConv2d | HalfLinear):
+        layer.weight.copy_(layer.weight.double() * factor.view(-1, *([1] * (layer.weight.dim() - 1))))
         layer.bias.copy_(new_bias)
         return
     weight = layer.weight.detach().double()

@@ -72,6 +72,10 @@ class HalfLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return linear_fp16(x, self.weight, self.bias)
 
+    def float_weight(self) -> Tensor:
+        """The weight [N, K] in float32."""
+        return self.weight.float()
+
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, fp16"
 
@@ -99,6 +103,10 @@ class HalfConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         geometry = (list(self.stride), list(self.padding), list(self.dilation), self.groups)
         return conv2d_fp16(x, self.weight, self.bias, *geometry)
+
+    def float_weight(self) -> Tensor:
+        """The weight OIHW in float32."""
+        return self.weight.float()
 
     def extra_repr(self) -> str:
         o, i, h, w = self.weight.shape

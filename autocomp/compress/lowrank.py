@@ -1,13 +1,14 @@
-"""Low-rank factors of a layer, best on the calibration data: SVD for matrices, Tucker-2 for convolution kernels.
+"""Low-rank factors of a layer, best on the calibration data: SVD for matrices, Tucker-2 and spatial SVD for convolution kernels.
 
-Both solve a reduced-rank regression: the factors minimise the Fisher-weighted output error under the covariance of the
-inputs that are kept (whitening as in SVD-LLM, arXiv:2403.07378; Tucker-2 as in arXiv:1511.06530, its factors fitted to
-outputs instead of weights).
+All solve a reduced-rank regression: the factors minimise the Fisher-weighted output error under the covariance of the
+inputs that are kept (whitening as in SVD-LLM, arXiv:2403.07378; Tucker-2 as in arXiv:1511.06530 and the k x 1, 1 x k
+kernels of arXiv:1405.3866, their factors fitted to outputs instead of weights). One decomposition serves every rank.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,9 +18,15 @@ from autocomp.compress.prune import damped
 
 @dataclass(frozen=True)
 class Factors:
-    """Factors in the order they are applied, float64: SVD [r, K], [O, r]; Tucker-2 [r1, C], [r2, r1, taps], [O, r2]."""
+    """Factors in the order they are applied, float64.
+
+    The first is a matrix [r, p] applied at each of ``taps`` places: its inputs are columns (p, tap), its outputs (r, tap). SVD: [r, K],
+    [O, r] and one place. Spatial: [r, C * height], [O, r, width], a place for each column of the kernel. Tucker-2: [r1, C],
+    [r2, r1, taps], [O, r2].
+    """
 
     parts: tuple[Tensor, ...]
+    taps: int = 1
 
     @property
     def product(self) -> Tensor:
@@ -28,52 +35,136 @@ class Factors:
 
     def after(self, stage: int) -> Tensor:
         """The matrix from the features that enter factor ``stage`` to the outputs."""
-        if stage == len(self.parts) - 1:
-            return self.parts[-1]
-        if len(self.parts) == 2:
-            return self.parts[1] @ self.parts[0]
-        first, core, last = self.parts
-        if stage == 1:
-            return last @ core.flatten(1)
-        return last @ torch.einsum("abt,bc->act", core, first).flatten(1)
+        matrix = self.parts[-1].flatten(1)
+        for part in self.parts[max(stage, 1) : -1]:  # the core of three
+            matrix = matrix @ part.flatten(1)
+        if stage == 0:
+            by_tap = matrix.unflatten(1, (len(self.parts[0]), self.taps))
+            matrix = torch.einsum("oat,ap->opt", by_tap, self.parts[0]).flatten(1)
+        return matrix
+
+    def rows(self, stage: int, features: Tensor) -> Tensor:
+        """Features [S, columns] as the rows that factor ``stage`` is multiplied by: the first one's has a row for each place."""
+        if stage or self.taps == 1:
+            return features
+        return features.unflatten(1, (-1, self.taps)).transpose(1, 2).flatten(0, 1)
+
+    def metric(self, stage: int, covariance: Tensor) -> Tensor:
+        """The covariance of `rows`, given that of the features."""
+        if stage or self.taps == 1:
+            return covariance
+        return _over_taps(covariance, self.taps)
+
+    def spread(self, stage: int, values: Tensor) -> Tensor:
+        """Values by column of `rows` as values by feature."""
+        return values if stage else values.repeat_interleave(self.taps)
+
+    def apply(self, stage: int, features: Tensor, factor: Tensor) -> Tensor:
+        """What ``factor``, in the place of factor ``stage``, makes of features."""
+        if stage:
+            return features @ factor.flatten(1).T.to(features.dtype)
+        return _lift(features, factor.to(features.dtype), self.taps)
+
+    def carry(self, stage: int, covariance: Tensor, factor: Tensor) -> Tensor:
+        """The covariance of what `apply` makes of features with this one."""
+        return self.apply(stage, self.apply(stage, covariance, factor).T.contiguous(), factor)
+
+
+def _lift(rows: Tensor, factor: Tensor, taps: int) -> Tensor:
+    """Apply a factor [r, p] to rows [S, p * taps] at every place → [S, r * taps]."""
+    if taps == 1:
+        return rows @ factor.T
+    return torch.einsum("spt,rp->srt", rows.unflatten(1, (-1, taps)), factor).flatten(1)
+
+
+def _over_taps(covariance: Tensor, taps: int) -> Tensor:
+    """The covariance [p, p] of the inputs at one place, averaged over places, from that of columns (p, tap)."""
+    size = len(covariance) // taps
+    return covariance.view(size, taps, size, taps).diagonal(dim1=1, dim2=3).mean(-1)
+
+
+class Whitened:
+    """The factors of one weight [O, K] at any ranks: ``factors`` of one rank are SVD or spatial, of two Tucker-2.
+
+    ``covariance`` [K, K] is that of the inputs, ``fisher`` [O] weighs the outputs, ``kernel`` is (height, width). At full ranks the
+    product is ``weight``.
+    """
+
+    def __init__(self, weight: Tensor, covariance: Tensor, fisher: Tensor, kernel: tuple[int, int]) -> None:
+        self.weight, self.covariance, self.fisher, self.kernel = weight, damped(covariance), fisher, kernel
+        self._plain = covariance
+        self._bases: dict[int, tuple[Tensor, Tensor]] = {}
+        self._cores: dict[int, tuple[Tensor, _Decomposed]] = {}
+
+    def factors(self, ranks: tuple[int, ...]) -> Factors:
+        height, width = self.kernel
+        if len(ranks) == 2:
+            first, core = self._core(ranks[0])
+            inner, last = core.at(ranks[1])
+            taps = height * width
+            return Factors((first, inner.view(-1, ranks[0], taps), last), taps)
+        if height * width == 1:
+            return Factors(self._whole.at(ranks[0]))
+        first = self._first(width, ranks[0])
+        fitted, _ = self._regressed(first, width)
+        return Factors((first, fitted.view(-1, ranks[0], width)), width)
+
+    @cached_property
+    def _whole(self) -> _Decomposed:
+        return _Decomposed(self.weight, self.covariance, self.fisher)
+
+    def _first(self, taps: int, rank: int) -> Tensor:
+        """The first factor [rank, p]: the leading left singular vectors of the weighted kernel, whitened by place."""
+        if taps not in self._bases:
+            lower = torch.linalg.cholesky(damped(_over_taps(self._plain, taps)))
+            weighted = (self.fisher.sqrt()[:, None] * self.weight).unflatten(1, (-1, taps))
+            unfolded = lower.T @ weighted.permute(1, 0, 2).flatten(1)
+            # The left singular vectors of a wide matrix, from the small Gram matrix of its rows.
+            self._bases[taps] = lower, torch.linalg.eigh(unfolded @ unfolded.T)[1].flip(1)
+        lower, vectors = self._bases[taps]
+        return torch.linalg.solve_triangular(lower, vectors[:, :rank].T, upper=False, left=False)
+
+    def _regressed(self, first: Tensor, taps: int) -> tuple[Tensor, Tensor]:
+        """Regress the outputs on the features z = first x: return their matrix, and the covariance of z."""
+        seen = _lift(self.covariance, first, taps).T.contiguous()
+        inner = _lift(seen, first, taps)
+        return torch.linalg.solve(inner, seen @ self.weight.T).T, inner
+
+    def _core(self, rank: int) -> tuple[Tensor, _Decomposed]:
+        if rank not in self._cores:
+            taps = self.kernel[0] * self.kernel[1]
+            first = self._first(taps, rank)
+            fitted, inner = self._regressed(first, taps)
+            self._cores[rank] = first, _Decomposed(fitted, damped(inner), self.fisher)
+        return self._cores[rank]
+
+
+class _Decomposed:
+    """The singular value decomposition of a whitened, weighted matrix: the best factors of every rank."""
+
+    def __init__(self, weight: Tensor, covariance: Tensor, fisher: Tensor) -> None:
+        self.lower, self.importance = torch.linalg.cholesky(covariance), fisher.sqrt()
+        weighted = (self.importance[:, None] * weight) @ self.lower
+        self.u, self.s, self.vt = torch.linalg.svd(weighted, full_matrices=False)
+
+    def at(self, rank: int) -> tuple[Tensor, Tensor]:
+        # Both factors take the root of the singular values: balanced magnitudes quantise better.
+        root = self.s[:rank].sqrt()
+        scaled = root[:, None] * self.vt[:rank]
+        first = torch.linalg.solve_triangular(self.lower, scaled, upper=False, left=False)
+        return first, (self.u[:, :rank] * root) / self.importance[:, None]
 
 
 def svd(weight: Tensor, covariance: Tensor, fisher: Tensor, rank: int) -> Factors:
-    """Return the two factors of the best rank-``rank`` approximation of ``weight`` [O, K] in output error.
-
-    ``covariance`` [K, K] is that of the inputs, ``fisher`` [O] weighs the outputs. At full rank the product is
-    ``weight``.
-    """
-    lower = torch.linalg.cholesky(damped(covariance))
-    importance = fisher.sqrt()
-    u, s, vt = torch.linalg.svd((importance[:, None] * weight) @ lower, full_matrices=False)
-    root = s[:rank].sqrt()
-    # Both factors take the root of the singular values: balanced magnitudes quantise better.
-    first = torch.linalg.solve_triangular(lower, root[:, None] * vt[:rank], upper=False, left=False)
-    return Factors((first, (u[:, :rank] * root) / importance[:, None]))
+    """Return the two factors of the best rank-``rank`` approximation of ``weight`` [O, K] in output error; see `Whitened`."""
+    return Whitened(weight, covariance, fisher, (1, 1)).factors((rank,))
 
 
 def tucker2(weight: Tensor, covariance: Tensor, fisher: Tensor, taps: int, ranks: tuple[int, int]) -> Factors:
-    """Return the three factors of a kernel ``weight`` [O, C * taps] at ranks (inputs, outputs).
+    """Return the three factors of a kernel ``weight`` [O, C * taps] at ranks (inputs, outputs); see `Whitened`."""
+    return Whitened(weight, covariance, fisher, (1, taps)).factors(ranks)
 
-    The input factor comes from the higher-order SVD of the weighted kernel, whitened by the covariance of the channels
-    (averaged over taps); core and output factor are then the best there are for it. At full ranks the product is
-    ``weight``.
-    """
-    outputs, columns = weight.shape
-    channels = columns // taps
-    blocks = covariance.view(channels, taps, channels, taps).diagonal(dim1=1, dim2=3).mean(-1)
-    lower = torch.linalg.cholesky(damped(blocks))
-    weighted = (fisher.sqrt()[:, None] * weight).view(outputs, channels, taps)
-    unfolded = lower.T @ weighted.permute(1, 0, 2).reshape(channels, -1)
-    # The left singular vectors of a wide matrix, from the small Gram matrix of its rows.
-    _, vectors = torch.linalg.eigh(unfolded @ unfolded.T)
-    basis = vectors.flip(1)[:, : ranks[0]]
-    first = torch.linalg.solve_triangular(lower, basis.T, upper=False, left=False)
-    # Features z = first x at every tap: regress the outputs on them, then cut that map down to the output rank.
-    expand = torch.einsum("rc,ts->rtcs", first, torch.eye(taps, dtype=weight.dtype)).reshape(ranks[0] * taps, columns)
-    seen = expand @ damped(covariance)
-    inner = seen @ expand.T
-    fitted = torch.linalg.solve(inner, seen @ weight.T).T
-    second = svd(fitted, inner, fisher, ranks[1])
-    return Factors((first, second.parts[0].view(-1, ranks[0], taps), second.parts[1]))
+
+def spatial(weight: Tensor, covariance: Tensor, fisher: Tensor, kernel: tuple[int, int], rank: int) -> Factors:
+    """Return a column kernel [r, C * height] and a row kernel [O, r, width] for ``weight`` [O, C * height * width]."""
+    return Whitened(weight, covariance, fisher, kernel).factors((rank,))

@@ -1,4 +1,4 @@
-"""Linear layers with 8- or 4-bit weights and float activations: the custom op, its module, and how weights are rounded.
+"""Layers with 8- or 4-bit weights and float activations: the custom op, the modules, and how weights are rounded.
 
 The CPU implementation of ``autocomp::linear_weight_only`` IS the specification; the compiler's lowering is held to it.
 
@@ -6,19 +6,23 @@ The CPU implementation of ``autocomp::linear_weight_only`` IS the specification;
     y            = x @ weight.T + bias                                       in float32, in any order of summation
 
 Levels are stored as int8 ``[N, K]`` or, two to a byte with the even k in the low half (two's complement), as uint8 ``[N, K/2]``. K is
-padded with zero levels to whole groups.
+padded with zero levels to whole groups. A convolution has no kernel for these: it stores [O, K] levels without padding, K being inputs
+times taps, and decodes them to a float weight when it is run or compiled.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-GROUPS = (32, 64, 128)
+from autocomp.precisions import GROUPS
+
 BITS = (4, 8)
-_LOWEST = {8: -127, 4: -8}
-_HIGHEST = {8: 127, 4: 7}
+LOWEST = {8: -127, 4: -8}
+HIGHEST = {8: 127, 4: 7}
 # Of the largest weight of a group, as a fraction: with 16 levels it often pays to clip the extremes, and 7/8 lets the lowest
 # level reach it.
 _SHRINKS = {8: (1.0,), 4: tuple(1.0 - 0.025 * step for step in range(15))}
@@ -58,22 +62,26 @@ def unpack_levels(packed: Tensor) -> Tensor:
     return (fields ^ 8) - 8  # the sign of a four-bit two's complement
 
 
-def quantise_groups(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+def quantise_groups(weight: Tensor, bits: int, group: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Round a float weight [N, K] to levels, one symmetric scale for each row and group of ``group`` columns.
 
     Returns (int8 levels [N, G * group], float32 scales [N, G]). With 8 bits the largest weight of a group is its highest level; with
-    4 bits each group takes the one of 15 clipping ranges with the least squared error. A group of zeros gets scale 1.
+    4 bits each group takes the one of 15 clipping ranges with the least squared error, each weight counting by ``importance`` [N, K].
+    A group of zeros gets scale 1.
     """
     n, k = weight.shape
     padded = functional.pad(weight.detach().double(), (0, -k % group)).reshape(n, -1, group)
     peak = padded.abs().amax(2, keepdim=True)
+    counts = torch.ones_like(padded)
+    if importance is not None:
+        counts = functional.pad(importance.double(), (0, -k % group)).reshape(n, -1, group)
     best = torch.full_like(peak, torch.inf)
     levels, scales = torch.zeros(padded.shape, dtype=torch.int8), torch.ones(peak.shape)
     for shrink in _SHRINKS[bits]:
-        scale = (peak * (shrink / _HIGHEST[bits])).float()
+        scale = (peak * (shrink / HIGHEST[bits])).float()
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        rounded = (padded / scale.double()).round().clamp(_LOWEST[bits], _HIGHEST[bits])
-        error = (rounded * scale.double() - padded).square().sum(2, keepdim=True)
+        rounded = (padded / scale.double()).round().clamp(LOWEST[bits], HIGHEST[bits])
+        error = ((rounded * scale.double() - padded).square() * counts).sum(2, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
         levels = torch.where(better, rounded.to(torch.int8), levels)
@@ -99,8 +107,66 @@ class WeightOnlyLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return linear_weight_only(x, self.weight, self.scales, self.bias, self.bits, self.group)
 
+    def float_weight(self) -> Tensor:
+        """The float32 weight [N, K] that is multiplied."""
+        return dequantise(self.weight, self.scales, self.bits, self.group)[:, : self.in_features]
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group={self.group}"
+
+
+class WeightOnlyConv2d(nn.Module):
+    """A convolution with stored levels ``weight`` [O, K] (4 bits: uint8 [O, ceil(K/2)]), float32 ``scales`` [O, G] and ``bias`` [O].
+
+    ``kernel`` is (inputs of a group, height, width), K their product.
+    """
+
+    weight: Tensor
+    scales: Tensor
+    bias: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scales: Tensor,
+        bias: Tensor,
+        kernel: tuple[int, int, int],
+        bits: int,
+        group: int,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scales", scales)
+        self.register_buffer("bias", bias)
+        self.kernel, self.bits, self.group = kernel, bits, group
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return functional.conv2d(x, self.float_weight(), self.bias, *geometry)
+
+    def float_weight(self) -> Tensor:
+        """The float32 weight OIHW that is multiplied."""
+        columns = math.prod(self.kernel)
+        levels = unpack_levels(self.weight)[:, :columns] if self.bits == 4 else self.weight
+        spread = self.scales.repeat_interleave(self.group, 1)[:, :columns]
+        return (levels.float() * spread).unflatten(1, self.kernel)
+
+    def extra_repr(self) -> str:
+        i, h, w = self.kernel
+        sizes = f"{i * self.groups}, {self.weight.shape[0]}, kernel={h, w}, stride={self.stride}, groups={self.groups}"
+        return f"{sizes}, bits={self.bits}, group={self.group}"
+
+
+class WeightOnlyConv1d(WeightOnlyConv2d):
+    """A convolution of ``[N, C, L]``: the 2-D one, over a picture one row high."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.unsqueeze(2)).squeeze(2)
 
 
 def weight_only(layer: nn.Linear, bits: int, group: int) -> WeightOnlyLinear:
