@@ -153,8 +153,9 @@ class WeightOnlyConv2d(nn.Module):
         """The float32 weight OIHW that is multiplied."""
         columns = math.prod(self.kernel)
         levels = unpack_levels(self.weight)[:, :columns] if self.bits == 4 else self.weight
-        spread = self.scales.repeat_interleave(self.group, 1)[:, :columns]
-        return (levels.float() * spread).unflatten(1, self.kernel)
+        # Not by repeating the scales: an exporter would fold these into a constant as large as a float weight.
+        whole = functional.pad(levels.float(), (0, -columns % self.group)).unflatten(1, (-1, self.group))
+        return (whole * self.scales[:, :, None]).flatten(1)[:, :columns].unflatten(1, self.kernel)
 
     def extra_repr(self) -> str:
         i, h, w = self.kernel
