@@ -152,9 +152,13 @@ class WeightOnlyConv2d(nn.Module):
     def float_weight(self) -> Tensor:
         """The float32 weight OIHW that is multiplied."""
         columns = math.prod(self.kernel)
-        levels = unpack_levels(self.weight)[:, :columns] if self.bits == 4 else self.weight
+        levels = self.weight.float()
+        if self.bits == 4:  # in exact floats: the ONNX exporter types shifts of bytes wrongly
+            high = (levels / 16).floor()
+            fields = torch.stack([levels - 16 * high, high], -1).flatten(1)[:, :columns]
+            levels = fields - 16 * (fields > 7)
         # Not by repeating the scales: an exporter would fold these into a constant as large as a float weight.
-        whole = functional.pad(levels.float(), (0, -columns % self.group)).unflatten(1, (-1, self.group))
+        whole = functional.pad(levels, (0, -columns % self.group)).unflatten(1, (-1, self.group))
         return (whole * self.scales[:, :, None]).flatten(1)[:, :columns].unflatten(1, self.kernel)
 
     def extra_repr(self) -> str:
