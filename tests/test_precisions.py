@@ -110,13 +110,13 @@ def test_what_has_kernels_is_not_decoded():
 def test_ends_are_protected_and_codebooks_must_pay(databases):
     made = pipeline("plain stored")
     assert any("outweigh" in refusal.reason for refusal in made.space.refused)
-    assert Method("w4") in made.space.methods["head"]
+    assert Method("w4g32") in made.space.methods["head"]
     guarded = build_space(made.graph, STORED.model_copy(update={"ends": "8bit"}), Vectors())
     assert Method("w8") in guarded.methods["head"]
-    assert Method("w4") not in guarded.methods["head"]
-    assert any(r.subject == "stem" and r.option == "w4" and "first layer" in r.reason for r in guarded.refused)
+    assert Method("w4g32") not in guarded.methods["head"]
+    assert any(r.subject == "stem" and r.option == "w4g32" and "first layer" in r.reason for r in guarded.refused)
     floats = build_space(made.graph, STORED.model_copy(update={"ends": "float"}), Vectors())
     assert {method.precision for method in floats.methods["head"]} == {"fp32"}  # no profile here computes fp16 either
     fast = build_space(made.graph, STORED.model_copy(update={"kernels_only": True}), Vectors())
     assert {method.precision for method in fast.methods["block1.conv1"]} == {"fp32", "w8a8"}
-    assert Method("w4") not in fast.methods["head"]
+    assert Method("w4g32") not in fast.methods["head"]
