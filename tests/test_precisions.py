@@ -92,7 +92,9 @@ def test_stored_models_copy_export_and_decode(databases, precision, tmp_path):
         answer = run_session(onnx_session(path), x)
         torch.testing.assert_close(answer, expected, rtol=0, atol=(5e-3 if precision == "fp16" else 1e-4) * scale)
     float32 = [math.prod(tensor.dims) for tensor in onnx.load(path).graph.initializer if tensor.data_type == 1]
-    assert max(float32) < 64 * 32 * 9  # no large kernel is written decoded; constants below 8 KiB the exporter folds itself
+    assert (
+        max(float32) < 64 * 32 * 9
+    )  # no large kernel is written decoded; constants below 8 KiB the exporter folds itself
 
 
 def test_what_has_kernels_is_not_decoded():
