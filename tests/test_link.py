@@ -63,7 +63,9 @@ def test_architectures() -> None:
 @pytest.mark.board
 def test_a_cross_compiled_kernel_is_the_boards_code(tmp_path: Path) -> None:
     if link.find_linker("aarch64") is None:
-        pytest.fail("no linker for aarch64: `pip install 'autocomp[linker]'`, or `apt-get install binutils-aarch64-linux-gnu`")
+        pytest.fail(
+            "no linker for aarch64: `pip install 'autocomp[linker]'`, or `apt-get install binutils-aarch64-linux-gnu`"
+        )
     import tvm
     from tvm import te
 
