@@ -82,8 +82,8 @@ def test_every_layer_and_method_has_a_time(profile: Profile, kind: str, fitted: 
     for name, layer in made.graph.layers.items():
         widths = made.space.widths.get(layer.out_group or "", (layer.out_channels,))
         for width in widths:
-            depthwise = layer.kind == "depthwise"
-            shape = resized(layer, width if depthwise else layer.in_channels, width)
+            inputs = made.space.columns(name, width) if layer.conv_groups > 1 else layer.in_channels
+            shape = resized(layer, inputs, made.space.rows(name, width))
             for method in made.space.methods[name]:
                 usable = made.space.effective(name, shape.in_channels, shape.out_channels, method)
                 seconds, kernels = model.layer_seconds(shape, usable)
