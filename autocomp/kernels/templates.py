@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from autocomp.hardware import Profile
+from autocomp.kernels import neon
 from autocomp.kernels.compute import FLOPS, RUNS, TEMPLATE
 from autocomp.kernels.intrinsics import dot_product
 
@@ -98,8 +99,6 @@ def _contraction_tiles(anchor: Anchor, vectors: int, profile: Profile) -> Iterat
     unrolls: tuple[int, ...] = (1, 4) if anchor.reduction[-1] % 4 == 0 else (1,)
     if anchor.template.endswith("int8"):
         steps, unrolls = dot_product(profile).of_width(anchor.reduction[-1]).steps, (1,)
-    elif anchor.template.endswith("fp16") and anchor.reduction[-1] % 8 == 0:
-        unrolls = (1, 4, 8)
     for rows, count in itertools.product(_divisors(across, 28), _divisors(vectors, 8)):
         for rows_up in _divisors(up, 8) if square and rows == across and rows < 8 else (1,):
             # beside the accumulators: a register of weights for each vector, and the broadcast input (or a depthwise product)
@@ -120,6 +119,8 @@ def _cost(tile: Tile, anchor: Anchor, profile: Profile) -> float:
     block = rows * tile.vectors
     if anchor.template.startswith("depthwise"):
         return 1 / min(block, 16) + 0.001 * abs(tile.vectors - 2)
+    if neon.is_neon(profile):
+        return neon.cost(tile, anchor, profile)
     compute = max(block / 2, 4.5)
     loads = (rows + tile.vectors) / 2
     cycles = max(compute, loads) / block
