@@ -18,7 +18,7 @@ from autocomp.kernels import neon
 from autocomp.kernels.compute import FLOPS, RUNS, TEMPLATE
 from autocomp.kernels.intrinsics import dot_product
 
-VERSION = 4  # raise when a change here makes stored choices worth finding again
+VERSION = 5  # raise when a change here makes stored choices worth finding again
 
 _SQUARE = 16  # floats of a cache line of 64 bytes
 
@@ -151,7 +151,7 @@ def apply(function: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:
 
 def _tile_contraction(schedule: Any, tile: Tile, anchor: Anchor, profile: Profile) -> None:
     block = _anchor_block(schedule)
-    last = _inline_epilogue(schedule, block)
+    last = _inline_epilogue(schedule, block, profile)
     lanes = _lanes(anchor, profile)
     if last is None:
         last = schedule.cache_write(block, 0, "local")
@@ -300,14 +300,29 @@ def _vectorise_last(schedule: Any, block: Any, profile: Profile) -> None:
         schedule.vectorize(schedule.split(loops[-1], [None, lanes])[1])
 
 
-def _inline_epilogue(schedule: Any, anchor: Any) -> Any:
-    """Inline everything after the anchor into the last block and return that block; None if the anchor is last."""
+def _inline_epilogue(schedule: Any, anchor: Any, profile: Profile) -> Any:
+    """Inline what follows the anchor into the last block of its own size and return that block; None if there is none.
+
+    Blocks that spread the result over a larger tensor (the gate of a squeeze-and-excite, multiplied with all pixels) stay behind it as
+    loops of their own: in the write-back they would be unrolled over that tensor, and compute the gate anew for each of its elements.
+    """
     blocks = _blocks(schedule)
     names = [schedule.get(block).name_hint for block in blocks]
     after = blocks[names.index(schedule.get(anchor).name_hint) + 1 :]
-    for block in after[:-1]:
+    size = _elements(schedule, anchor)
+    spread = next((index for index, block in enumerate(after) if _elements(schedule, block) > size), len(after))
+    for block in [*after[: spread - 1], *after[spread:-1]]:
         schedule.compute_inline(block)
-    return after[-1] if after else None
+    if spread < len(after):
+        _vectorise_last(schedule, after[-1], profile)
+        if profile.cores > 1:
+            schedule.parallel(schedule.get_loops(after[-1])[0])
+    return after[spread - 1] if spread else None
+
+
+def _elements(schedule: Any, block: Any) -> int:
+    """Elements that a block writes."""
+    return math.prod(int(axis.dom.extent) for axis in schedule.get(block).iter_vars if axis.iter_type == 0)
 
 
 def _is_scheduled(function: Any) -> bool:

@@ -279,7 +279,7 @@ def tile_weight_only(schedule: Any, tile: Tile, anchor: Anchor, profile: Profile
     block = schedule.get_sblock("anchor")
     gemv = anchor.template.startswith("gemv")
     product = schedule.get_sblock("scaled") if gemv else block
-    last = templates._inline_epilogue(schedule, product)
+    last = templates._inline_epilogue(schedule, product, profile)
     templates._flatten_rows(schedule, last)
     schedule.set_scope(product, 0, "local")
     if gemv:
