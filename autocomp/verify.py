@@ -16,6 +16,9 @@ FP32_TOLERANCE = 1e-3
 INT8_TOLERANCE = 1e-2  # of most inputs: the median is held to this
 INT8_WORST = 5e-2  # of any input, ties included
 HALF_TOLERANCE = 1e-2  # operands of 11 bits, and kernels may sum in them
+# A deep model of float and 8-bit layers in turn (a ViT) amplifies such flips. No two summation orders agree better on it than torch does
+# with itself when the input is scaled by this; twice that movement is allowed too.
+_NUDGE = 1 + 1e-6
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
@@ -48,17 +51,27 @@ def check_outputs(
 ) -> float:
     """Compare ``run`` with ``model`` on every input tuple and return the largest relative error.
 
-    MismatchError if it is above 1e-3; for a model with quantised layers, if the median is above 1e-2 or any above 5e-2.
+    MismatchError if it is above 1e-3; for a model with quantised layers, if the median is above 1e-2 or any above 5e-2, and above twice
+    what torch's own output moves when its inputs are scaled by 1 + 1e-6.
     """
     import statistics
 
-    errors = [output_error(run(*arguments), reference_outputs(model, arguments)) for arguments in inputs]
+    references = [reference_outputs(model, arguments) for arguments in inputs]
+    errors = [output_error(run(*arguments), expected) for arguments, expected in zip(inputs, references, strict=True)]
     worst, middle, allowed = max(errors), statistics.median(errors), tolerance(model)
-    if _has_integers(model) and middle <= allowed:
-        allowed = INT8_WORST
+    if _has_integers(model) and worst > allowed:
+        moved = [_movement(model, arguments, expected) for arguments, expected in zip(inputs, references, strict=True)]
+        if middle <= max(allowed, 2 * statistics.median(moved)):
+            allowed = max(INT8_WORST, 2 * max(moved))
     if not worst <= allowed:
         raise MismatchError(f"{what} differs from torch by {worst:.2e} of the output's range (allowed: {allowed:.0e})")
     return worst
+
+
+def _movement(model: torch.nn.Module, arguments: tuple[torch.Tensor, ...], expected: list[torch.Tensor]) -> float:
+    """How far torch's own output moves when its floating-point inputs grow by a millionth."""
+    nudged = tuple(tensor * _NUDGE if tensor.is_floating_point() else tensor for tensor in arguments)
+    return output_error(tuple(reference_outputs(model, nudged)), expected)
 
 
 def reference_outputs(model: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:

@@ -22,6 +22,8 @@ VERSION = 5  # raise when a change here makes stored choices worth finding again
 
 _SQUARE = 16  # floats of a cache line of 64 bytes
 
+_MOST_BAND = 14
+_BAND_BYTES = 40 << 10  # of 48 KB nearest cache; measured on depthwise layers of MobileNetV2 and V3
 _CONTRACTIONS = (
     "conv2d", "conv2d_int8", "conv2d_fp16", "dense", "dense_int8", "dense_fp16", "batch_matmul", "depthwise", "depthwise_fp16",
 )  # fmt: skip
@@ -32,7 +34,9 @@ class Tile:
     """One point of a template's tuning space.
 
     ``rows`` output pixels by ``vectors`` registers of channels are accumulated at a time, ``unroll`` steps of the reduction are unrolled,
-    and ``channels_outer`` sweeps all pixels for one block of weights before the next block (else the reverse).
+    and ``channels_outer`` sweeps all pixels for one block of weights before the next block (else the reverse). A depthwise kernel takes
+    ``band`` output rows of one block of channels at a time, and pads only the inputs of those, which then lie in the nearest cache (0: the
+    whole input first).
     """
 
     rows: int = 1
@@ -40,6 +44,7 @@ class Tile:
     unroll: int = 1
     channels_outer: bool = True
     rows_up: int = 1
+    band: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -94,6 +99,9 @@ def tiles(anchor: Anchor, profile: Profile) -> list[Tile]:
 
 def _contraction_tiles(anchor: Anchor, vectors: int, profile: Profile) -> Iterator[Tile]:
     *_, up, across = (1, *anchor.spatial[:-1])
+    if anchor.template.startswith("depthwise") and up > 1:
+        yield from _depthwise_tiles(anchor, vectors, profile)
+        return
     square = anchor.template.startswith(("conv2d", "depthwise"))
     steps = 1
     unrolls: tuple[int, ...] = (1, 4) if anchor.reduction[-1] % 4 == 0 else (1,)
@@ -109,6 +117,21 @@ def _contraction_tiles(anchor: Anchor, vectors: int, profile: Profile) -> Iterat
                     yield Tile(rows, count, unroll, channels_outer, rows_up)
 
 
+def _depthwise_tiles(anchor: Anchor, vectors: int, profile: Profile) -> Iterator[Tile]:
+    """Long rows of one or two registers; bands whose padded inputs fit the nearest cache, and the ones beside them."""
+    _, up, across, _ = anchor.spatial
+    bands = [band for band in _divisors(up, _MOST_BAND) if _band_bytes(band, anchor, profile) <= _BAND_BYTES]
+    for rows, count, band in itertools.product(_divisors(across, 14), _divisors(vectors, 2), [*bands[-2:], 0]):
+        if rows * count + count + 1 <= profile.vector_registers:
+            yield Tile(rows, count, band=band)
+
+
+def _band_bytes(band: int, anchor: Anchor, profile: Profile) -> int:
+    """Bytes of the inputs of a band of one register's channels, at the stride of 2 that is the most in use."""
+    (height, width), lanes = anchor.reduction, _lanes(anchor, profile)
+    return 4 * lanes * (2 * band + height - 1) * (2 * anchor.spatial[2] + width - 1)
+
+
 def _cost(tile: Tile, anchor: Anchor, profile: Profile) -> float:
     """Relative cycles by the analytic model; only the order matters.
 
@@ -118,7 +141,7 @@ def _cost(tile: Tile, anchor: Anchor, profile: Profile) -> float:
     rows = tile.rows * tile.rows_up
     block = rows * tile.vectors
     if anchor.template.startswith("depthwise"):
-        return 1 / min(block, 16) + 0.001 * abs(tile.vectors - 2)
+        return 1 / min(block, 14) + 0.01 * (tile.vectors - 1) + 0.001 * (_MOST_BAND - tile.band)
     if neon.is_neon(profile):
         return neon.cost(tile, anchor, profile)
     compute = max(block / 2, 4.5)
@@ -167,24 +190,35 @@ def _tile_contraction(schedule: Any, tile: Tile, anchor: Anchor, profile: Profil
         up, up_inner = schedule.split(outer.pop(), [None, tile.rows_up])
         outer.append(up)
         inner.append(up_inner)
+    band: list[Any] = []
+    if tile.band:
+        up, up_inner = schedule.split(outer.pop(), [None, tile.band])
+        outer.append(up)
+        band.append(up_inner)
     across_outer, across_inner = schedule.split(across, [None, tile.rows])
     inner.append(across_inner)
     channel_outer, vector, lane = schedule.split(channel, [None, tile.vectors, lanes])
-    outer.append(across_outer)
-    if tile.channels_outer and anchor.template != "batch_matmul":
-        outer.insert(0, channel_outer)
-    else:
+    if tile.band:
         outer.append(channel_outer)
+        band.append(across_outer)
+    elif tile.channels_outer and anchor.template != "batch_matmul":
+        outer = [channel_outer, *outer, across_outer]
+    else:
+        outer += [across_outer, channel_outer]
     intrinsic = anchor.template.endswith("int8")
     lane_reduction = [reduction.pop()] if intrinsic else []
     if tile.unroll > 1:
         step, step_inner = schedule.split(reduction.pop(), [None, tile.unroll])
         reduction += [step, step_inner]
-    schedule.reorder(*outer, *reduction, *inner, vector, lane, *lane_reduction)
-    schedule.reverse_compute_at(last, outer[-1], preserve_unit_loops=True)
+    schedule.reorder(*outer, *band, *reduction, *inner, vector, lane, *lane_reduction)
+    schedule.reverse_compute_at(last, [*outer, *band][-1], preserve_unit_loops=True)
+    if tile.band:
+        for pad in _named(schedule, "pad"):
+            schedule.compute_at(pad, outer[-1], preserve_unit_loops=True)
     if profile.cores > 1:
         outer = [schedule.fuse(*outer)]
         schedule.parallel(outer[0])
+    outer += band
     for loop in (*inner, vector):
         schedule.unroll(loop)
     if tile.unroll > 1:
@@ -199,9 +233,8 @@ def _tile_contraction(schedule: Any, tile: Tile, anchor: Anchor, profile: Profil
     schedule.vectorize(vectorised)
     for loop in unrolled:
         schedule.unroll(loop)
-    for pad in _blocks(schedule):
-        if schedule.get(pad).name_hint in ("pad", "pack"):
-            _vectorise_last(schedule, pad, profile)
+    for pad in _named(schedule, "pad", "pack"):
+        _vectorise_last(schedule, pad, profile)
 
 
 def _write_back(schedule: Any, last: Any, depth: int, lanes: int) -> None:
@@ -345,10 +378,18 @@ def _blocks(schedule: Any) -> list[Any]:
     return list(schedule.get_child_blocks(schedule.get_sblock("root")))
 
 
+def _named(schedule: Any, *names: str) -> list[Any]:
+    return [block for block in _blocks(schedule) if schedule.get(block).name_hint in names]
+
+
 def _lanes(anchor: Anchor, profile: Profile) -> int:
     if anchor.template.endswith("int8"):
         return dot_product(profile).lanes
-    return 2 * profile.lanes if anchor.template.endswith("fp16") else profile.lanes
+    lanes = 2 * profile.lanes if anchor.template.endswith("fp16") else profile.lanes
+    if anchor.template.startswith("depthwise"):  # shorter vectors rather than a ragged one: channels are mostly multiples of 8
+        shorter = math.gcd(anchor.spatial[-1], lanes)
+        return shorter if shorter >= 4 else lanes
+    return lanes
 
 
 def _is_spatial(schedule: Any, block: Any) -> bool:
