@@ -18,7 +18,7 @@ from autocomp.kernels import neon
 from autocomp.kernels.compute import FLOPS, RUNS, TEMPLATE
 from autocomp.kernels.intrinsics import dot_product
 
-VERSION = 5  # raise when a change here makes stored choices worth finding again
+VERSION = 7  # raise when a change here makes stored choices worth finding again
 
 _SQUARE = 16  # floats of a cache line of 64 bytes
 
@@ -159,7 +159,7 @@ def apply(function: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:
 
     if _is_scheduled(function):
         return function
-    schedule = s_tir.Schedule(function)
+    schedule = s_tir.Schedule(_short_indices(function))
     if weight_only.is_weight_only(anchor):
         weight_only.tile_weight_only(schedule, tile, anchor, profile)
     elif anchor.template.endswith("fp16") and tile.vectors and len(_reductions(schedule)) > 1:
@@ -170,6 +170,20 @@ def apply(function: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:
         schedule_rowwise(schedule, profile)
     result = schedule.mod["main"]
     return result.with_attr("tirx.is_scheduled", True)
+
+
+def _short_indices(function: Any) -> Any:
+    """The function with 32-bit indices, where its tensors allow it: TVM then proves more of the bounds, and LLVM addresses better."""
+    import tvm
+
+    dtypes = [str(parameter.ty.dtype).removeprefix("T.") for parameter in function.params]
+    sizes = [math.prod(int(size) for size in parameter.ty.shape) for parameter in function.params]
+    if "int64" in dtypes or max(sizes, default=0) >= 2**31:
+        return function
+    try:
+        return tvm.tirx.transform.ForceNarrowIndexToInt32()(tvm.IRModule({"main": function}))["main"]
+    except Exception:  # 64-bit values inside: it stays as it is
+        return function
 
 
 def _tile_contraction(schedule: Any, tile: Tile, anchor: Anchor, profile: Profile) -> None:
@@ -218,6 +232,9 @@ def _tile_contraction(schedule: Any, tile: Tile, anchor: Anchor, profile: Profil
     if profile.cores > 1:
         outer = [schedule.fuse(*outer)]
         schedule.parallel(outer[0])
+    elif int(schedule.get(last).iter_vars[-1].dom.extent) != anchor.spatial[-1]:
+        # columns are cropped: whole vectors lose the condition, and with it their scalar stores, to a loop of their own
+        schedule.annotate(channel_outer, "pragma_loop_partition_hint", 1)
     outer += band
     for loop in (*inner, vector):
         schedule.unroll(loop)
