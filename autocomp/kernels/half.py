@@ -173,7 +173,7 @@ def tile_runs(schedule: Any, tile: Tile, anchor: Anchor, profile: Profile) -> No
     """Schedule, in place, a contraction whose runs float32 adds up: one tile of fp16 sums in registers, the totals beside it."""
     block, total = schedule.get_sblock("anchor"), schedule.get_sblock("total")
     lanes = templates._lanes(anchor, profile)
-    last = templates._inline_epilogue(schedule, total)
+    last = templates._inline_epilogue(schedule, total, profile)
     if last is None:
         last = schedule.cache_write(total, 0, "local")
     else:

@@ -403,7 +403,9 @@ def _lanes(anchor: Anchor, profile: Profile) -> int:
     if anchor.template.endswith("int8"):
         return dot_product(profile).lanes
     lanes = 2 * profile.lanes if anchor.template.endswith("fp16") else profile.lanes
-    if anchor.template.startswith("depthwise"):  # shorter vectors rather than a ragged one: channels are mostly multiples of 8
+    if anchor.template.startswith(
+        "depthwise"
+    ):  # shorter vectors rather than a ragged one: channels are mostly multiples of 8
         shorter = math.gcd(anchor.spatial[-1], lanes)
         return shorter if shorter >= 4 else lanes
     return lanes
