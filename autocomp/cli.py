@@ -16,6 +16,7 @@ import click
 from autocomp import terminal
 from autocomp.commands import Commands, F, common_options
 from autocomp.config import Settings, load_settings, read_mapping, settings_schema
+from autocomp.device_cli import device
 from autocomp.errors import AutocompError, UsageError
 from autocomp.hardware import profile_schema
 from autocomp.kernels_cli import kernels
@@ -195,6 +196,7 @@ def schema(kind: str, as_json: bool) -> None:
 
 
 cli.add_command(kernels)
+cli.add_command(device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

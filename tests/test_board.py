@@ -19,6 +19,7 @@ from emulated_board import MissingPiece, assemble, runtime_library
 from torch import nn
 
 import autocomp
+from autocomp.cli import main
 from autocomp.compress.fold import fold_batchnorm
 from autocomp.compress.quantize import activation_parameters, quantised
 from autocomp.devices.boards import Limits
@@ -128,6 +129,15 @@ def test_the_board_tells_what_it_is(servers: Servers, device: RpcDevice) -> None
     assert facts.features == {"fullfp16", "dotprod"}
     assert device.notes == ()
     assert device.profile.precisions == ("fp32", "fp16", "w8a8", "w8", "w4")
+
+
+def test_probing(servers: Servers, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every precision that the profile offers has a kernel that runs, and a figure (which means nothing, emulated)."""
+    assert main(["device", "probe", "--profile", str(profile_file(servers, "a76")), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (set(found["peaks"]), found["notes"]) == ({"fp32", "fp16", "int8"}, [])
+    assert all(rate > 0 for rate in (*found["peaks"].values(), found["bandwidth"]))
+    assert found["facts"]["features"] == ["dotprod", "fullfp16"]
 
 
 def test_what_an_older_core_lacks_is_withdrawn(servers: Servers) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import tiny_task
 import torch
 from boards import Servers
 
+from autocomp.cli import main
 from autocomp.devices.boards import Limits, Session, boards_of, registered
 from autocomp.devices.device import open_device
 from autocomp.devices.features import BoardFacts, fit_to_board
@@ -26,6 +30,7 @@ from autocomp.errors import AutocompError, BoardError, MismatchError, UsageError
 from autocomp.hardware import Profile, Rpc, load_profile
 from autocomp.kernels.store import KernelStore
 from autocomp.kernels.timers import Timer
+from autocomp.kernels.tune import Tuner
 from autocomp.kernels.workers import attempt_shared
 
 LIMITS = Limits(trial=20, module=30, wait=20)
@@ -290,6 +295,45 @@ def test_what_a_board_lacks_is_withdrawn(
     for feature in ("fullfp16", "dotprod"):
         assert host.has_feature(fitted.target, feature) == (feature in features)
     assert (fitted == profile) == (not said)
+
+
+def test_listing(servers: Servers, profile: Profile, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["device", "list", "--tracker", servers.tracker]) == 0
+    assert "127.0.0.1:9700" in capsys.readouterr().out
+    own = str(servers.logs / "hut.yaml")
+    assert main(["device", "list", "--profile", own, "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [board["key"] for board in listed["boards"]] == ["hut", "hut"]
+    assert listed["keys"]["hut"]["waiting"] == 0
+    assert main(["device", "list", "--tracker", "127.0.0.1:9599"]) == 2
+    assert "no TVM RPC tracker answers" in capsys.readouterr().err
+    assert main(["device", "list", "--tracker", "board"]) == 2
+    assert "--tracker must be HOST:PORT" in capsys.readouterr().err
+
+
+def test_probing(servers: Servers, profile: Profile, capsys: pytest.CaptureFixture[str]) -> None:
+    own = str(servers.logs / "hut.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(Tuner.__init__.__kwdefaults__, "budget", 2)
+        assert main(["device", "probe", "--profile", own, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["peaks"]) >= {"fp32"}
+    assert min(found["peaks"].values()) > 1e9, "operations a second"
+    assert found["bandwidth"] > 1e8, "bytes a second"
+    assert found["notes"] == []
+    assert main(["device", "probe", "--profile", "cortex-a76"]) == 2
+    assert "states no board (rpc): give --tracker HOST:PORT and --key KEY" in capsys.readouterr().err
+
+
+def test_setting_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["device", "setup", "--tracker", "10.0.0.5:9191", "--key", "shed"]) == 0
+    printed = capsys.readouterr().out
+    for words in (f"apache-tvm-ffi=={version('apache-tvm-ffi')}", "--load-library", "--key shed", "--port 9191"):
+        assert words in printed
+    assert main(["device", "setup", "--json"]) == 0
+    for line in (line for lines in json.loads(capsys.readouterr().out).values() for line in lines):
+        if not line.startswith(("how:", "rpc:")):
+            assert subprocess.run(["bash", "-n", "-c", line], capture_output=True, check=False).returncode == 0, line
 
 
 def test_errors_are_of_this_project() -> None:

@@ -23,6 +23,7 @@ from autocomp.hardware import Rpc
 _ANSWER = 5.0  # seconds in which a tracker answers anything but a request for a board
 _RESTART = 8.0  # seconds in which a server that a kernel has crashed comes back (a loop starts it again)
 _POLL = 0.25
+_BIG_CORES = 1  # TVM's affinity mode: the fastest cores first [tvm/runtime/threading_backend.h]
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,10 @@ def boards_of(rpc: Rpc) -> tuple[Board, ...]:
 class Session:
     """One board lent to this process. Its modules and arrays are the board's; they end with it.
 
-    ``lifetime`` seconds after it was opened the server ends it.
+    ``lifetime`` seconds after it was opened the server ends it; parallel kernels use ``threads`` of its cores.
     """
 
-    def __init__(self, rpc: Rpc, lifetime: float, wait: float) -> None:
+    def __init__(self, rpc: Rpc, lifetime: float, wait: float, threads: int = 1) -> None:
         self.address, matchkey = _request(rpc, wait)
         self.ends = time.monotonic() + lifetime
         self._uploads = 0
@@ -108,6 +109,8 @@ class Session:
 
             self.remote = tvm.rpc.connect(host, int(port), matchkey, session_timeout=lifetime)
             self.device = self.remote.cpu(0)
+            if threads > 1:
+                self.remote.get_function("runtime.config_threadpool")(_BIG_CORES, threads)
         except Exception as error:
             raise BoardError(f"board {self.address} refuses a session: {last_line(error)}") from None
 

@@ -51,7 +51,7 @@ class RpcTimer:
             boards = len(boards_of(self.rpc))
         except UsageError:
             boards = 1  # which waits for one to come back, and reports the failure as a trial's
-        trial = _Trial(self.profile, self.limits, random_arrays(function), build)
+        trial = _Trial(self.profile, self.limits, random_arrays(function, _LARGE), build)
         return attempt_shared(items, trial, min(boards, len(items)), self._patience())
 
     def _patience(self) -> float:
@@ -61,8 +61,8 @@ class RpcTimer:
 class _Lent:
     """A session that is opened when first needed, kept for the next job, and replaced before it can end in the midst of one."""
 
-    def __init__(self, rpc: Rpc, limit: float, wait: float) -> None:
-        self.rpc, self.limit, self.wait = rpc, limit, wait
+    def __init__(self, rpc: Rpc, limit: float, wait: float, threads: int = 1) -> None:
+        self.rpc, self.limit, self.wait, self.threads = rpc, limit, wait, threads
         self.session: Session | None = None
 
     def use(self, work: Callable[[Session], R]) -> R:
@@ -71,7 +71,7 @@ class _Lent:
 
         if self.session is None or self.session.ends - time.monotonic() < self.limit:
             self.session = None
-            self.session = Session(self.rpc, _LIVES * self.limit, self.wait)
+            self.session = Session(self.rpc, _LIVES * self.limit, self.wait, self.threads)
         try:
             return work(self.session)
         except Exception as error:
@@ -86,7 +86,7 @@ class _Trial:
         self, profile: Profile, limits: Limits, arrays: Sequence[np.ndarray], build: Callable[[Any], Any]
     ) -> None:
         self.profile, self.arrays, self.build = profile, arrays, build
-        self.lent = _Lent(rpc_of(profile), limits.trial, limits.wait)
+        self.lent = _Lent(rpc_of(profile), limits.trial, limits.wait, profile.cores)
         self.kept: tuple[Session, list[Any]] | None = None
 
     def __call__(self, item: Any) -> float:
@@ -196,7 +196,7 @@ class RemoteModel:
         return Latency(middle, spread, "measured", self.profile.name, device, timed.samples, self.kernels)
 
     def _on_a_board(self, job: Callable[[Session], Any]) -> Any:
-        return on_a_board(rpc_of(self.profile), job, self.limits)
+        return on_a_board(rpc_of(self.profile), job, self.limits, self.profile.cores)
 
 
 class RpcDevice:
@@ -247,9 +247,9 @@ def board_of(profile: Profile, limits: Limits | None = None) -> RpcDevice | None
     return RpcDevice(replace(profile, how="rpc"), limits=limits) if profile.rpc else None
 
 
-def on_a_board(rpc: Rpc, job: Callable[[Session], R], limits: Limits) -> R:
+def on_a_board(rpc: Rpc, job: Callable[[Session], R], limits: Limits, threads: int = 1) -> R:
     """Run a job on a free board, in a child process with a time limit; another try if that board is lost. BoardError."""
-    lent = _Lent(rpc, limits.module, limits.wait)
+    lent = _Lent(rpc, limits.module, limits.wait, threads)
     answers = attempt_shared([job], lent.use, 1, limits.module + limits.wait)
     try:
         _, result, failure = next(answers)

@@ -13,10 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from autocomp.errors import AutocompError
 from autocomp.hardware import Profile
 from autocomp.kernels.store import KernelRecord, KernelStore
+
+if TYPE_CHECKING:
+    from autocomp.kernels.timers import Timer
 
 STREAM = "peak-memory-v1"  # key of the record that holds the measured bandwidth
 _LARGEST = 1 << 30  # bytes streamed at most
@@ -113,10 +117,11 @@ def _element(record: KernelRecord) -> float:
     return {"w8": 1.0, "w4": 0.5}.get(record.operator[-2:], 4.0)
 
 
-def measure_bandwidth(profile: Profile, store: KernelStore) -> float:
+def measure_bandwidth(profile: Profile, store: KernelStore, timer: Timer | None = None) -> float:
     """Bytes a second that the profile's threads read from main memory; measured if the store does not know it yet.
 
-    A sum over an array of four times the last-level cache, 64 MiB at least and a tenth of memory at most.
+    A sum over an array of four times the last-level cache, 64 MiB at least and a tenth of memory at most; by ``timer`` where the
+    target is not this machine. AutocompError if it could not be timed.
     """
     record = store.get(STREAM)
     if record is None:
@@ -130,9 +135,18 @@ def measure_bandwidth(profile: Profile, store: KernelStore) -> float:
         wanted = max(4 * profile.caches.get("l3", 0), 64 << 20)
         limit = min(_LARGEST, (profile.memory_bytes or _LARGEST) // 10)
         depth = max(min(wanted, limit) // (blocks * width * 4), 1)
-        data = tvm.runtime.tensor(np.ones((blocks, depth, width), "float32"))
-        sums = tvm.runtime.tensor(np.zeros((blocks, width), "float32"))
-        seconds = time_function(_stream(blocks, depth, width, profile), [data, sums], Target(dict(profile.target)))
+        stream = _stream(blocks, depth, width, profile)
+        if timer is not None:
+            answers = timer.attempt(stream, [stream], lambda function: function)
+            _, timed, failure = next(answers)
+            answers.close()
+            if timed is None:
+                raise AutocompError(f"the memory bandwidth could not be measured: {failure}")
+            seconds = timed
+        else:
+            data = tvm.runtime.tensor(np.ones((blocks, depth, width), "float32"))
+            sums = tvm.runtime.tensor(np.zeros((blocks, width), "float32"))
+            seconds = time_function(stream, [data, sums], Target(dict(profile.target)))
         moved = blocks * depth * width * 4
         record = KernelRecord(STREAM, "stream", {"bytes": moved}, seconds, 0, 1)
         store.add(record)

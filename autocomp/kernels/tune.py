@@ -68,9 +68,9 @@ class Tuner:
         if template == "rowwise":
             return None
         if self.profile.cores > 1:
-            single = Tuner(
-                replace(self.profile, cores=1), self.store, budget=self.budget
-            )  # several cores are always local
+            # what a board's timer runs is what is scheduled for one core; on this machine the timer itself counts threads
+            timer = self.timer if self.profile.how == "rpc" else None
+            single = Tuner(replace(self.profile, cores=1), self.store, timer, budget=self.budget)
             return self.profile.cores * (single.peak(template) or 0.0)
         arithmetic = next((kind for kind in ("int8", "fp16") if template.endswith(kind)), "fp32")
         key = f"peak-{arithmetic}-v{templates.VERSION}"
