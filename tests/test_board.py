@@ -21,6 +21,7 @@ from torch import nn
 import autocomp
 from autocomp.cli import main
 from autocomp.compress.fold import fold_batchnorm
+from autocomp.compress.half import halved
 from autocomp.compress.quantize import activation_parameters, quantised
 from autocomp.devices.boards import Limits
 from autocomp.devices.device import open_device
@@ -84,6 +85,14 @@ def in_fp32(model: nn.Module, _inputs: torch.Tensor) -> nn.Module:
     return model
 
 
+def in_fp16(model: nn.Module, _inputs: torch.Tensor) -> nn.Module:
+    """Every layer but the first in 16 bits."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+    for name in list(layers)[1:]:
+        model.set_submodule(name, halved(layers[name]))
+    return model
+
+
 def in_w8a8(model: nn.Module, inputs: torch.Tensor) -> nn.Module:
     """Every layer but the first in 8 bits, with ranges as these inputs show them."""
     seen: dict[str, tuple[float, float]] = {}
@@ -104,7 +113,7 @@ def in_w8a8(model: nn.Module, inputs: torch.Tensor) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("convert", [in_fp32, in_w8a8], ids=lambda convert: str(convert.__name__))
+@pytest.mark.parametrize("convert", [in_fp32, in_fp16, in_w8a8], ids=lambda convert: str(convert.__name__))
 def test_modules_compute_what_torch_computes(
     device: RpcDevice, convert: Callable[[nn.Module, torch.Tensor], nn.Module]
 ) -> None:
@@ -118,8 +127,8 @@ def test_modules_compute_what_torch_computes(
     ]
     assert max(errors) <= 5 * tolerance(model)
     assert int.from_bytes(compiled.library[18:20], "little") == ARM64, "the code that ran is the board's"
-    if convert is in_w8a8:
-        assert any(kernel.operator.endswith("int8") for kernel in compiled.kernels)
+    own = {in_fp32: "", in_fp16: "fp16", in_w8a8: "int8"}[convert]
+    assert any(kernel.operator.startswith("conv2d") and kernel.operator.endswith(own) for kernel in compiled.kernels)
 
 
 def test_the_board_tells_what_it_is(servers: Servers, device: RpcDevice) -> None:
