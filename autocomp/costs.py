@@ -14,7 +14,7 @@ from autocomp.space import Space, resized
 
 if TYPE_CHECKING:
     from autocomp.compress.database import LayerTable
-    from autocomp.graph import Graph, Layer
+    from autocomp.graph import Graph, Group, Layer
 
 
 class Costs:
@@ -61,10 +61,15 @@ class Costs:
             shape = resized(layer, *self.space.shape(name, candidate.widths))
             seconds, kernels = device.model.layer_seconds(shape, candidate.methods[name])
             total, count = total + seconds, count + kernels
+        for group in self.graph.groups.values():
+            seconds, kernels = device.model.attention_seconds(group, candidate.widths.get(group.name, group.width))
+            total, count = total + seconds, count + kernels
         return total, count
 
     def _seconds(self, table: LayerTable, dense: Mapping[str, float]) -> np.ndarray:
         layer = self.graph.layers[table.layer]
+        group = self.graph.groups.get(table.in_group or "")
+        carries = group is not None and table.layer == group.consumers[0]  # one table has the products of attention
         seconds = np.zeros(table.error.shape)
         for i, width_in in enumerate(table.widths_in):
             for o, width_out in enumerate(table.widths_out):
@@ -73,13 +78,19 @@ class Costs:
                 outputs = self.space.rows(table.layer, width_in if through else width_out)
                 for m, method in enumerate(table.methods):
                     effective = self.space.effective(table.layer, inputs, outputs, method)
-                    seconds[i, o, m] = self._share(resized(layer, inputs, outputs), effective, dense)
+                    attention = (group, width_in) if carries and group is not None else None
+                    seconds[i, o, m] = self._share(resized(layer, inputs, outputs), effective, dense, attention)
         return seconds
 
-    def _share(self, layer: Layer, method: Method, dense: Mapping[str, float]) -> float:
+    def _share(
+        self, layer: Layer, method: Method, dense: Mapping[str, float], attention: tuple[Group, int] | None
+    ) -> float:
         shares = []
         for name, device in self.devices.items():
             total, count = device.model.layer_seconds(layer, method)
+            if attention is not None:
+                more, kernels = device.model.attention_seconds(*attention)
+                total, count = total + more, count + kernels
             shares.append(
                 (device.model.module_seconds(total, count) - device.model.module_seconds(0.0, 0)) / dense[name]
             )

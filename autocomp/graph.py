@@ -95,7 +95,12 @@ def analyse(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Graph:
     ``skipped`` and stay as they are, as do groups that they take part in. ExportError if `torch.export` refuses the
     model: it names the operation and the line.
     """
-    model = copy.deepcopy(model).eval()
+    try:
+        model = copy.deepcopy(model).eval()
+    except Exception as error:  # whatever a module holds: the weights that old weight_norm computes, a lock, a file
+        reason = str(error).split(". ")[0]
+        hint = "; bake in weight_norm first (torch.nn.utils.remove_weight_norm)" if "weight_norm" in str(error) else ""
+        raise ExportError(f"the model cannot be copied, which every candidate needs: {reason}{hint}") from error
     program = export(model, example_inputs)
     layers, skipped = _layers(program, model)
     folded = {*layers, *(layer.norm for layer in layers.values() if layer.norm is not None)}

@@ -24,6 +24,7 @@ from autocomp.records import Method
 
 if TYPE_CHECKING:
     from autocomp.graph import Layer
+    from autocomp.groups import Group
 
 _FEATURES = 4
 # Before enough kernels were measured: near the peak, one store and one load a vector, 50 ns a call.
@@ -142,6 +143,15 @@ class LatencyModel:
     def layer_seconds(self, layer: Layer, method: Method) -> tuple[float, int]:
         """Predicted (seconds, kernels) of one layer of this shape."""
         work = layer_work(layer, method, self.profile)
+        return sum(self.kernel_seconds(item) for item in work), len(work)
+
+    def attention_seconds(self, group: Group, width: int) -> tuple[float, int]:
+        """Predicted (seconds, kernels) of the products of attention, when a group keeps ``width`` units (heads)."""
+        lanes = self.profile.lanes
+        work = [
+            Work("batch_matmul", (max(1, round(a.batch * width)), padded_rows(a.m), round_up(a.n, lanes)), (a.k,))
+            for a in group.attention
+        ]
         return sum(self.kernel_seconds(item) for item in work), len(work)
 
     def module_seconds(self, total: float, count: int) -> float:

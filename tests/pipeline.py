@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import families
 import nets
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autocomp.accuracy.calibrate import Statistics, collect_from
 from autocomp.compress.apply import reestimate_batchnorm
@@ -51,6 +52,7 @@ class Pipeline:
     graph: Graph
     space: Space
     statistics: Statistics
+    data: Tensor
 
     def database(self, folder: Path) -> LayerDatabase:
         return LayerDatabase(folder, self.model, self.graph, self.space, self.statistics)
@@ -58,14 +60,17 @@ class Pipeline:
 
 @cache
 def pipeline(kind: str = "plain") -> Pipeline:
-    """``plain``, ``depthwise``, ``flat`` or ``odd``; with `` stored`` after it, in many precisions."""
-    kind, _, stored = kind.partition(" ")
-    if kind in ("flat", "odd"):
+    """``plain``, ``depthwise``, ``flat``, ``odd``, or one of ``families.FAMILIES``; with `` stored`` after it, in many precisions."""
+    stored, kind = kind.endswith(" stored"), kind.removesuffix(" stored")
+    data = families.samples(kind, 96) if kind in families.FAMILIES else nets.images(96)
+    if kind in families.FAMILIES:
+        model = families.make(kind)
+    elif kind in ("flat", "odd"):
         torch.manual_seed(0)
         model = (nets.Flat() if kind == "flat" else nets.Odd()).eval()
     else:
         model = nets.make(width=32, depthwise=kind == "depthwise")
-        reestimate_batchnorm(model, [(nets.images(96),)])  # as after training: statistics that fit the data
-    graph = analyse(model, (nets.images(1),))
+        reestimate_batchnorm(model, [(data,)])  # as after training: statistics that fit the data
+    graph = analyse(model, (data[:1],))
     space = build_space(graph, STORED if stored else EVERYTHING, Vectors())
-    return Pipeline(model, graph, space, collect_from(model, [(nets.images(96),)], graph, 96))
+    return Pipeline(model, graph, space, collect_from(model, [(data,)], graph, 96), data)
