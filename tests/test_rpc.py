@@ -34,17 +34,19 @@ from autocomp.kernels.tune import Tuner
 from autocomp.kernels.workers import attempt_shared
 
 LIMITS = Limits(trial=20, module=30, wait=20)
-IMPATIENT = Limits(trial=1.5, module=1.5, wait=20)
+IMPATIENT = Limits(trial=1, module=1, wait=20)
 
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    """Two boards of one key, and one that tests may hurt."""
+    """Two boards of one key, one that tests may hurt, and two that start meanwhile, of which one will be killed."""
     with boards.tracked(tmp_path_factory.mktemp("boards"), 9600) as made:
         for key, port in (("hut", 9700), ("hut", 9702), ("frail", 9704)):
             made.start(key, port)
         made.wait("hut", 2)
         made.wait("frail", 1)
+        for port in (9706, 9708):
+            made.start("doomed", port)
         yield made
 
 
@@ -193,8 +195,6 @@ def test_a_kernel_that_crashes(servers: Servers, frail: Profile) -> None:
 
 def test_a_server_killed_in_mid_measurement(servers: Servers, tmp_path: Path) -> None:
     """The job is done again on the other board of the key."""
-    servers.start("doomed", 9706)
-    servers.start("doomed", 9708)
     servers.wait("doomed", 2)
     address = tmp_path / "address"
 
@@ -202,14 +202,14 @@ def test_a_server_killed_in_mid_measurement(servers: Servers, tmp_path: Path) ->
         first = not address.exists()
         address.write_text(session.address)
         if first:
-            usleep = calling("usleep", 8_000_000)
+            usleep = calling("usleep", 4_000_000)
             load(session, usleep)["main"](session.array(np.zeros(1, "int32")))
         return session.address
 
     def kill() -> None:
         while not address.exists() or not address.read_text():
             time.sleep(0.02)
-        time.sleep(0.5)
+        time.sleep(0.3)
         servers.kill(int(address.read_text().rpartition(":")[2]))
 
     killer = threading.Thread(target=kill)
@@ -218,7 +218,6 @@ def test_a_server_killed_in_mid_measurement(servers: Servers, tmp_path: Path) ->
     killer.join()
     (left,) = [port for port in (9706, 9708) if port in servers.processes]
     assert served_by == f"127.0.0.1:{left}"
-    servers.kill(left)
 
 
 def load(session: Session, function: Any) -> Any:
