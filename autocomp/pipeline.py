@@ -6,6 +6,7 @@ anywhere and resumed goes through the same stages, finds what is there, and does
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -55,8 +56,9 @@ class Pipeline:
         with progress.stage("calibrating"):
             self.statistics = collect(task, self.graph, settings.calibration_samples, settings.seed)
         self.database = LayerDatabase(folder / "layers", task.model, self.graph, self.space, self.statistics)
-        self.database.build(progress)
-        self.costs = Costs(self.graph, self.space, self.database.tables(), self.devices)
+        self.database.build(progress, workers=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+        self.space = self.space.without(self.database.dominated(profiles))
+        self.costs = Costs(self.graph, self.space, self.database.tables(self.space), self.devices)
         self.inputs = check_inputs(task)
         self.search = self._open_search(resume)
 

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from autocomp.errors import UsageError, suggest
-from autocomp.precisions import CENTROIDS, FORMATS
+from autocomp.precisions import CENTROIDS, FORMATS, group_of
 from autocomp.records import Candidate, Method, Precision
 from autocomp.resources import shipped_files
 
@@ -152,6 +152,19 @@ class Space:
         if method.ranks and _rank_waste(resized(self.graph.layers[layer], inputs, outputs), method.ranks):
             return Method(method.precision)
         return method
+
+    def without(self, dropped: Mapping[str, Mapping[Method, Method]]) -> Space:
+        """Return the space without some layers' methods; each comes with the one that is no worse in anything."""
+        methods = {
+            name: tuple(m for m in options if m not in dropped.get(name, {})) for name, options in self.methods.items()
+        }
+        reason = "no more accurate, smaller or faster than {}"
+        refused = [
+            Refusal(name, str(method), reason.format(better))
+            for name, pairs in dropped.items()
+            for method, better in pairs.items()
+        ]
+        return replace(self, methods=methods, refused=(*self.refused, *refused))
 
     def shape(self, layer: str, widths: Mapping[str, int]) -> tuple[int, int]:
         """Return (input columns, output channels) of a layer at the given group widths (missing groups are dense)."""
@@ -390,6 +403,19 @@ def has_kernel(layer: Layer, precision: Precision, profile: Target) -> bool:
     if kind == "grouped":
         return layer.kind == "linear"
     return precision in profile.precisions
+
+
+def same_kernels(layer: Layer, one: Method, other: Method, profiles: Sequence[Target]) -> bool:
+    """Whether two methods of a layer run the same kernels on every profile: those of fp32 where a precision has none."""
+    if one.ranks != other.ranks:
+        return False
+
+    def kernel(method: Method, profile: Target) -> tuple[str, float, int]:
+        precision = method.precision if has_kernel(layer, method.precision, profile) else "fp32"
+        kind = FORMATS[precision]
+        return kind.kind, kind.bits, group_of(precision, layer.in_channels) if kind.group else 0
+
+    return all(kernel(one, profile) == kernel(other, profile) for profile in profiles)
 
 
 def resized(layer: Layer, inputs: int, outputs: int) -> Layer:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 ROWS = 8192  # positions a layer at most whose inputs enter H
 SAMPLE = 512  # of them kept as they are, for the ranges of activations
 DRAWS = 4  # answers drawn for each sample's Fisher gradients
-BATCH = 64  # samples a pass with gradients: bounds memory
+BATCH = 64  # samples a pass with gradients at most
+ACTIVATIONS = 2**30  # bytes that a pass keeps for its gradients at most: larger models take fewer samples at once
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def collect_from(
         raise UsageError("calibration needs at least one sample; the task gave none")
     model = copy.deepcopy(model).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
+    size = _pass_size(model, batches, graph)
     collectors = {name: _Collector(layer, total, generator) for name, layer in graph.layers.items()}
     handles = []
     for name, collector in collectors.items():
@@ -84,7 +86,7 @@ def collect_from(
         handles.append(module.register_forward_hook(collector.see_output))
     logits = []
     for batch in batches:
-        for part in zip(*(tensor.split(BATCH) for tensor in batch), strict=True):
+        for part in zip(*(tensor.split(size) for tensor in batch), strict=True):
             with torch.enable_grad():
                 output = logits_of(model(*part))
                 _refuse_non_finite(output, "the model's output")
@@ -92,7 +94,7 @@ def collect_from(
             logits.append(output.detach())
     for handle in handles:
         handle.remove()
-    layers = {name: collector.finish(total) for name, collector in collectors.items()}
+    layers = {name: collectors.pop(name).finish(total) for name in graph.layers}
     return Statistics(layers, batches, torch.cat(logits).float(), _fingerprint(model, batches, samples, seed))
 
 
@@ -117,6 +119,36 @@ def _cut(calibration: Sequence[tuple[Tensor, ...]], samples: int) -> tuple[tuple
     if len({tuple(tensor.shape[1:] for tensor in batch) for batch in taken}) == 1:
         return (tuple(torch.cat(tensors) for tensors in zip(*taken, strict=True)),)
     return tuple(taken)
+
+
+def _pass_size(model: nn.Module, batches: Sequence[tuple[Tensor, ...]], graph: Graph) -> int:
+    """How many samples go through at once so that what autograd keeps of them stays within `ACTIVATIONS`."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    handles = [model.get_submodule(name).register_forward_hook(_tracked) for name in graph.layers]
+    try:
+        most = 0
+        for batch in {tuple(tensor.shape[1:] for tensor in batch): batch for batch in batches}.values():
+            kept.clear()
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                _output = model(*(tensor[:1] for tensor in batch))  # alive until what it keeps is counted
+            most = max(most, sum(kept.values()))
+            del _output
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(1, min(BATCH, ACTIVATIONS // max(1, most)))
+
+
+def _tracked(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return (output if output.requires_grad else output.requires_grad_()).clone()
 
 
 def _add_fisher(output: Tensor, collectors: Sequence[_Collector], generator: torch.Generator) -> None:
@@ -182,12 +214,12 @@ class _Collector:
 
     def finish(self, samples: int) -> LayerStatistics:
         mean = self.sum / max(1, self.rows)
-        squares = self.squares / max(1, self.rows)
+        covariance = self.squares.div_(max(1, self.rows))  # in place: these are the largest tensors of all
         if self.depthwise:
             by_channel = mean.view(self.layer.in_channels, -1)
-            covariance = squares - by_channel[:, :, None] * by_channel[:, None, :]
+            covariance -= by_channel[:, :, None] * by_channel[:, None, :]
         else:
-            covariance = squares - torch.outer(mean, mean)
+            covariance.addr_(mean, mean, alpha=-1)
         fisher = 0.5 * self.fisher / samples
         # A floor keeps channels whose gradients happened to vanish from counting as free.
         fisher = fisher.clamp_min(1e-3 * float(fisher.mean())) if float(fisher.sum()) > 0 else torch.ones_like(fisher)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,11 +30,12 @@ from autocomp.compress.quantize import Observer
 from autocomp.errors import CorruptError, UsageError
 from autocomp.progress import Progress
 from autocomp.records import Method
+from autocomp.space import same_kernels
 
 if TYPE_CHECKING:
     from autocomp.accuracy.calibrate import Statistics
     from autocomp.graph import Graph
-    from autocomp.space import Space
+    from autocomp.space import Space, Target
 
 FORMAT_VERSION = 1
 REVISION = 2  # of the methods: raise it when the same inputs come to give other entries
@@ -73,23 +75,29 @@ class LayerDatabase:
         graph: Graph,
         space: Space,
         statistics: Statistics,
-        observer: Observer = "mse",
+        observer: Observer | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.model, self.graph, self.space, self.statistics = model, graph, space, statistics
-        self.observer: Observer = observer
+        self.observer: Observer = observer or space.observer
         self.warnings: list[str] = []
         self._loaded: OrderedDict[tuple[str, int], tuple[int, dict[Method, Entry]]] = OrderedDict()
         self._held = 0
         self._orders: dict[str, tuple[Tensor, str]] | None = None
 
-    def build(self, progress: Progress | None = None) -> None:
-        """Compute what is missing; what is there is checked. A killed build loses at most one layer at one width."""
+    def build(self, progress: Progress | None = None, workers: int = 1) -> None:
+        """Compute what is missing; what is there is checked. A killed build loses at most one layer at one width and worker.
+
+        With several ``workers``, so many processes compute the missing files, where processes can be forked; this one then reads them.
+        """
         progress = progress or Progress()
         work = [(name, width) for name in self.graph.layers for width in self.widths_in(name)]
         with progress.stage("layer database", len(work) + 1) as stage:
             self.orders()
             stage.advance()
+            missing = [item for item in work if not self._entries_path(*item).exists()]
+            if workers > 1 and len(missing) > 1:
+                compute_in_processes(self, missing, workers)
             for name, width in work:
                 self._entries(name, width)
                 stage.advance(note=f"{name} at {width}")
@@ -142,16 +150,42 @@ class LayerDatabase:
             raise KeyError(f"{layer} at {in_width} by {method}: the search space does not offer it")
         return entries[method]
 
-    def tables(self) -> list[LayerTable]:
-        """Return the tables of all layers, in the order of execution."""
-        return [self._table(name) for name in self.graph.layers]
+    def tables(self, space: Space | None = None) -> list[LayerTable]:
+        """Return the tables of all layers, in the order of execution; of the methods that ``space`` offers, if one is given."""
+        methods = (space or self.space).methods
+        return [self._table(name, methods[name]) for name in self.graph.layers]
 
-    def _table(self, name: str) -> LayerTable:
+    def dominated(self, profiles: Sequence[Target]) -> dict[str, dict[Method, Method]]:
+        """Return, of each layer, the methods that another beats, with that other: no less accurate, no larger and as fast, at every width.
+
+        Only methods that run the same kernels on every profile are as fast for certain. The dense method stays, and a precision at full
+        rank stays as long as one of its ranks does, because at narrow widths these come to it.
+        """
+        return {table.layer: self._dominated(table, profiles) for table in self.tables()}
+
+    def _dominated(self, table: LayerTable, profiles: Sequence[Target]) -> dict[Method, Method]:
+        layer, methods = self.graph.layers[table.layer], table.methods
+        dropped: dict[Method, Method] = {}
+        # Ranks first: whether full rank may go depends on them.
+        for m in sorted(range(1, len(methods)), key=lambda m: not methods[m].ranks):
+            method = methods[m]
+            needed = [other for other in methods if other.ranks and other.precision == method.precision]
+            if not method.ranks and any(other not in dropped for other in needed):
+                continue
+            for b, better in enumerate(methods):
+                if b == m or better in dropped or not same_kernels(layer, method, better, profiles):
+                    continue
+                error, size = table.error[..., b] - table.error[..., m], table.bytes[..., b] - table.bytes[..., m]
+                if (error <= 0).all() and (size <= 0).all() and ((error < 0).any() or (size < 0).any() or b < m):
+                    dropped[method] = better
+                    break
+        return dropped
+
+    def _table(self, name: str, methods: tuple[Method, ...]) -> LayerTable:
         layer = self.graph.layers[name]
         inputs = self.widths_in(name)
         outputs = (layer.out_channels,) if layer.out_group is None else self.space.widths[layer.out_group]
         through = layer.conv_groups > 1 and layer.in_group is not None
-        methods = self.space.methods[name]
         error = np.zeros((len(inputs), len(outputs), len(methods)))
         size = np.zeros_like(error)
         for i, width in enumerate(inputs):
@@ -174,22 +208,31 @@ class LayerDatabase:
         if key in self._loaded:
             self._loaded.move_to_end(key)
             return self._loaded[key][1]
-        layer = self.graph.layers[name]
-        methods = [m for m in self.space.methods[name] if self._possible(m, name, self.space.columns(name, width))]
-        columns = self.columns(name, width)
-        rows = self.rows(name, width) if layer.conv_groups > 1 and layer.in_group is not None else None
-        chosen = None if columns is None else columns.tolist()
-        path = self._path("layer", [name, width, [str(method) for method in methods], self.observer, chosen])
+        path = self._entries_path(name, width)
         data = self._read(path)
-        if data is None:
-            seen = self.statistics.layers[name]
-            module = self.model.get_submodule(name)
-            entries = compress_layer(module, layer, seen, columns, width, methods, self.observer, rows)
-            self._write(path, pack(entries))
-        else:
-            entries = unpack(name, width, data)
+        entries = self.compute(name, width) if data is None else unpack(name, width, data)
         self._hold(key, entries)
         return entries
+
+    def compute(self, name: str, width: int) -> dict[Method, Entry]:
+        """Compress one layer at one width and write its file; nothing is kept in memory."""
+        layer = self.graph.layers[name]
+        rows = self.rows(name, width) if layer.conv_groups > 1 and layer.in_group is not None else None
+        module, seen = self.model.get_submodule(name), self.statistics.layers[name]
+        methods = self._methods(name, width)
+        entries = compress_layer(module, layer, seen, self.columns(name, width), width, methods, self.observer, rows)
+        self._write(self._entries_path(name, width), pack(entries))
+        return entries
+
+    def _entries_path(self, name: str, width: int) -> Path:
+        columns = self.columns(name, width)
+        chosen = None if columns is None else columns.tolist()
+        methods = [str(method) for method in self._methods(name, width)]
+        return self._path("layer", [name, width, methods, self.observer, chosen])
+
+    def _methods(self, name: str, width: int) -> list[Method]:
+        columns = self.space.columns(name, width)
+        return [method for method in self.space.methods[name] if self._possible(method, name, columns)]
 
     def _possible(self, method: Method, layer: str, columns: int) -> bool:
         """Whether ranks are of use at this input width and any output width at all: all rows cost the most."""
@@ -229,6 +272,35 @@ class LayerDatabase:
             raise UsageError(
                 f"the layer database cannot write {path}: {reason}; free space or choose another folder"
             ) from error
+
+
+_building: LayerDatabase | None = None  # what forked workers compute for: they inherit it, nothing is sent to them
+
+
+def compute_in_processes(database: LayerDatabase, work: Sequence[tuple[str, int]], workers: int) -> None:
+    """Compute the files of (layer, width) pairs in forked processes, the dearest first; does nothing where there is no fork."""
+    global _building
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    if "fork" not in multiprocessing.get_all_start_methods():
+        return
+    layers = database.graph.layers
+    ordered = sorted(work, key=lambda item: -database.space.columns(*item) * math.prod(layers[item[0]].kernel))
+    _building = database
+    try:
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(min(workers, len(work)), context) as pool:
+            for _ in pool.map(_compute_one, ordered):
+                pass
+    finally:
+        _building = None
+
+
+def _compute_one(item: tuple[str, int]) -> None:
+    torch.set_num_threads(1)
+    assert _building is not None
+    _building.compute(*item)
 
 
 def read_checked(path: Path) -> dict[str, Any]:
