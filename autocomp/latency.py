@@ -10,17 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from autocomp.hardware import Profile
-from autocomp.kernels.compute import padded_rows, round_up
+from autocomp.kernels import half
+from autocomp.kernels.compute import ConvSpec, padded_rows, round_up
 from autocomp.kernels.intrinsics import dot_product
 from autocomp.kernels.store import KernelRecord
 from autocomp.kernels.weight_only import FIELDS, WeightOnlySpec
 from autocomp.precisions import FORMATS, group_of
-from autocomp.records import Method
+from autocomp.records import Method, Precision
 
 if TYPE_CHECKING:
     from autocomp.graph import Layer
@@ -31,6 +32,9 @@ _FEATURES = 4
 _PRIOR = np.array([1.1, 1.0, 1.0, 5e-8])
 _ENOUGH = 8  # kernels of a class before its own fit is trusted over the prior
 _STORE_RATE = 16e9  # elements a second that one core reads or writes, a scale for the features only
+_WEIGHT_BYTES = {"int8": 1.0, "fp16": 2.0, "w8": 1.0, "w4": 0.5}  # by the end of a template's name; 4 otherwise
+
+Arithmetic = Literal["fp32", "fp16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,13 @@ def layer_work(layer: Layer, method: Method, profile: Profile) -> list[Work]:
             _weight_only(part, int(kind.bits), group_of(method.precision, part.in_channels), profile) for part in parts
         ]
     # What has no kernels is computed in fp32 on decoded weights.
-    return [_work(part, method.precision == "w8a8", profile) for part in parts]
+    return [_work(part, _arithmetic(method.precision, profile), profile) for part in parts]
+
+
+def _arithmetic(precision: Precision, profile: Profile) -> Arithmetic:
+    if precision == "w8a8":
+        return "int8"
+    return "fp16" if precision == "fp16" and half.has_kernels(profile) else "fp32"
 
 
 def _weight_only(layer: Layer, bits: int, group: int, profile: Profile) -> Work:
@@ -65,37 +75,50 @@ def _weight_only(layer: Layer, bits: int, group: int, profile: Profile) -> Work:
     return Work(spec.template, (padded_rows(spec.rows), outputs), (spec.groups, group))
 
 
-def _work(layer: Layer, int8: bool, profile: Profile) -> Work:
+def _work(layer: Layer, kind: Arithmetic, profile: Profile) -> Work:
     if layer.kind == "linear":
-        return _dense(layer.out_size[1], layer.in_channels, layer.out_channels, int8, profile)
+        return _dense(layer.out_size[1], layer.in_channels, layer.out_channels, kind, profile)
     if layer.kind == "depthwise":
         spatial = (1, layer.out_size[0], padded_rows(layer.out_size[1]), layer.out_channels)
-        return Work("depthwise", spatial, layer.kernel)
-    return _conv(layer, int8, profile)
+        return Work("depthwise_fp16" if kind == "fp16" else "depthwise", spatial, layer.kernel)
+    return _conv(layer, kind, profile)
 
 
-def _dense(rows: int, depth: int, out: int, int8: bool, profile: Profile) -> Work:
-    lanes, group = _blocks(int8, profile)
-    spatial = (padded_rows(rows), round_up(out, lanes))
-    reduction = (round_up(depth, group) // group, group) if int8 else (depth,)
-    return Work("dense_int8" if int8 else "dense", spatial, reduction)
+def _dense(rows: int, depth: int, out: int, kind: Arithmetic, profile: Profile) -> Work:
+    spatial = (padded_rows(rows), round_up(out, _lanes(kind, profile)))
+    if kind == "fp16":
+        runs, run = half.split_depth(depth)
+        return Work("dense_fp16", spatial, (runs, run) if runs > 1 else (run,))
+    return Work("dense_int8" if kind == "int8" else "dense", spatial, _steps(depth, kind, profile))
 
 
-def _conv(layer: Layer, int8: bool, profile: Profile) -> Work:
+def _conv(layer: Layer, kind: Arithmetic, profile: Profile) -> Work:
     if layer.kernel == layer.stride == (1, 1) and layer.padding == (0, 0) and layer.conv_groups == 1:
-        return _dense(layer.out_size[0] * layer.out_size[1], layer.in_channels, layer.out_channels, int8, profile)
-    lanes, group = _blocks(int8, profile)
+        return _dense(layer.out_size[0] * layer.out_size[1], layer.in_channels, layer.out_channels, kind, profile)
+    lanes = _lanes(kind, profile)
     spatial = (1, layer.out_size[0], padded_rows(layer.out_size[1]), round_up(layer.out_channels, lanes))
+    kh, kw = layer.kernel
     depth = layer.in_channels // layer.conv_groups
-    tail = (round_up(depth, group) // group, group) if int8 else (depth,)
-    return Work("conv2d_int8" if int8 else "conv2d", spatial, (*layer.kernel, *tail))
+    if kind == "int8" and ConvSpec.of(
+        (1, *layer.in_size, layer.in_channels), (layer.out_channels, depth, kh, kw), layer.stride, [*layer.padding] * 2,
+        layer.dilation, layer.conv_groups, lanes,
+    ).folds(dot_product(profile)):  # fmt: skip
+        kw, depth = 1, kw * depth
+    name = "conv2d" if kind == "fp32" else f"conv2d_{kind}"
+    return Work(name, spatial, (kh, kw, *_steps(depth, kind, profile)))
 
 
-def _blocks(int8: bool, profile: Profile) -> tuple[int, int]:
-    if not int8:
-        return profile.lanes, 1
-    dot = dot_product(profile)
-    return dot.lanes, dot.depth
+def _lanes(kind: Arithmetic, profile: Profile) -> int:
+    if kind == "int8":
+        return dot_product(profile).lanes
+    return 2 * profile.lanes if kind == "fp16" else profile.lanes
+
+
+def _steps(depth: int, kind: Arithmetic, profile: Profile) -> tuple[int, ...]:
+    if kind != "int8":
+        return (depth,)
+    width = dot_product(profile).fit(depth).width
+    return round_up(depth, width) // width, width
 
 
 class LatencyModel:
@@ -103,7 +126,11 @@ class LatencyModel:
 
     def __init__(self, profile: Profile, peaks: Mapping[str, float]) -> None:
         self.profile = profile
-        self.peaks = dict(peaks)  # "fp32" and "int8": operations a second
+        self.peaks = dict(peaks)  # "fp32", "int8", and "fp16" where there are kernels: operations a second
+        # elements a second that are read or written: one vector a cycle where the clock is known
+        self._rate = (
+            _STORE_RATE if profile.how == "local" else min(_STORE_RATE, profile.lanes * (profile.clock_hz or 4e9))
+        )
         self._coefficients: dict[str, np.ndarray] = {}
         self._module = np.array([1.0, 0.0, 0.0])
         self.kernel_error: float | None = None
@@ -160,14 +187,24 @@ class LatencyModel:
         return float(alpha * total + beta * count + gamma)
 
     def _features(self, work: Work) -> np.ndarray:
-        int8 = work.template.endswith("int8")
         outputs = math.prod(work.spatial)
         operations = 2 * outputs * math.prod(work.reduction)
         depth = math.prod(work.reduction[2:]) if len(work.spatial) == 4 else math.prod(work.reduction)
         inputs = math.prod(work.spatial[:-1]) * max(depth, 1)
-        return np.array(
-            [operations / self.peaks["int8" if int8 else "fp32"], outputs / _STORE_RATE, inputs / _STORE_RATE, 1.0]
-        )
+        peak = self.peaks[next((kind for kind in ("int8", "fp16") if work.template.endswith(kind)), "fp32")]
+        seconds = max(operations / peak, self._weight_seconds(work))
+        return np.array([seconds, outputs / self._rate, inputs / self._rate, 1.0])
+
+    def _weight_seconds(self, work: Work) -> float:
+        """Seconds to read the weights, where they come from main memory at a rate that the profile states."""
+        caches, rate = self.profile.caches, self.profile.memory_bandwidth.get("read")
+        if rate is None or work.template.startswith("depthwise"):
+            return 0.0
+        share = next((share for end, share in _WEIGHT_BYTES.items() if work.template.endswith(end)), 4.0)
+        size = share * work.spatial[-1] * math.prod(work.reduction)
+        if work.template.startswith("gemv"):  # whose second axis numbers groups of weights
+            size *= work.spatial[1]
+        return size / rate if size > max(caches.values(), default=0) else 0.0
 
 
 def _family(template: str) -> str:

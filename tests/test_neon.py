@@ -15,9 +15,12 @@ from test_compile import quantise_all
 from torch import nn
 
 from autocomp.compress.half import HalfConv2d, HalfLinear, halved
+from autocomp.graph import analyse
 from autocomp.hardware import Profile, load_profile
-from autocomp.kernels import compute, half, packing, rows, weight_only
+from autocomp.kernels import compute, half, packing, rows, templates, weight_only
 from autocomp.kernels.intrinsics import dot_product
+from autocomp.latency import LatencyModel, layer_work
+from autocomp.records import Method, Precision
 from autocomp.verify import relative_error
 
 torch.set_num_threads(1)
@@ -221,6 +224,13 @@ def chain() -> nn.Sequential:
     )  # fmt: skip
 
 
+def halve(model: nn.Sequential) -> nn.Sequential:
+    for name, layer in list(model.named_children()):
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            setattr(model, name, halved(layer))
+    return model
+
+
 def names(mod: Any, part: str) -> list[str]:
     return [name.name_hint for name in mod.functions if part in name.name_hint]
 
@@ -237,10 +247,7 @@ def test_integer_chain_equals_the_specification_bit_for_bit(profile: Profile) ->
 
 def test_half_chain_stays_in_half(profile: Profile) -> None:
     torch.manual_seed(0)
-    model = chain().eval()
-    for name, layer in list(model.named_children()):
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            setattr(model, name, halved(layer))
+    model = halve(chain().eval())
     assert sum(isinstance(layer, HalfConv2d | HalfLinear) for layer in model) == 5
     x = torch.randn(1, 3, 12, 12)
     mod = lowered(model, x, profile)
@@ -271,3 +278,25 @@ def test_pools_and_transposes(profile: Profile) -> None:
     x = torch.randn(1, 20, 19, 19)
     value = run_module(lowered(model, x, profile), x, profile)
     assert relative_error(torch.from_numpy(value), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "w8a8"])
+def test_the_latency_model_knows_the_loops_of_every_kernel(profile: Profile, precision: Precision) -> None:
+    torch.manual_seed(0)
+    model, x = chain().eval(), torch.randn(1, 3, 12, 12)
+    layers = [
+        layer for layer in analyse(model, (x,)).layers.values() if layer.name != "6"
+    ]  # whose groups are padded apart
+    if precision == "w8a8":
+        model = quantise_all(model, x)
+    elif precision == "fp16":
+        halve(model)
+    mod = lowered(model, x, profile)
+    anchors = [templates.describe(function) for name, function in mod.functions.items() if name.name_hint != "main"]
+    loops = {(anchor.template, anchor.spatial, anchor.reduction) for anchor in anchors if anchor.spatial}
+    peaks = {"fp32": 38e9, "fp16": 76e9, "int8": 150e9}
+    for layer in layers:
+        (work,) = layer_work(layer, Method(precision), profile)
+        assert (work.template, work.spatial, work.reduction) in loops
+        seconds, _ = LatencyModel(profile, peaks).layer_seconds(layer, Method(precision))
+        assert layer.macs / 200e9 < seconds < 1e-3

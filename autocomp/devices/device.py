@@ -85,4 +85,5 @@ def latency_model(profile: Profile, tuner: Tuner) -> LatencyModel:
     """The tier-0 latency model of a target, at its measured (or estimated) arithmetic peaks."""
     # without byte products among its precisions a target may have no kernel for them at all
     int8 = tuner.peak("dense_int8") if "w8a8" in profile.precisions else None
-    return LatencyModel(profile, {"fp32": tuner.peak("dense") or 1.0, "int8": int8 or 1.0})
+    fp16 = tuner.peak("dense_fp16") if "fp16" in profile.precisions else None
+    return LatencyModel(profile, {"fp32": tuner.peak("dense") or 1.0, "int8": int8 or 1.0, "fp16": fp16 or 1.0})
