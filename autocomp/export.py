@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocomp.cache import write_atomically
-from autocomp.errors import AutocompError
+from autocomp.errors import AutocompError, BoardError
 from autocomp.onnx_export import export_onnx, onnx_session, run_session
 from autocomp.records import FORMAT_VERSION, Evaluation, latency_to_json
 from autocomp.report.data import Verified
@@ -30,14 +30,14 @@ WEIGHTS = "weights.pt"
 def export_point(
     evaluation: Evaluation,
     model: torch.nn.Module,
-    compiled: Mapping[str, Compiled],
+    compiled: Mapping[str, Compiled | BoardError],
     inputs: Sequence[tuple[torch.Tensor, ...]],
     folder: Path,
 ) -> dict[str, Verified]:
     """Write one candidate's files into ``folder`` and return what reading each of them back found.
 
-    ``compiled`` has one module for each profile, ``inputs`` some input tuples to compare on. Keys are ``so`` (of the first profile;
-    ``so:NAME`` for others) and ``onnx``. A file that fails is reported as failed, never raised.
+    ``compiled`` has for each profile its module, or why its board could not be reached; ``inputs`` some input tuples to compare on. Keys
+    are ``so`` (of the first profile; ``so:NAME`` for others) and ``onnx``. A file that fails is reported as failed, never raised.
     """
     import torch
 
@@ -45,7 +45,8 @@ def export_point(
     verified: dict[str, Verified] = {}
     for profile, module in compiled.items():
         first = not verified
-        path = folder / ("model.so" if first else f"model.{profile}.so")
+        # a profile of the user's own is named by the path of its file
+        path = folder / ("model.so" if first else f"model.{profile.removesuffix('.yaml').replace('/', '_')}.so")
         verified["so" if first else f"so:{profile}"] = _library(module, path, model, inputs)
     verified["onnx"] = _onnx(model, folder / "model.onnx", inputs)
     buffer = io.BytesIO()
@@ -66,15 +67,17 @@ def load_model(folder: Path) -> torch.nn.Module:
 
 
 def _library(
-    module: Compiled, path: Path, model: torch.nn.Module, inputs: Sequence[tuple[torch.Tensor, ...]]
+    module: Compiled | BoardError, path: Path, model: torch.nn.Module, inputs: Sequence[tuple[torch.Tensor, ...]]
 ) -> Verified:
+    if isinstance(module, BoardError):
+        return Verified(False, note=str(module))
     try:
         module.save(path)
         loaded = module.reload(path)
         error = check_outputs(model, loaded.run, inputs, path.name)
+        return Verified(True, error, loaded.time(*inputs[0]).seconds)
     except AutocompError as failure:
         return Verified(False, note=str(failure))
-    return Verified(True, error, loaded.time(*inputs[0]).seconds)
 
 
 def _onnx(model: torch.nn.Module, path: Path, inputs: Sequence[tuple[torch.Tensor, ...]]) -> Verified:

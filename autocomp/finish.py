@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autocomp.cache import write_atomically
-from autocomp.errors import AutocompError, InfeasibleError
+from autocomp.errors import AutocompError, BoardError, InfeasibleError
 from autocomp.export import MANIFEST, WEIGHTS, export_point
 from autocomp.pipeline import Pipeline
 from autocomp.records import FORMAT_VERSION, Evaluation, Reference, reference_from_json, reference_to_json
@@ -26,6 +26,8 @@ from autocomp.task import evaluate_task, objective_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from autocomp.devices.device import Compiled
 
 PACKAGES = ("autocomp", "torch", "apache-tvm", "apache-tvm-ffi", "onnxruntime", "optuna", "numpy")
 
@@ -99,7 +101,12 @@ def _make_run(pipeline: Pipeline) -> Run:
 def _point(pipeline: Pipeline, evaluation: Evaluation) -> FrontPoint:
     """Write, read back and check one front point. What was done before (a resumed run) is done again: weights are cheap."""
     model = pipeline.stitch(evaluation.candidate)
-    compiled = {name: device.compile(model, pipeline.inputs) for name, device in pipeline.devices.items()}
+    compiled: dict[str, Compiled | BoardError] = {}
+    for name, device in pipeline.devices.items():
+        try:
+            compiled[name] = device.compile(model, pipeline.inputs)
+        except BoardError as error:  # was there while searching: the point stands as measured, its file as failed
+            compiled[name] = error
     place = Path("models") / evaluation.candidate.id
     verified = export_point(evaluation, model, compiled, pipeline.inputs, pipeline.folder / place)
     files = {"manifest": MANIFEST, "weights": WEIGHTS, "so": "model.so", "onnx": "model.onnx"}

@@ -17,7 +17,7 @@ from autocomp.compiler import build as build_module
 from autocomp.compiler import link
 from autocomp.compiler.build import CompiledModel
 from autocomp.devices.local import LocalDevice
-from autocomp.errors import AutocompError
+from autocomp.errors import AutocompError, BoardError
 from autocomp.export import MANIFEST, export_point, load_model
 from autocomp.hardware import load_profile
 from autocomp.kernels.store import KernelStore
@@ -51,14 +51,21 @@ EVALUATION = Evaluation(
 def test_files_read_back_and_the_manifest_names_them(device: LocalDevice, tmp_path: Path) -> None:
     model, x = tiny_task.model(), tiny_task.data(1, seed=2)[0]
     compiled = device.compile(model, [(x,)])
-    verified = export_point(EVALUATION, model, {"x86-host": compiled, "again": compiled}, [(x,)], tmp_path)
-    assert set(verified) == {"so", "so:again", "onnx"}
-    assert all(check.ok for check in verified.values())
+    verified = export_point(
+        EVALUATION,
+        model,
+        {"x86-host": compiled, "my/again.yaml": compiled, "pi": BoardError("no board")},
+        [(x,)],
+        tmp_path,
+    )
+    assert set(verified) == {"so", "so:my/again.yaml", "so:pi", "onnx"}
+    assert {kind for kind, check in verified.items() if not check.ok} == {"so:pi"}
+    assert verified["so:pi"].note == "no board"
     assert verified["so"].seconds
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     assert manifest["inputs"] == [{"shape": [1, 1, 8, 8], "dtype": "float32"}]
     assert manifest["latency"]["x86-host"]["how"] == "measured"
-    assert set(manifest["sha256"]) == {"model.so", "model.again.so", "model.onnx", "weights.pt"}
+    assert set(manifest["sha256"]) == {"model.so", "model.my_again.so", "model.onnx", "weights.pt"}
     for name, digest in manifest["sha256"].items():
         assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == digest
     with torch.no_grad():
