@@ -74,7 +74,7 @@ class Layer:
 class Graph:
     """Layers and groups of a model by name, in the order of execution.
 
-    ``other_bytes`` is the size of all parameters and buffers that belong to no layer and fold into none. ``skipped``
+    ``other_bytes`` is the size of all parameters and buffers that belong to no layer and fold into none, at full width. ``skipped``
     says of other convolutions and linear layers why they are left alone.
     """
 

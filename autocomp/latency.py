@@ -2,7 +2,8 @@
 
 A kernel's time is modelled as ``arithmetic / peak + write-back + input copy + constant``, each with a coefficient fitted (non-negative
 least squares on relative errors) to the target's own tuned kernels. A module's time is ``alpha * sum(kernels) + beta * kernels + gamma``,
-refitted on every whole module that is measured. Estimates only choose what is measured; they never make the front.
+refitted on every whole module that is measured. Of attention the products over heads that can be removed are counted, not the softmax
+between them, which alpha takes up. Estimates only choose what is measured; they never make the front.
 """
 
 from __future__ import annotations

@@ -180,6 +180,7 @@ def test_multihead_attention_of_torch_is_refused_by_name():
 
     graph = analyse(Net(Torch()).eval(), (torch.randn(2, 5, 8),))
     assert "layer between.attention" in graph.groups["first"].reason
+    assert "nn.MultiheadAttention holds its projections in one parameter" in graph.groups["first"].reason
     assert graph.groups["first"].prunable is False
 
 
