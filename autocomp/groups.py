@@ -314,7 +314,8 @@ def verified(model: nn.Module, inputs: tuple[Tensor, ...], ties: Ties, group: Gr
     if modules:
         reason += (
             f"; {', '.join(modules)} reshapes them by fixed numbers: let the reshape infer the number of heads "
-            "(x.unflatten(-1, (-1, head_dim))), or keep it in an attribute such as self.num_heads"
+            "(x.unflatten(-1, (-1, head_dim)), y.flatten(-2)), or keep it in an attribute such as self.num_heads, "
+            "and take no size from the input's own width"
         )
     return replace(group, prunable=False, reason=reason)
 
@@ -329,7 +330,7 @@ def _components(ties: Ties, group: Group) -> set[int]:
 
 def _reshaping(ties: Ties, group: Group) -> list[str]:
     member = _components(ties, group)
-    found = [r.module or "the model" for r in ties.reshapes if member.intersection(r.atoms.tolist())]
+    found = [r.module or "the model" for r in ties.reshapes if member.intersection(r.atoms.unique().tolist())]
     return list(dict.fromkeys(found))
 
 
@@ -338,7 +339,9 @@ def _attribute_sets(model: nn.Module, ties: Ties, group: Group) -> Iterator[tupl
     member = _components(ties, group)
     found: dict[Attribute, None] = {}
     for module, size, atoms in ties.reshapes:
-        if size % group.width or not member.intersection(atoms.tolist()):
+        if size % group.width or not member.intersection(atoms.unique().tolist()):
+            continue
+        if bool((atoms == atoms[:1]).all()):  # every unit has all of this axis: the size of a head, say
             continue
         while True:
             for name, value in vars(model.get_submodule(module)).items():
@@ -349,7 +352,8 @@ def _attribute_sets(model: nn.Module, ties: Ties, group: Group) -> Iterator[tupl
             module = module.rpartition(".")[0]
     known = tuple(a for a in found if a.name in HEAD_NAMES)
     heads = tuple(a for a in found if a.per_unit == min(x.per_unit for x in found))
-    sets = [known, tuple(found), heads, *((a,) for a in found)]
+    # As few as will do first: an attribute that merely has the same value is left alone.
+    sets = [known, *((*known, a) for a in found if a not in known), *((a,) for a in found), heads, tuple(found)]
     yield from list(dict.fromkeys(s for s in sets if s))[:MOST_TRIES]
 
 

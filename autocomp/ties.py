@@ -65,7 +65,7 @@ Labels = Label | tuple[Label, ...]  # of an operation's result, or of its severa
 
 
 class Reshape(NamedTuple):
-    """A reshape in the model's own code: the module it stands in, and the atoms along an axis it makes or takes."""
+    """A reshape in the model's own code: the module it stands in, and the atoms along an axis it makes or takes (rows)."""
 
     module: str
     size: int
@@ -296,7 +296,8 @@ class Tracer:
 
     def note_reshape(self, node: fx.Node, label: Label, shape: Sequence[int]) -> None:
         for axis in label.axes:
-            self.ties.reshapes.append(Reshape(module_of(node), int(shape[axis]), label.atoms.flatten().unique()))
+            along = label.atoms.movedim(axis, 0).flatten(1) if len(shape) > 1 else label.atoms[:, None]
+            self.ties.reshapes.append(Reshape(module_of(node), int(shape[axis]), along))
 
     def finish(self) -> Ties:
         from scipy.sparse import coo_matrix

@@ -18,6 +18,7 @@ class Attention(nn.Module):
     def __init__(self, groups: int = HEADS, gqa: str = "") -> None:
         super().__init__()
         self.num_heads, self.kv_heads, self.head_dim, self.gqa = HEADS, groups, DIM, gqa
+        self.all_heads, self.unrelated = HEADS * DIM, HEADS
         self.q, self.k, self.v = nn.Linear(24, HEADS * DIM), nn.Linear(24, groups * DIM), nn.Linear(24, groups * DIM)
         self.out = nn.Linear(HEADS * DIM, 24)
 
@@ -28,7 +29,7 @@ class Attention(nn.Module):
         if self.gqa == "repeat":
             k, v = (y.repeat_interleave(self.num_heads // self.kv_heads, 1) for y in (k, v))
         y = functional.scaled_dot_product_attention(q, k, v, enable_gqa=self.gqa == "flag")
-        return self.out(y.transpose(1, 2).reshape(b, n, self.num_heads * self.head_dim))
+        return self.out(y.transpose(1, 2).reshape(b, n, self.all_heads))
 
 
 class Fused(nn.Module):
