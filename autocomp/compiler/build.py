@@ -32,6 +32,8 @@ class CompiledModel:
     ``kernels`` lists each kernel call of one inference with the seconds it took alone when it was tuned.
     """
 
+    checked_inputs = 16
+
     def __init__(self, executable: Any, profile: Profile, kernels: Sequence[KernelTime] = ()) -> None:
         import tvm
         from tvm import relax

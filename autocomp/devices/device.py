@@ -19,10 +19,14 @@ _ANOTHER_TRY = 0.05  # a spread above this is measured once more, and the quiete
 
 
 class Compiled(Protocol):
-    """A module of tuned kernels for one profile, checked against torch; ``kernels`` are the calls of one inference."""
+    """A module of tuned kernels for one profile, checked against torch; ``kernels`` are the calls of one inference.
+
+    ``checked_inputs`` is the most inputs it is worth comparing with torch on: emulation takes as long as thousands of inferences.
+    """
 
     profile: Profile
     kernels: tuple[KernelTime, ...]
+    checked_inputs: int
 
     def run(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Compute the outputs, on the target or by emulating its code."""
@@ -64,6 +68,10 @@ class Device(Protocol):
 
 def open_device(profile: Profile, store: KernelStore | None = None) -> Device:
     """Open a profile's target. UsageError if it cannot be reached; ``store`` replaces the user's kernel store."""
+    if profile.how == "estimate":
+        from autocomp.devices.estimated import EstimatedDevice
+
+        return EstimatedDevice(profile, store)
     if profile.how == "rpc":
         from autocomp.devices.rpc import RpcDevice
 

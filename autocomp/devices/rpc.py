@@ -130,6 +130,8 @@ class _Timed:
 class RemoteModel:
     """A linked module of tuned kernels; ``run`` and ``time`` upload it to a board and run it there, in TVM's virtual machine."""
 
+    checked_inputs = 16
+
     def __init__(
         self, library: bytes, profile: Profile, kernels: Sequence[KernelTime] = (), limits: Limits | None = None
     ) -> None:

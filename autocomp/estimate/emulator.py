@@ -51,7 +51,11 @@ def run_kernel(object_bytes: bytes, arrays: Sequence[np.ndarray]) -> list[np.nda
 
     ObjectError if the object cannot be loaded, calls what is unknown, faults, or refuses its arguments (with its own message).
     """
-    image = load_image(object_bytes)
+    return run_image(load_image(object_bytes), arrays)
+
+
+def run_image(image: Image, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """``run_kernel`` of code that is loaded already, from its entry."""
     if image.isa != "arm64":
         raise ObjectError(
             f"only arm64 objects are run for their results, not {image.isa}: run it on the machine itself"

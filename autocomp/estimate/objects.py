@@ -20,7 +20,7 @@ _PAGE = 4096
 _ALLOCATED, _EXECUTABLE = 2, 4  # section flags SHF_ALLOC and SHF_EXECINSTR
 _MACHINES = {"EM_AARCH64": "arm64", "EM_X86_64": "x86-64"}
 _MORE_NAMES = {"arm64": {299: "R_AARCH64_LDST128_ABS_LO12_NC"}}  # which the ELF library does not list
-_ENTRY = "__tvm_ffi_"  # TVM FFI's prefix of an exported function
+ENTRY = "__tvm_ffi_"  # TVM FFI's prefix of an exported function
 _STUB = 16  # bytes of the stub of an undefined function
 
 
@@ -173,10 +173,10 @@ class _Loader:
         found = {}
         for index in range(1, self.symbols.num_symbols()):
             symbol = self.symbols.get_symbol(index)
-            if symbol.name.startswith(_ENTRY) and symbol["st_info"]["type"] == "STT_FUNC":
+            if symbol.name.startswith(ENTRY) and symbol["st_info"]["type"] == "STT_FUNC":
                 found[symbol.name] = self._value(index)
         if len(found) != 1:
             raise ObjectError(
-                f"the object file must hold one function {_ENTRY}*, found: {', '.join(sorted(found)) or 'none'}"
+                f"the object file must hold one function {ENTRY}*, found: {', '.join(sorted(found)) or 'none'}"
             )
         return int(next(iter(found.values())))

@@ -1,0 +1,161 @@
+"""A processor that is not there, as a target: kernels are emulated and timed on a model of its core, and nothing is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from autocomp.devices.device import Compiled, latency_model
+from autocomp.devices.local import check_compiled
+from autocomp.errors import UsageError
+from autocomp.hardware import Profile
+from autocomp.kernels.store import KernelStore
+from autocomp.kernels.timers import signature
+from autocomp.kernels.tune import Tuner
+from autocomp.kernels.workers import attempt_shared
+from autocomp.records import How, Latency
+
+if TYPE_CHECKING:
+    import torch
+
+    from autocomp.compiler.build import Scheduled
+
+T = TypeVar("T")
+
+_WORKERS = 2  # estimates do not disturb each other as measurements would
+_TIMEOUT = 60.0
+_CHECKED = 2  # inputs that are emulated and compared with torch: each costs as much as some thousand inferences
+# One call of a kernel through TVM's virtual machine. Not part of the core's model: on x86-64 such a call takes about 0.3 us
+# (benchmarks/main_job.py: whole modules over the sum of their kernels), and this core runs scalar code at about a third of that rate.
+_CALL_SECONDS = 1e-6
+# The model's error where it can be checked (reports/benchmarks/estimate_validation.md): median of the same method against native time.
+ERROR = 0.25
+
+
+class EstimateTimer:
+    """Estimates kernels from their object code, on several processes at once. Repeated runs give the same seconds."""
+
+    how: How = "estimated"
+
+    def __init__(self, profile: Profile) -> None:
+        from tvm.target import Target
+
+        from autocomp.estimate import core_of
+
+        self.core = core_of(profile)
+        self.target = Target(dict(profile.target))
+
+    def attempt(
+        self, function: Any, items: Sequence[T], build: Callable[[T], Any]
+    ) -> Generator[tuple[T, float | None, str]]:
+        from autocomp.estimate import compile_object, estimate_kernel
+
+        tensors = signature(function)
+
+        def estimate(item: T) -> float:
+            return estimate_kernel(compile_object(build(item), self.target), tensors, self.core).seconds
+
+        return attempt_shared(items, estimate, min(_WORKERS, len(items)), _TIMEOUT)
+
+
+class EstimatedModel:
+    """A module of kernels for a core that is not there; ``run`` emulates the machine code of every kernel."""
+
+    checked_inputs = _CHECKED
+
+    def __init__(self, scheduled: Scheduled, profile: Profile, target: Any, library: bytes | None = None) -> None:
+        self.profile = profile
+        self.kernels = scheduled.kernels
+        self._scheduled = scheduled
+        self._target = target
+        self._library = library
+        self._objects: dict[str, bytes] = {}
+
+    def run(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Compute the outputs by emulation: of the library's functions if it was loaded, else of each kernel's object."""
+        import torch
+
+        from autocomp.compiler.interpret import interpret
+
+        arrays = [np.ascontiguousarray(tensor.detach().numpy()) for tensor in inputs]
+        result = interpret(self._scheduled.module, arrays, self._runner())
+        return tuple(map(torch.from_numpy, result)) if isinstance(result, tuple) else torch.from_numpy(result)
+
+    def time(self, *inputs: torch.Tensor) -> Latency:
+        """The sum of the kernels' estimates and of their calls; inputs are taken so that every target is asked alike."""
+        seconds = sum(kernel.seconds + _CALL_SECONDS for kernel in self.kernels)
+        return Latency(
+            seconds, 0.0, "estimated", self.profile.name, describe_estimate(self.profile), (), self.kernels, ERROR
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the shared library for the target. AutocompError where there is no linker for it."""
+        import tvm
+
+        from autocomp.compiler.build import quiet_stderr
+        from autocomp.compiler.link import linker_for
+
+        executable = tvm.compile(self._scheduled.module, self._target)
+        with quiet_stderr():
+            executable.export_library(str(path), fcompile=linker_for(self.profile.target))
+        return Path(path)
+
+    def reload(self, path: str | Path) -> EstimatedModel:
+        """The same steps with the code of a saved library. UsageError if it is none."""
+        try:
+            return EstimatedModel(self._scheduled, self.profile, self._target, Path(path).read_bytes())
+        except OSError as error:
+            raise UsageError(f"{path} is not a compiled model: {error.strerror}") from error
+
+    def _runner(self) -> Callable[[str, list[np.ndarray]], list[np.ndarray]]:
+        from autocomp.estimate import compile_object, run_kernel
+        from autocomp.estimate.libraries import Library
+
+        if self._library is not None:
+            return Library(self._library).run
+
+        def run(name: str, arrays: list[np.ndarray]) -> list[np.ndarray]:
+            if name not in self._objects:
+                self._objects[name] = compile_object(self._scheduled.module[name], self._target)
+            return run_kernel(self._objects[name], arrays)
+
+        return run
+
+
+class EstimatedDevice:
+    """Compiles for a profile's processor, checks by emulation, and estimates. UsageError if its core has no model."""
+
+    def __init__(self, profile: Profile, store: KernelStore | None = None) -> None:
+        timer = EstimateTimer(profile)
+        self.profile = profile
+        self.notes: tuple[str, ...] = ()
+        self.store = store or KernelStore.open(profile)
+        self.tuner = Tuner(profile, self.store, timer)
+        self.model = latency_model(profile, self.tuner)
+
+    def compile(self, model: torch.nn.Module, inputs: Sequence[tuple[torch.Tensor, ...]]) -> EstimatedModel:
+        """Build a module for the shapes of the first inputs, and compare its emulated code with torch on the first two.
+
+        MismatchError names the first layer that differs; ExportError as ``schedule``.
+        """
+        compiled = self._build(model, inputs[0])
+        check_compiled(model, compiled.run, inputs[: compiled.checked_inputs], lambda m: self._build(m, inputs[0]).run)
+        return compiled
+
+    def time(self, compiled: Compiled, example_inputs: tuple[torch.Tensor, ...]) -> Latency:
+        """The module's estimate; it is the same every time."""
+        return compiled.time(*example_inputs)
+
+    def _build(self, model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> EstimatedModel:
+        from autocomp.compiler.build import schedule
+
+        return EstimatedModel(schedule(model, inputs, self.profile, self.tuner), self.profile, self.tuner.target)
+
+
+def describe_estimate(profile: Profile) -> str:
+    """One line that says what an estimate is of."""
+    clock = f" @ {profile.clock_hz / 1e9:.1f} GHz" if profile.clock_hz else ""
+    return f"estimated (core model), {profile.core}{clock}, {profile.cores} core"
