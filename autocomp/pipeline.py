@@ -30,6 +30,8 @@ from autocomp.task import Task, evaluate_task
 if TYPE_CHECKING:
     import torch
 
+    from autocomp.graph import Graph
+
 UNIFORM_KEEPS = (1.0, 0.75, 0.5, 0.25)  # the baselines: one ratio for every group, in fp32 and in int8
 SOLVER_SEEDS = 40
 MEASURE_ROUNDS = 4  # the budget of measurements is spent in rounds, each choosing by all that is known then
@@ -44,7 +46,7 @@ class Pipeline:
         from autocomp.compress.database import LayerDatabase
         from autocomp.graph import analyse
 
-        self.settings, self.task, self.folder, self.progress = settings, task, folder, progress
+        self.settings, self.folder, self.progress = settings, folder, progress
         self.deadline = time.monotonic() + settings.minutes * 60 if settings.minutes else None
         task.model.eval()
         with progress.stage("preparing devices", len(settings.profiles)) as stage:
@@ -52,7 +54,12 @@ class Pipeline:
         with progress.stage("reading the model"):
             self.graph = analyse(task.model, task.example_inputs)
             profiles = [device.profile for device in self.devices.values()]
-            self.space = build_space(self.graph, load_space(settings.space), profiles)
+            rules = load_space(settings.space)
+            self.space = build_space(self.graph, rules, profiles)
+        if rules.equalise:
+            with progress.stage("equalising channels"):
+                task = _equalised(task, self.graph)
+        self.task = task
         with progress.stage("calibrating"):
             self.statistics = collect(task, self.graph, settings.calibration_samples, settings.seed)
         self.database = LayerDatabase(folder / "layers", task.model, self.graph, self.space, self.statistics)
@@ -208,6 +215,13 @@ class Pipeline:
 
     def _late(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
+
+
+def _equalised(task: Task, graph: Graph) -> Task:
+    """The task with the channels of its model brought to like ranges; the model computes what it did."""
+    from autocomp.compress.equalise import equalised
+
+    return replace(task, model=equalised(task.model, graph, task.example_inputs, list(task.calibration))[0])
 
 
 def check_inputs(task: Task) -> list[tuple[torch.Tensor, ...]]:

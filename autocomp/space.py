@@ -74,7 +74,8 @@ class SpaceFile(BaseModel):
 
     ``ends`` is the least that the first and the last layer, which are the most sensitive, may be stored and computed in: ``float``
     (fp16), ``8bit``, or ``any`` to leave them to the rules. ``kernels_only`` offers only precisions that every profile computes in:
-    without it the others are offered for their size. ``observer`` chooses the ranges of 8-bit activations. Norms, softmax and everything
+    without it the others are offered for their size. ``observer`` chooses the ranges of 8-bit activations, ``equalise`` first brings the
+    channels between layers to like ranges, which leaves the function as it is (``compress.equalise``). Norms, softmax and everything
     else that is no convolution or linear layer stays in fp32 whatever the file says.
     """
 
@@ -87,6 +88,7 @@ class SpaceFile(BaseModel):
     ends: Literal["any", "8bit", "float"] = "8bit"
     kernels_only: bool = False
     observer: Literal["minmax", "percentile", "mse"] = "mse"
+    equalise: bool = False
 
 
 @dataclass(frozen=True)

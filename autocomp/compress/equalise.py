@@ -81,9 +81,9 @@ def sites(model: nn.Module, graph: Graph, example_inputs: tuple[Tensor, ...]) ->
         described = graph.layers[second]
         if described.conv_groups > 1 and described.kind != "depthwise":
             continue
-        before: fx.Node = node.args[0]
+        before: object = node.args[0]
         between: Between = "nothing"
-        if str(before.target) in _ACTIVATIONS:
+        if isinstance(before, fx.Node) and str(before.target) in _ACTIVATIONS:
             between = _ACTIVATIONS[str(before.target)]
             if "hardtanh" in str(before.target) and tuple(before.args[1:3]) != (0.0, CEILING):
                 continue
@@ -95,7 +95,9 @@ def sites(model: nn.Module, graph: Graph, example_inputs: tuple[Tensor, ...]) ->
             if len(before.users) > 1:
                 continue
             before, norm = before.args[0], ""
-        first = _layer_at(before, parameters, graph) if isinstance(before, fx.Node) else None
+        if not isinstance(before, fx.Node):
+            continue
+        first = _layer_at(before, parameters, graph)
         if first is None or len(before.users) > 1 or graph.layers[first].out_channels != described.in_channels:
             continue
         if norm is not None:
@@ -128,7 +130,7 @@ def _ranges(
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]  # type: ignore[arg-type]
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
     try:
         with torch.no_grad():
             for batch in batches:
