@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from autocomp.accuracy.additive import additive_model
 from autocomp.devices.device import Device
 from autocomp.records import Candidate, Evaluation, Method
 from autocomp.search.solver import Factor, Problem, make_problem
@@ -18,17 +19,21 @@ if TYPE_CHECKING:
 
 
 class Costs:
-    """The layer tables joined with the devices' latency models; refitted as kernels and modules are measured."""
+    """The layer tables joined with the devices' latency models; both sides are refitted to what was told and measured."""
 
     def __init__(self, graph: Graph, space: Space, tables: Sequence[LayerTable], devices: Mapping[str, Device]) -> None:
         self.graph, self.space, self.tables, self.devices = graph, space, list(tables), devices
+        self.additive = additive_model(self.tables)
+        self._stitched: list[tuple[Candidate, float]] = []
         self._problem: Problem | None = None
 
     def problem(self) -> Problem:
-        """The additive problem at the present state of the latency models; seconds are the mean over profiles, dense being 1."""
+        """The additive problem at the present state of all fits; seconds are the mean over profiles, dense being 1."""
         if self._problem is None:
             dense = self.predict(self.space.dense())
-            factors = [Factor(**vars(table), seconds=self._seconds(table, dense)) for table in self.tables]
+            factors = [
+                Factor(**vars(table), seconds=self._seconds(table, dense)) for table in self.additive.fitted_tables()
+            ]
             self._problem = make_problem(factors, self.space.widths, fixed_bytes=self.graph.other_bytes)
         return self._problem
 
@@ -45,8 +50,21 @@ class Costs:
         predicted = [self.predict(candidate) for candidate in candidates]
         return [float(np.mean([ours[name] / dense[name] for name in dense])) for ours in predicted]
 
+    def observe(self, candidates: Sequence[Candidate], divergences: Sequence[float]) -> None:
+        """Take in the KL of candidates that were stitched to fit tier 0 and are no trials; the next ``fit`` uses them."""
+        self._stitched = [(self.space.normalise(c), kl) for c, kl in zip(candidates, divergences, strict=True)]
+
+    def held_out_errors(self, told: Sequence[Evaluation]) -> dict[int, float]:
+        """By trial, the tier-0 error as fitted to the other trials: what tier 0 would have said of it. Trials with a KL only."""
+        known = [e for e in told if e.kl is not None and np.isfinite(e.kl)]
+        candidates = [self.space.normalise(e.candidate) for e in known]
+        errors = self.additive.held_out(candidates, [e.kl for e in known if e.kl is not None])
+        return {e.trial: float(error) for e, error in zip(known, errors, strict=True)}
+
     def fit(self, told: Sequence[Evaluation]) -> None:
-        """Refit the latency models to all kernels in the stores and all modules measured so far."""
+        """Refit tier 0 to all divergences read, and the latency models to all kernels in the stores and modules measured so far."""
+        pairs = [*self._stitched, *((self.space.normalise(e.candidate), e.kl) for e in told if e.kl is not None)]
+        self.additive = self.additive.fitted([candidate for candidate, _ in pairs], [kl for _, kl in pairs])
         measured = [evaluation for evaluation in told if evaluation.state == "measured"]
         for name, device in self.devices.items():
             device.model.fit_kernels(device.store.records())

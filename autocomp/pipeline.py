@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 UNIFORM_KEEPS = (1.0, 0.75, 0.5, 0.25)  # the baselines: one ratio for every group, in fp32 and in int8
 SOLVER_SEEDS = 40
+SEEDS_AGAIN = 12  # at most, after each round of measurement
+FITTED = 64  # candidates stitched to fit tier 0 before the solver is first asked, where the budget of trials is four times that
+DOMINATED = 3.0  # times the KL of a told candidate thought to be faster: on 64 samples, reason enough to look at no more of them
 MEASURE_ROUNDS = 4  # the budget of measurements is spent in rounds, each choosing by all that is known then
 CHECKED_SAMPLES = 4  # inputs on which a compiled module is compared with torch
 
@@ -70,7 +73,11 @@ class Pipeline:
         self.search = self._open_search(resume)
 
     def run(self) -> None:
-        """Search until the budgets are spent: baselines, solver seeds, proposals, and rounds of measurement."""
+        """Search until the budgets are spent: baselines, solver seeds, proposals, and rounds of measurement.
+
+        After each round the solver is asked again, at the coefficients and times fitted by then.
+        """
+        self._fit_additive()
         self._baselines()
         with self.progress.stage("solving for seeds"):
             for candidate in solve_front(self.costs.problem(), SOLVER_SEEDS):
@@ -82,12 +89,16 @@ class Pipeline:
                 if not self._tell_until(trials * part // MEASURE_ROUNDS, stage):
                     break
                 self._measure_until(budget * part // MEASURE_ROUNDS)
+                for candidate in solve_front(self.costs.problem(), SEEDS_AGAIN) if part < MEASURE_ROUNDS else ():
+                    self.search.enqueue(candidate, "solver")
             self._measure_until(budget)
         self.costs.fit(self.search.told)
+        errors = self.costs.held_out_errors(self.search.told)
         for evaluation in self.search.told:  # the final model's predictions, to be held against what was measured
             if evaluation.state == "measured":
                 predicted = self.costs.predict(evaluation.candidate)
-                self.search.update(evaluation.trial, replace(evaluation, predicted=predicted))
+                error = errors.get(evaluation.trial, evaluation.error)
+                self.search.update(evaluation.trial, replace(evaluation, predicted=predicted, error=error))
 
     def dense(self) -> Evaluation:
         """The evaluation of the untouched model. AutocompError if it was not measured."""
@@ -109,9 +120,32 @@ class Pipeline:
         name = self.folder.name if self.settings.storage else "autocomp"
         resume = resume and (bool(self.settings.storage) or (self.folder / "study.db").exists())
         levels = Space(self.space.widths, self.space.methods)
-        return open_search(
-            storage, name, levels, self.settings.seed, resume, self.costs.problem(), self.space.normalise
-        )
+        return open_search(storage, name, levels, self.settings.seed, resume, self.costs.problem, self.space.normalise)
+
+    def _fit_additive(self) -> None:
+        """Fit tier 0 to the divergence of random candidates on few samples; a resumed run reads what was found before."""
+        from autocomp.accuracy.additive import ENOUGH
+        from autocomp.accuracy.proxy import score_early
+
+        count = min(FITTED, self.settings.trials // 4)
+        if count < ENOUGH or self.space.size < count:
+            return
+        rng = np.random.default_rng(self.settings.seed)
+        drawn = [self.space.draw(rng) for _ in range(count)]
+        known: list[float] = self.search.get_attr("tier0", [])
+        if len(known) != count:
+            known = []
+            with self.progress.stage("fitting the additive model", count) as stage:
+                for candidate in drawn:
+                    try:
+                        known.append(score_early(self.task.model, self.graph, self.database, candidate))
+                    except (AutocompError, RuntimeError):
+                        known.append(-1.0)  # says nothing: the fit leaves it out
+                    stage.advance()
+            known = [value if np.isfinite(value) else -1.0 for value in known]
+            self.search.set_attr("tier0", known)
+        self.costs.observe(drawn, known)
+        self.costs.fit(self.search.told)
 
     def _baselines(self) -> None:
         """Tell and measure dense and the uniform compressions: they stand beside the front, and fit the latency models."""
@@ -164,12 +198,20 @@ class Pipeline:
             self.costs.predict(asked.candidate),
         )
         try:
-            _, divergence = stitch_and_score(self.task.model, self.graph, self.database, asked.candidate)
+            give_up = np.inf if _is_baseline(asked.source) else self._hopeless(evaluation)
+            _, divergence = stitch_and_score(self.task.model, self.graph, self.database, asked.candidate, give_up)
             evaluation = replace(evaluation, kl=divergence, seconds_spent=time.perf_counter() - start)
         except (AutocompError, RuntimeError) as error:
             evaluation = replace(evaluation, state="failed", failure=str(error))
         self.search.tell(asked.trial, evaluation)
         return evaluation
+
+    def _hopeless(self, evaluation: Evaluation) -> float:
+        """The KL above which a candidate is beaten for certain: by one that was told and is predicted no slower."""
+        told, seconds = self.search.told, self.costs.relative([evaluation.candidate])[0]
+        values = self.search.values()
+        faster = [v for e, (v, s) in zip(told, values, strict=True) if e.state != "failed" and s <= seconds]
+        return DOMINATED * min(faster, default=np.inf)
 
     def _measure_until(self, count: int) -> None:
         """Measure told candidates, the most promising first, until ``count`` of them (baselines aside) are measured or failed."""

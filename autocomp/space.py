@@ -19,6 +19,8 @@ from autocomp.records import Candidate, Method, Precision
 from autocomp.resources import shipped_files
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from autocomp.graph import Graph, Group, Layer
 
 BREAK_EVEN = 0.7  # a factorised layer must cost at most this share of the dense one: two kernels cost more than one
@@ -140,6 +142,17 @@ class Space:
         wanted = Method(precision)
         methods = {name: wanted if wanted in options else options[0] for name, options in self.methods.items()}
         return self.normalise(Candidate(widths, methods))
+
+    def draw(self, rng: np.random.Generator) -> Candidate:
+        """Return a random candidate; how much of the space's range it goes into is drawn first, so that all strengths are met."""
+        # Above 1: mostly mild choices, the first of each; below: mostly strong ones.
+        bend = 4.0 ** rng.uniform(-1.6, 1.6)
+
+        def pick(options: tuple[Any, ...]) -> Any:
+            return options[min(int(len(options) * rng.random() ** bend), len(options) - 1)]
+
+        widths = {name: pick(options) for name, options in self.widths.items()}
+        return self.normalise(Candidate(widths, {name: pick(options) for name, options in self.methods.items()}))
 
     def normalise(self, candidate: Candidate) -> Candidate:
         """Return the same choice without ranks that save nothing at the pruned shape: those layers are full rank."""

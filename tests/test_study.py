@@ -39,7 +39,7 @@ def evaluate(candidate: Candidate, source: str = "solver") -> Evaluation:
 
 
 def start(folder: Path, resume: bool = False, **options: object) -> Search:
-    return open_search(url(folder), "run", SPACE, resume=resume, problem=PROBLEM, **options)  # type: ignore[arg-type]
+    return open_search(url(folder), "run", SPACE, resume=resume, problem=lambda: PROBLEM, **options)  # type: ignore[arg-type]
 
 
 def step(search: Search) -> Evaluation:

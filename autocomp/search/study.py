@@ -60,12 +60,13 @@ def open_search(
     space: Space,
     seed: int = 0,
     resume: bool = False,
-    problem: Problem | None = None,
+    problem: Callable[[], Problem] | None = None,
     normalise: Callable[[Candidate], Candidate] | None = None,
 ) -> Search:
     """Open or create the study ``name`` in an Optuna storage (``sqlite:///path`` or another RDB URL).
 
-    ``problem`` (the solver's, of the same space) and ``normalise`` (``Space.normalise``) sharpen the proposals.
+    ``problem`` (gives the solver's, of the same space, as it is fitted at the time) and ``normalise`` (``Space.normalise``)
+    sharpen the proposals.
     UsageError if the storage cannot be opened, the study exists and ``resume`` is not set, or its levels are others.
     """
     import optuna
@@ -114,7 +115,7 @@ class Search:
         study_id: int,
         space: Space,
         seed: int,
-        problem: Problem | None,
+        problem: Callable[[], Problem] | None,
         normalise: Callable[[Candidate], Candidate] | None,
     ) -> None:
         self.space = space
@@ -124,7 +125,7 @@ class Search:
         self._names = [*(f"width:{g}" for g in space.widths), *(f"method:{m}" for m in space.methods)]
         options = [*space.widths.values(), *space.methods.values()]
         self._sizes = np.array([len(levels) for levels in options], dtype=np.int64)
-        self._columns = _problem_columns(problem, space) if problem is not None else []
+        self._columns = _problem_columns(problem(), space) if problem is not None else []
         self._told: dict[int, Evaluation] = {}
         self._waiting: list[tuple[int, Asked]] = []  # (row id in the storage, trial), in the order they were put in
         self._running: dict[int, tuple[int, Asked]] = {}
@@ -342,7 +343,7 @@ class Search:
     def _estimate(self, rows: Levels) -> Floats:
         """Additive (error, seconds) of rows of levels, ``[n, 2]``."""
         assert self._problem is not None
-        return np.stack(self._problem.costs(rows[:, self._columns])[:2], axis=1)
+        return np.stack(self._problem().costs(rows[:, self._columns])[:2], axis=1)
 
     def _writing(self) -> Any:
         return _storage_errors(self._storage.url, "be written")
