@@ -25,17 +25,21 @@ class Costs:
         self.graph, self.space, self.tables, self.devices = graph, space, list(tables), devices
         self.additive = additive_model(self.tables)
         self._stitched: list[tuple[Candidate, float]] = []
-        self._problem: Problem | None = None
+        self._problems: dict[str | None, Problem] = {}
 
-    def problem(self) -> Problem:
-        """The additive problem at the present state of all fits; seconds are the mean over profiles, dense being 1."""
-        if self._problem is None:
+    def problem(self, profile: str | None = None) -> Problem:
+        """The additive problem at the present state of all fits, seconds over dense's: one profile's, or the mean over all."""
+        if profile not in self._problems:
             dense = self.predict(self.space.dense())
-            factors = [
-                Factor(**vars(table), seconds=self._seconds(table, dense)) for table in self.additive.fitted_tables()
-            ]
-            self._problem = make_problem(factors, self.space.widths, fixed_bytes=self.graph.other_bytes)
-        return self._problem
+            names = list(self.devices) if profile is None else [profile]
+            factors = [Factor(**vars(table), seconds=self._seconds(table, dense, names)) for table in self.additive.fitted_tables()]
+            self._problems[profile] = make_problem(factors, self.space.widths, fixed_bytes=self.graph.other_bytes)
+        return self._problems[profile]
+
+    def problems(self) -> list[Problem]:
+        """The problem of all profiles together and, where there are several, each one's own: they may want different mixes."""
+        own = list(self.devices) if len(self.devices) > 1 else []
+        return [self.problem(), *(self.problem(name) for name in own)]
 
     def predict(self, candidate: Candidate) -> dict[str, float]:
         """Predicted seconds of one inference by profile."""
@@ -44,11 +48,11 @@ class Costs:
             for name, device in self.devices.items()
         }
 
-    def relative(self, candidates: Sequence[Candidate]) -> list[float]:
-        """Predicted seconds of each candidate over dense's, the mean over profiles."""
+    def relative(self, candidates: Sequence[Candidate]) -> dict[str, list[float]]:
+        """Predicted seconds of each candidate over dense's, by profile."""
         dense = self.predict(self.space.dense())
         predicted = [self.predict(candidate) for candidate in candidates]
-        return [float(np.mean([ours[name] / dense[name] for name in dense])) for ours in predicted]
+        return {name: [ours[name] / dense[name] for ours in predicted] for name in dense}
 
     def observe(self, candidates: Sequence[Candidate], divergences: Sequence[float]) -> None:
         """Take in the KL of candidates that were stitched to fit tier 0 and are no trials; the next ``fit`` uses them."""
@@ -70,7 +74,7 @@ class Costs:
             device.model.fit_kernels(device.store.records())
             sums = [self._kernel_sum(device, evaluation.candidate) for evaluation in measured]
             device.model.fit_modules(sums, [evaluation.latency[name].seconds for evaluation in measured])
-        self._problem = None
+        self._problems.clear()
 
     def _kernel_sum(self, device: Device, candidate: Candidate) -> tuple[float, int]:
         candidate = self.space.normalise(candidate)
@@ -84,7 +88,7 @@ class Costs:
             total, count = total + seconds, count + kernels
         return total, count
 
-    def _seconds(self, table: LayerTable, dense: Mapping[str, float]) -> np.ndarray:
+    def _seconds(self, table: LayerTable, dense: Mapping[str, float], names: Sequence[str]) -> np.ndarray:
         layer = self.graph.layers[table.layer]
         group = self.graph.groups.get(table.in_group or "")
         carries = group is not None and table.layer == group.consumers[0]  # one table has the products of attention
@@ -97,14 +101,20 @@ class Costs:
                 for m, method in enumerate(table.methods):
                     effective = self.space.effective(table.layer, inputs, outputs, method)
                     attention = (group, width_in) if carries and group is not None else None
-                    seconds[i, o, m] = self._share(resized(layer, inputs, outputs), effective, dense, attention)
+                    seconds[i, o, m] = self._share(resized(layer, inputs, outputs), effective, dense, attention, names)
         return seconds
 
     def _share(
-        self, layer: Layer, method: Method, dense: Mapping[str, float], attention: tuple[Group, int] | None
+        self,
+        layer: Layer,
+        method: Method,
+        dense: Mapping[str, float],
+        attention: tuple[Group, int] | None,
+        names: Sequence[str],
     ) -> float:
         shares = []
-        for name, device in self.devices.items():
+        for name in names:
+            device = self.devices[name]
             total, count = device.model.layer_seconds(layer, method)
             if attention is not None:
                 more, kernels = device.model.attention_seconds(*attention)

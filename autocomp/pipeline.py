@@ -80,8 +80,10 @@ class Pipeline:
         self._fit_additive()
         self._baselines()
         with self.progress.stage("solving for seeds"):
-            for candidate in solve_front(self.costs.problem(), SOLVER_SEEDS):
-                self.search.enqueue(candidate, "solver")
+            problems = self.costs.problems()
+            for problem in problems:
+                for candidate in solve_front(problem, -(-SOLVER_SEEDS // len(problems))):
+                    self.search.enqueue(candidate, "solver")
         trials, budget = self.settings.trials, self.settings.measure
         with self.progress.stage("searching", trials) as stage:
             stage.advance(len(self.search.told))
@@ -222,8 +224,11 @@ class Pipeline:
             if spent >= count or not waiting:
                 return
             seconds = self.costs.relative([e.candidate for e in waiting])
-            points = np.array([(e.kl, relative) for e, relative in zip(waiting, seconds, strict=True)])
-            chosen = spaced(points, count - spent)
+            chosen: list[int] = []
+            for share, relative in enumerate(seconds.values(), 1):  # each profile chooses its part of what is left to spend
+                points = np.array([(e.kl, its) for e, its in zip(waiting, relative, strict=True)])
+                want = (count - spent) * share // len(seconds) - len(chosen)
+                chosen += [index for index in spaced(points, want) if index not in chosen]
             if not chosen:
                 return
             with self.progress.stage("measuring", len(chosen)) as stage:
