@@ -32,7 +32,10 @@ class Costs:
         if profile not in self._problems:
             dense = self.predict(self.space.dense())
             names = list(self.devices) if profile is None else [profile]
-            factors = [Factor(**vars(table), seconds=self._seconds(table, dense, names)) for table in self.additive.fitted_tables()]
+            factors = [
+                Factor(**vars(table), seconds=self._seconds(table, dense, names))
+                for table in self.additive.fitted_tables()
+            ]
             self._problems[profile] = make_problem(factors, self.space.widths, fixed_bytes=self.graph.other_bytes)
         return self._problems[profile]
 

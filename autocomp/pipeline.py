@@ -210,7 +210,9 @@ class Pipeline:
 
     def _hopeless(self, evaluation: Evaluation) -> float:
         """The KL above which a candidate is beaten for certain: by one that was told and is predicted no slower."""
-        told, seconds = self.search.told, self.costs.relative([evaluation.candidate])[0]
+        if len(self.devices) > 1:  # what is beaten on the whole may still be the best on one target
+            return float(np.inf)
+        told, seconds = self.search.told, next(iter(self.costs.relative([evaluation.candidate]).values()))[0]
         values = self.search.values()
         faster = [v for e, (v, s) in zip(told, values, strict=True) if e.state != "failed" and s <= seconds]
         return DOMINATED * min(faster, default=np.inf)
@@ -225,7 +227,8 @@ class Pipeline:
                 return
             seconds = self.costs.relative([e.candidate for e in waiting])
             chosen: list[int] = []
-            for share, relative in enumerate(seconds.values(), 1):  # each profile chooses its part of what is left to spend
+            # each profile chooses its part of what is left to spend
+            for share, relative in enumerate(seconds.values(), 1):
                 points = np.array([(e.kl, its) for e, its in zip(waiting, relative, strict=True)])
                 want = (count - spent) * share // len(seconds) - len(chosen)
                 chosen += [index for index in spaced(points, want) if index not in chosen]
