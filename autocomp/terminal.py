@@ -93,9 +93,11 @@ def show_check(found: Mapping[str, Any]) -> None:
 
 
 def format_latency(latency: Latency) -> str:
-    """Write a latency with its spread, and say so where it is an estimate."""
-    text = f"{format_milliseconds(latency.seconds)} ± {latency.spread:.1%}"
-    return text if latency.how == "measured" else f"{text} (estimated)"
+    """Write a measured latency with its spread, an estimated one with the known error of the model, and say so."""
+    if latency.how == "measured":
+        return f"{format_milliseconds(latency.seconds)} ± {latency.spread:.1%}"
+    around = f" ± {latency.error:.0%}" if latency.error is not None else ""
+    return f"{format_milliseconds(latency.seconds)}{around} (estimated)"
 
 
 def show_latency(latency: Latency, kernels: int) -> None:

@@ -15,8 +15,8 @@ from autocomp.records import Evaluation, Latency, Reference
 from autocomp.report import figures
 from autocomp.report.data import FrontPoint, Run, check_version, finite, read_evaluations, read_run
 from autocomp.report.figures import Metric, milliseconds
+from autocomp.report.targets import knee_of, targets
 from autocomp.search.goals import best
-from autocomp.search.pareto import knee
 
 REPORT = "report.html"
 MAX_KERNELS = 14  # rows of a kernel table; the rest is summed in one more
@@ -70,6 +70,7 @@ def render(
         others=[page.other(item) for item in page.comparisons()],
         figures=drawn,
         figure_json=_embedded({name: figure for name, (figure, _) in drawn.items()}),
+        targets=targets(page) if len(run.profiles) > 1 else None,
         kernels={profile: page.kernels(profile) for profile in run.profiles},
         failed=[e for e in evaluations if e.state == "failed"],
         stages=page.stages(),
@@ -175,12 +176,12 @@ class _Page:
             "validation": [self.metric.bare(e.metrics.get(key)) for key in (name, *self.slices)],
             "test": [self.metric.bare(point.test_metrics.get(key)) for key in (name, *self.slices)],
             "change": self.metric.change(e.metrics.get(name), self.dense.metrics.get(name)),
-            "latency": [self._time(e.latency.get(profile), profile) for profile in self.profiles],
+            "latency": [self.time(e.latency.get(profile), profile) for profile in self.profiles],
             "size": format_bytes(e.bytes),
             "smaller": f"{self.dense.bytes / e.bytes:.1f}×" if e.bytes else "–",
             "files": self._files(point),
             "choices": figures.choices_text(e, self.dense),
-            "layers": self._layers(e),
+            "layers": self.layers(e),
         }
 
     def _files(self, point: FrontPoint) -> list[dict[str, Any]]:
@@ -213,7 +214,7 @@ class _Page:
             "note": note,
             "validation": [self.metric.bare(item.metrics.get(key)) for key in (self.metric.name, *self.slices)],
             "change": self.metric.change(value, self.dense.metrics.get(self.metric.name)),
-            "latency": [self._time(latencies.get(profile), profile) for profile in self.profiles],
+            "latency": [self.time(latencies.get(profile), profile) for profile in self.profiles],
             "size": format_bytes(item.bytes),
             "smaller": f"{self.dense.bytes / item.bytes:.1f}×" if item.bytes else "–",
         }
@@ -249,7 +250,7 @@ class _Page:
         longest = max(seconds.values(), default=0.0) or 1.0
         return [(name, value, value / longest) for name, value in seconds.items()]
 
-    def _time(self, latency: Latency | None, profile: str) -> dict[str, str] | None:
+    def time(self, latency: Latency | None, profile: str) -> dict[str, str] | None:
         if latency is None:
             return None
         error = latency.spread / 2 if latency.how == "measured" else latency.error
@@ -261,7 +262,7 @@ class _Page:
             "times": f"{there.seconds / latency.seconds:.2f}×" if there and latency.seconds else "–",
         }
 
-    def _layers(self, evaluation: Evaluation) -> list[dict[str, Any]]:
+    def layers(self, evaluation: Evaluation) -> list[dict[str, Any]]:
         widths, full = evaluation.candidate.widths, self.dense.candidate.widths
         known = {layer.name: layer for layer in self.run.layers}
         rows = []
@@ -282,16 +283,8 @@ class _Page:
         return rows
 
     def _knee(self) -> str | None:
-        for profile in self.profiles:
-            name = self.metric.name
-            kept = [
-                p.evaluation for p in self.run.front if profile in p.evaluation.latency and name in p.evaluation.metrics
-            ]
-            dense = self.dense.metrics.get(name, 0.0)
-            at = knee([(self.metric.loss(e.metrics[name], dense), e.latency[profile].seconds) for e in kept])
-            if at is not None:
-                return kept[at].candidate.id
-        return None
+        knees = (knee_of(self.run, self.metric, profile) for profile in self.profiles)
+        return next((found.candidate.id for found in knees if found is not None), None)
 
     def _recommended(self) -> FrontPoint | None:
         """The point that meets the goals best; without goals, or where none meets them, the knee."""
