@@ -150,7 +150,9 @@ def conv2d(data: Any, weight: Any, spec: ConvSpec, dot: DotProduct | None = None
         padded, kw = _pad_runs(data, spec, ow_padded, run, fill), 1
     else:
         run = 1 if spec.depthwise else round_up(group_in, width)
-        padded = _pad(data, spec, ow_padded, (spec.groups - 1) * group_in + run, fill)
+        # bytes widened to floats: sums below 2^24 are exact, and on Arm float products run at four times the rate of int32 ones
+        wide = "float32" if spec.depthwise and dot and dot.steps > 1 else None
+        padded = _pad(data, spec, ow_padded, (spec.groups - 1) * group_in + run, fill, wide)
     if spec.depthwise:
         return _depthwise(padded, weight, spec, ow_padded, dot)
     accumulate = "int32" if dot else "float32"
@@ -179,21 +181,22 @@ def conv2d(data: Any, weight: Any, spec: ConvSpec, dot: DotProduct | None = None
     return _crop(anchor, (spec.batch, oh, ow, spec.out_channels))
 
 
-def _pad(data: Any, spec: ConvSpec, ow_padded: int, channels: int, fill: Any) -> Any:
-    """``data`` with its border, wide enough for the padded output columns; ``data`` itself where nothing is added."""
+def _pad(data: Any, spec: ConvSpec, ow_padded: int, channels: int, fill: Any, dtype: str | None = None) -> Any:
+    """``data`` with its border, wide enough for the padded output columns, and as ``dtype``; ``data`` itself where nothing is changed."""
     from tvm import te, tirx
 
     (h, w), (top, left, bottom, _) = spec.in_size, spec.padding
     height = h + top + bottom
     width = max((ow_padded - 1) * spec.stride[1] + (spec.kernel[1] - 1) * spec.dilation[1] + 1, 1)
-    if (height, channels, top, left) == (h, spec.in_channels, 0, 0) and width <= w:
+    if (height, channels, top, left) == (h, spec.in_channels, 0, 0) and width <= w and dtype is None:
         return data
 
     def pixel(n: Any, y: Any, x: Any, c: Any) -> Any:
         inside = [y >= top, y < h + top, x >= left, x < w + left]
         if channels != spec.in_channels:
             inside.append(c < spec.in_channels)
-        return tirx.if_then_else(tirx.all(*inside), data[n, y - top, x - left, c], fill)
+        value = tirx.if_then_else(tirx.all(*inside), data[n, y - top, x - left, c], fill)
+        return value if dtype is None else value.astype(dtype)
 
     return te.compute((spec.batch, height, width, channels), pixel, name="pad")
 
@@ -216,7 +219,8 @@ def _pad_runs(data: Any, spec: ConvSpec, ow_padded: int, run: int, fill: Any) ->
 def _depthwise(padded: Any, weight: Any, spec: ConvSpec, ow_padded: int, dot: DotProduct | None) -> Any:
     from tvm import te
 
-    accumulate = "int32" if dot else "float32"
+    floats = dot is None or dot.steps > 1
+    accumulate = "float32" if floats else "int32"
     ry, rx = te.reduce_axis((0, spec.kernel[0]), "ry"), te.reduce_axis((0, spec.kernel[1]), "rx")
     (sh, sw), (dh, dw), (oh, ow) = spec.stride, spec.dilation, spec.out_size
     anchor = te.compute(
@@ -227,6 +231,9 @@ def _depthwise(padded: Any, weight: Any, spec: ConvSpec, ow_padded: int, dot: Do
         name="anchor",
         attrs={TEMPLATE: "depthwise", FLOPS: spec.flops},
     )
+    if dot and floats:
+        shape = (spec.batch, oh, ow, spec.out_channels)
+        return te.compute(shape, lambda *i: anchor[i].astype("int32"), name="crop")
     return _crop(anchor, (spec.batch, oh, ow, spec.out_channels))
 
 

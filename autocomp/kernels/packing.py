@@ -25,7 +25,8 @@ def round_up(value: int, multiple: int) -> int:
 def pack_conv_weight(weight: np.ndarray, spec: ConvSpec, dot: DotProduct | None) -> np.ndarray:
     """OIHW weight → packed (see the module). Depthwise weights become ``[KH][KW][C]``."""
     if spec.depthwise:
-        return np.ascontiguousarray(weight[:, 0].transpose(1, 2, 0)).astype("int32" if dot else weight.dtype)
+        dtype = weight.dtype if dot is None else "int32" if dot.steps == 1 else "float32"
+        return np.ascontiguousarray(weight[:, 0].transpose(1, 2, 0)).astype(dtype)
     if spec.is_dense:
         return pack_dense_weight(weight[:, :, 0, 0], spec.lanes, dot)
     if spec.folds(dot):

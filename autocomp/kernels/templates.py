@@ -121,7 +121,8 @@ def _depthwise_tiles(anchor: Anchor, vectors: int, profile: Profile) -> Iterator
     """Long rows of one or two registers; bands whose padded inputs fit the nearest cache, and the ones beside them."""
     _, up, across, _ = anchor.spatial
     bands = [band for band in _divisors(up, _MOST_BAND) if _band_bytes(band, anchor, profile) <= _BAND_BYTES]
-    for rows, count, band in itertools.product(_divisors(across, 14), _divisors(vectors, 2), [*bands[-2:], 0]):
+    most = 4 if neon.is_neon(profile) else 2
+    for rows, count, band in itertools.product(_divisors(across, 14), _divisors(vectors, most), [*bands[-2:], 0]):
         if rows * count + count + 1 <= profile.vector_registers:
             yield Tile(rows, count, band=band)
 
@@ -141,6 +142,8 @@ def _cost(tile: Tile, anchor: Anchor, profile: Profile) -> float:
     rows = tile.rows * tile.rows_up
     block = rows * tile.vectors
     if anchor.template.startswith("depthwise"):
+        if neon.is_neon(profile):
+            return neon.depthwise_cost(tile)
         return 1 / min(block, 14) + 0.01 * (tile.vectors - 1) + 0.001 * (_MOST_BAND - tile.band)
     if neon.is_neon(profile):
         return neon.cost(tile, anchor, profile)
