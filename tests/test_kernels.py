@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autocomp.hardware import Profile, load_profile
-from autocomp.kernels import compute, packing, templates
+from autocomp.kernels import compute, packing, requantise, templates
 from autocomp.kernels.intrinsics import dot_product
 
 QUICK = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
@@ -210,6 +210,6 @@ def test_quantise_rounds_half_to_even_and_saturates(profile: Profile) -> None:
     x = np.array([[-1e9, -0.5, 0.5, 1.5, 2.5, 254.5, 1e9, 3.0]], "float32")
     data = te.placeholder(x.shape, name="data")
     inverse, zero = te.placeholder((1,), name="inverse"), te.placeholder((1,), name="zero")
-    out = compute.quantise(data, inverse, zero, "uint8")
+    out = requantise.quantise(data, inverse, zero, "uint8")
     value, _ = run_kernel([out], [data, inverse, zero], [x, np.ones(1, "float32"), np.zeros(1, "float32")], profile)
     np.testing.assert_array_equal(value[0], [0, 0, 0, 2, 2, 254, 255, 3])

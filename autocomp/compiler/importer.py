@@ -12,7 +12,7 @@ from autocomp.compiler.normalise import decomposed, origin
 from autocomp.compiler.weight_only import WeightOnlyConverter
 from autocomp.errors import ExportError
 from autocomp.hardware import Profile
-from autocomp.kernels import compute, packing
+from autocomp.kernels import compute, packing, requantise
 from autocomp.kernels.intrinsics import dot_product
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class _QuantisedConverter:
             "int32"
         )
         result = builder.emit_te(
-            compute.dequantise, accumulator, relax.const(compensation), relax.const(scale), relax.const(bias),
+            requantise.dequantise, accumulator, relax.const(compensation), relax.const(scale), relax.const(bias),
             primfunc_name_hint="dequantise",
         )  # fmt: skip
         return builder.emit(relax.op.permute_dims(result, [0, 3, 1, 2])) if self.convolution else result
@@ -182,7 +182,7 @@ class _QuantisedConverter:
         key = (hash(source), inv_xs, zero_point)
         if key not in self._quantised:  # two layers that read one tensor on one scale share its integers
             value = builder.emit_te(
-                lambda data, inverse, zero: compute.quantise(data, inverse, zero, self.dot.activation),
+                lambda data, inverse, zero: requantise.quantise(data, inverse, zero, self.dot.activation),
                 data, relax.const(np.array([inv_xs], "float32")), relax.const(np.array([zero_point], "float32")),
                 primfunc_name_hint="quantise",
             )  # fmt: skip
