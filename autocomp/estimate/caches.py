@@ -42,8 +42,8 @@ class Caches(NamedTuple):
         return tuple(int(count) for count in self.levels[:, _MISSES])
 
 
-def new_caches(core: Core, warmed: Sequence[tuple[int, int]] = ()) -> Caches:
-    """Caches of a core that hold, as far as they fit, the address ranges (from, to), touched in order."""
+def new_caches(core: Core) -> Caches:
+    """The empty caches of a core."""
     table = np.zeros((len(core.caches), _COLUMNS), np.int64)
     rates = [level.bytes_per_cycle for level in core.caches[1:]] + [core.memory_bytes_per_second / core.clock_hz]
     latencies = [level.latency for level in core.caches[1:]]
@@ -54,10 +54,13 @@ def new_caches(core: Core, warmed: Sequence[tuple[int, int]] = ()) -> Caches:
         row[[_OFFSET, _WAYS, _SETS]] = offset, level.ways, sets
         row[[_EXTRA, _PER_LINE]] = latency - core.caches[0].latency, round(256 * LINE / rate)
         offset += sets * level.ways
-    caches = Caches(np.full(offset, -1, np.int64), table, np.full((_PENDING, 2), -1, np.int64))
-    for first, last in warmed:
+    return Caches(np.full(offset, -1, np.int64), table, np.full((_PENDING, 2), -1, np.int64))
+
+
+def warm_ranges(caches: Caches, ranges: Sequence[tuple[int, int]]) -> None:
+    """Fill caches with address ranges (from, to), as far as they fit, in order."""
+    for first, last in ranges:
         _warm(caches.tags, caches.levels, first // LINE, -(-last // LINE))
-    return caches
 
 
 @numba.njit(cache=True)
@@ -91,7 +94,7 @@ def holds(tags, levels, level, line):  # type: ignore[no-untyped-def]
 def arrival(tags, levels, pending, line, cycle, transfers, waited):  # type: ignore[no-untyped-def]
     """The cycle at which a line that is wanted at ``cycle`` can be used from the first level: ``cycle`` itself for a hit.
 
-    ``transfers`` is how often the line crosses its links: 2 for a line to be written, which is written back one day. Misses are
+    ``transfers`` is how often the line crosses the link to memory: 2 for a line to be written, which is written back one day. Misses are
     counted where ``waited`` is 1.
     """
     slot = line % _PENDING
@@ -108,7 +111,8 @@ def arrival(tags, levels, pending, line, cycle, transfers, waited):  # type: ign
     for link in range(level):
         if levels[link, _FREE] > start:
             start = levels[link, _FREE]
-        levels[link, _FREE] = start + transfers * levels[link, _PER_LINE]
+        crossings = transfers if link == levels.shape[0] - 1 else 1  # caches write back on paths of their own
+        levels[link, _FREE] = start + crossings * levels[link, _PER_LINE]
     ready = min(start >> 8, cycle + LONGEST_WAIT) + levels[level - 1, _EXTRA]
     pending[slot, _ON_WAY] = line
     pending[slot, _READY] = ready
@@ -121,3 +125,14 @@ def _warm(tags, levels, first, last):  # type: ignore[no-untyped-def]
     for line in range(first, last):
         for level in range(levels.shape[0]):
             touch(tags, levels, level, line)
+
+
+@numba.njit(cache=True)
+def warm_accesses(tags, levels, trace):  # type: ignore[no-untyped-def]
+    """Touch what a trace of (instruction, address, ...) reads and writes, in its order."""
+    for step in range(trace.shape[0]):
+        line = trace[step, 1] // LINE
+        if line >= 0 and not touch(tags, levels, 0, line):
+            level = 1
+            while level < levels.shape[0] and not touch(tags, levels, level, line):
+                level += 1

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from autocomp.estimate.caches import LINE, arrival, holds, new_caches
+from autocomp.estimate.caches import LINE, arrival, holds, new_caches, warm_accesses, warm_ranges
 from autocomp.estimate.decode import LOAD, LOAD_AND_STORE, REGISTERS, STORE, Instruction
 from autocomp.estimate.instructions import Core, MicroOperation
 
@@ -48,6 +48,7 @@ _WORDS = 1 << 14  # entries of the table of stored words: which, and when its da
 _WORD, _AT = 0, 1
 
 _STEADY = 2  # equal strides after which the prefetcher starts
+_REACH = 4096  # bytes it looks ahead at most: translations are by pages of 4 KiB
 _BEFORE, _STEP, _EQUAL, _STARTED = range(4)  # columns of the prefetcher, by instruction
 _DIRECTION, _RUN, _LAST = 0, 1, 2  # columns of the branch predictor; two of _LAST, by direction
 
@@ -66,13 +67,22 @@ class Simulated:
 
 
 def simulate(
-    trace: np.ndarray, instructions: Sequence[Instruction], core: Core, warmed: Sequence[tuple[int, int]] = ()
+    trace: np.ndarray,
+    instructions: Sequence[Instruction],
+    core: Core,
+    warmed: Sequence[tuple[int, int]] = (),
+    *,
+    repeated: bool = False,
 ) -> Simulated:
     """Time a trace of (instruction number, address of its access or -1, whether its time is attributed) on a core.
 
-    ``warmed`` are address ranges (from, to) that are in the caches as far as they fit, in order.
+    ``warmed`` are address ranges (from, to) that are in the caches as far as they fit, in order; ``repeated`` says that the trace
+    ran before, and left its own lines there.
     """
-    caches = new_caches(core, warmed)
+    caches = new_caches(core)
+    warm_ranges(caches, warmed)
+    if repeated:
+        warm_accesses(caches.tags, caches.levels, trace)
     cost = np.zeros((len(instructions), 2), np.int64)
     parameters = np.array(
         [core.width, core.window, core.retire, core.mispredict, core.history, core.store_forward, core.store_buffer, core.stores, core.prefetch],
@@ -209,9 +219,10 @@ def _prefetch(streams, at, address, cycle, ahead, tags, levels, pending):  # typ
     if streams[at, _EQUAL] < _STEADY or not crossed:
         return
     reach = step if abs(step) >= LINE else (LINE if step > 0 else -LINE)
+    ahead = min(ahead, _REACH // abs(reach))
     nearest = ahead if streams[at, _STARTED] else 1  # the lines between were fetched when earlier ones were touched
     streams[at, _STARTED] = 1
-    for distance in range(nearest, ahead + 1):
+    for distance in range(max(nearest, 1), ahead + 1):
         line = (address + reach * distance) // LINE
         if not holds(tags, levels, 0, line):
             arrival(tags, levels, pending, line, cycle, 1, 0)
@@ -298,9 +309,11 @@ def _simulate(trace, code, parameters, pipeline_count, queues, tags, levels, pen
             for word in range(address >> 2, (last >> 2) + 1):
                 stored[word & (_WORDS - 1), _WORD] = word
                 stored[word & (_WORDS - 1), _AT] = begun
+            # the line is asked for as soon as the address is known: links are booked in the program's order, and a request dated
+            # when the data is ready would hold up loads that come after it but start before
             arrived = begun
             for line in range(address // LINE, last // LINE + 1):
-                arrived = max(arrived, arrival(tags, levels, pending, line, begun, 2, 1))
+                arrived = max(arrived, arrival(tags, levels, pending, line, addressed, 2, 1))
             start = max(done, retired, arrived)
             if start > drained:
                 drained, drained_now = start, 0

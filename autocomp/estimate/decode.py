@@ -46,7 +46,9 @@ def decode(isa: str, code: bytes, address: int) -> list[Instruction]:
     """Decode a block of code that starts at an address."""
     if isa == "arm64":
         return decode_arm64(code, address)
-    raise ValueError(f"no decoder for {isa}")
+    from autocomp.estimate.x86 import decode_x86  # which is built on this module
+
+    return decode_x86(code, address)
 
 
 def decode_arm64(code: bytes, address: int) -> list[Instruction]:
@@ -71,7 +73,7 @@ def _arm64_word(word: bytes) -> Instruction:
     import capstone
     from capstone import arm64
 
-    found = next(_disassembler("arm64").disasm(word, 0), None)
+    found = next(disassembler("arm64").disasm(word, 0), None)
     if found is None or found.id == 0:
         return Instruction(0, 4, word.hex(), "undefined")
     mnemonic, text = found.mnemonic, found.op_str
@@ -103,9 +105,9 @@ def _arm64_word(word: bytes) -> Instruction:
         4,
         f"{mnemonic} {text}".strip(),
         form,
-        reads=_distinct(read),
-        address_reads=_distinct(address),
-        writes=_distinct(register for register in written if register not in base),
+        reads=distinct(read),
+        address_reads=distinct(address),
+        writes=distinct(register for register in written if register not in base),
         written_back=base[0] if base else -1,
         accumulator=accumulator,
         access=access,
@@ -201,12 +203,12 @@ def _register(name: str) -> int:
     return -1
 
 
-def _distinct(registers: Any) -> tuple[int, ...]:
+def distinct(registers: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(register for register in registers if register >= 0))
 
 
 @cache
-def _disassembler(isa: str) -> Any:
+def disassembler(isa: str) -> Any:
     import capstone
 
     if isa == "arm64":

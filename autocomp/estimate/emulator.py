@@ -122,9 +122,9 @@ class Emulation:
 
     def __init__(self, image: Image, tensors: Sequence[Tensor], *, timing: bool = False) -> None:
         import unicorn
-        from unicorn import arm64_const as arm
 
         self.image = image
+        self._machine = _MACHINES[image.isa]
         self.slots = hooks.new_slots()
         self.finished = False
         self._next = image.entry
@@ -132,7 +132,7 @@ class Emulation:
         self._message = ""
         code = bytearray(image.data)
         if timing:
-            code[: image.code_end - BASE] = without_arithmetic(bytes(code[: image.code_end - BASE]))
+            code[: image.code_end - BASE] = self._machine.without_arithmetic(bytes(code[: image.code_end - BASE]))
         places, end = _places(tensors)
         self._workspace = end
         self.memory = np.zeros(end + _WORKSPACE_BYTES - _HEAP, np.uint8)
@@ -143,8 +143,7 @@ class Emulation:
         self.ranges = [(at, at + _bytes(tensor)) for at, tensor in zip(places, tensors, strict=True)]
         self._write_arguments(places, tensors, end)
         code[image.workspace - BASE : image.workspace - BASE + 8] = self._workspace.to_bytes(8, "little")
-        self.engine = engine = unicorn.Uc(unicorn.UC_ARCH_ARM64, unicorn.UC_MODE_ARM)
-        engine.ctl_set_cpu_model(arm.UC_CPU_ARM64_MAX)
+        self.engine = engine = self._machine.engine()
         engine.mem_map(BASE, _round(len(code), _PAGE))
         engine.mem_write(BASE, bytes(code))
         engine.mem_map(_RETURN, _PAGE)
@@ -152,35 +151,25 @@ class Emulation:
         engine.mem_map_ptr(
             _HEAP, len(self.memory), unicorn.UC_PROT_READ | unicorn.UC_PROT_WRITE, self.memory.ctypes.data
         )
-        engine.reg_write(arm.UC_ARM64_REG_CPACR_EL1, 3 << 20)  # floating point and SIMD are not trapped
-        engine.reg_write(arm.UC_ARM64_REG_SP, _STACK + _STACK_BYTES - _PAGE)
-        for register, value in (
-            (arm.UC_ARM64_REG_X0, 0),
-            (arm.UC_ARM64_REG_X1, self._arguments),
-            (arm.UC_ARM64_REG_X2, len(tensors)),
-            (arm.UC_ARM64_REG_X3, self._result),
-            (arm.UC_ARM64_REG_X30, _RETURN),
-        ):
-            engine.reg_write(register, value)
+        self._machine.call(engine, (0, self._arguments, len(tensors), self._result))
         self.slots[hooks.STOP] = _address_of_stop()
         self.slots[hooks.LOW], self.slots[hooks.HIGH] = BASE, image.code_end
 
     def start(self) -> None:
         """Run from where the last run stopped, to the end or to where a hook stops it. ObjectError if the kernel fails."""
         import unicorn
-        from unicorn import arm64_const as arm
 
         self.slots[hooks.STOPPED] = 0
         try:
             self.engine.emu_start(self._next, _RETURN)
         except unicorn.UcError as error:
-            at = self.engine.reg_read(arm.UC_ARM64_REG_PC) - BASE
+            at = self._machine.program_counter(self.engine) - BASE
             raise ObjectError(f"the kernel failed at code offset {at:#x}: {error}") from error
-        self._next = self.engine.reg_read(arm.UC_ARM64_REG_PC)
+        self._next = self._machine.program_counter(self.engine)
         if self._message:
             raise ObjectError(self._message)
         self.finished = not self.slots[hooks.STOPPED]
-        if self.finished and self.engine.reg_read(arm.UC_ARM64_REG_W0):
+        if self.finished and self._machine.result(self.engine):
             raise ObjectError("the kernel refused its arguments: check the number, dtypes and shapes of the tensors")
 
     def hook_blocks(self, function: Any) -> int:
@@ -249,6 +238,87 @@ class Emulation:
 
     def _put(self, address: int, data: bytes) -> None:
         self.memory[address - _HEAP : address - _HEAP + len(data)] = np.frombuffer(data, np.uint8)
+
+
+class _Arm64:
+    """AArch64 in the emulator: arguments in x0 to x3, the address to return to in x30."""
+
+    @staticmethod
+    def engine() -> Any:
+        import unicorn
+        from unicorn import arm64_const as arm
+
+        engine = unicorn.Uc(unicorn.UC_ARCH_ARM64, unicorn.UC_MODE_ARM)
+        engine.ctl_set_cpu_model(arm.UC_CPU_ARM64_MAX)
+        engine.reg_write(arm.UC_ARM64_REG_CPACR_EL1, 3 << 20)  # floating point and SIMD are not trapped
+        return engine
+
+    @staticmethod
+    def call(engine: Any, arguments: Sequence[int]) -> None:
+        from unicorn import arm64_const as arm
+
+        for number, value in enumerate(arguments):
+            engine.reg_write(arm.UC_ARM64_REG_X0 + number, value)
+        engine.reg_write(arm.UC_ARM64_REG_SP, _STACK + _STACK_BYTES - _PAGE)
+        engine.reg_write(arm.UC_ARM64_REG_X30, _RETURN)
+
+    @staticmethod
+    def program_counter(engine: Any) -> int:
+        from unicorn import arm64_const as arm
+
+        return int(engine.reg_read(arm.UC_ARM64_REG_PC))
+
+    @staticmethod
+    def result(engine: Any) -> int:
+        from unicorn import arm64_const as arm
+
+        return int(engine.reg_read(arm.UC_ARM64_REG_W0))
+
+    @staticmethod
+    def without_arithmetic(code: bytes) -> bytes:
+        return without_arithmetic(code)
+
+
+class _X86:
+    """x86-64 in the emulator: arguments in rdi, rsi, rdx and rcx, the address to return to on the stack."""
+
+    @staticmethod
+    def engine() -> Any:
+        import unicorn
+
+        return unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
+
+    @staticmethod
+    def call(engine: Any, arguments: Sequence[int]) -> None:
+        from unicorn import x86_const as x86
+
+        registers = (x86.UC_X86_REG_RDI, x86.UC_X86_REG_RSI, x86.UC_X86_REG_RDX, x86.UC_X86_REG_RCX)
+        for register, value in zip(registers, arguments, strict=True):
+            engine.reg_write(register, value)
+        stack = _STACK + _STACK_BYTES - _PAGE - 8
+        engine.mem_write(stack, _RETURN.to_bytes(8, "little"))
+        engine.reg_write(x86.UC_X86_REG_RSP, stack)
+
+    @staticmethod
+    def program_counter(engine: Any) -> int:
+        from unicorn import x86_const as x86
+
+        return int(engine.reg_read(x86.UC_X86_REG_RIP))
+
+    @staticmethod
+    def result(engine: Any) -> int:
+        from unicorn import x86_const as x86
+
+        return int(engine.reg_read(x86.UC_X86_REG_EAX))
+
+    @staticmethod
+    def without_arithmetic(code: bytes) -> bytes:
+        from autocomp.estimate.x86 import stand_in
+
+        return stand_in(code, BASE)
+
+
+_MACHINES: dict[str, type[_Arm64] | type[_X86]] = {"arm64": _Arm64, "x86-64": _X86}
 
 
 def without_arithmetic(code: bytes) -> bytes:

@@ -19,7 +19,7 @@ from autocomp.estimate.emulator import Counts, Tensor, count_blocks, trace_windo
 from autocomp.estimate.instructions import Core
 from autocomp.estimate.objects import BASE, Image, load_image
 
-VERSION = 1  # raise when a change makes stored estimates worth making again
+VERSION = 2  # raise when a change makes stored estimates worth making again
 
 # In instructions, as 4 bytes of code each. Kernels up to _WHOLE are traced whole; of longer ones the start and a few windows
 # further on, of which a first part only fills the caches.
@@ -83,7 +83,7 @@ def _estimate(image: Image, tensors: Sequence[Tensor], core: Core) -> KernelEsti
     code = _Code(image, counts)
     parts, ranges = trace_windows(image, tensors, _windows(counts), _capacity(counts))
     trace = np.concatenate([code.match(part, filling=index > 0) for index, part in enumerate(parts)])
-    result = simulate(trace, code.instructions, core, ranges)
+    result = simulate(trace, code.instructions, core, ranges, repeated=len(parts) == 1)
     seen = result.executions > 0
     total = int(code.executions.sum())
     sampled = int(code.executions[seen].sum())

@@ -149,7 +149,7 @@ class _Loader:
                     "the kernel cannot be emulated; compile it with other options or measure it on a board"
                 )
             value = self._value(relocation["r_info_sym"])
-            if name in THROUGH_GOT:
+            if name in THROUGH_GOT:  # which is filled as needed, after everything else
                 value = self._got_entry(relocation["r_info_sym"], value)
             place = base + relocation["r_offset"]
             apply(self.data, place - BASE, place, value + relocation["r_addend"])

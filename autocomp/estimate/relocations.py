@@ -78,7 +78,25 @@ _ARM64: Mapping[str, _Apply] = {
     "R_AARCH64_LD64_GOT_LO12_NC": _low12(3),
 }
 
-TABLES: Mapping[str, Mapping[str, _Apply]] = {"arm64": _ARM64}
+# Source: System V ABI, AMD64 supplement, table 4.9.
+_X86_64: Mapping[str, _Apply] = {
+    "R_X86_64_64": _absolute(8),
+    "R_X86_64_32": _absolute(4),
+    "R_X86_64_32S": _absolute(4),
+    "R_X86_64_PC32": _relative(4),
+    "R_X86_64_PC64": _relative(8),
+    "R_X86_64_PLT32": _relative(4),
+    "R_X86_64_GOTPCREL": _relative(4),
+    "R_X86_64_GOTPCRELX": _relative(4),
+    "R_X86_64_REX_GOTPCRELX": _relative(4),
+}
+
+TABLES: Mapping[str, Mapping[str, _Apply]] = {"arm64": _ARM64, "x86-64": _X86_64}
 
 # Those whose value is the address of the symbol's entry in the global offset table.
-THROUGH_GOT = frozenset({"R_AARCH64_ADR_GOT_PAGE", "R_AARCH64_LD64_GOT_LO12_NC"})
+THROUGH_GOT = frozenset(
+    {
+        *("R_AARCH64_ADR_GOT_PAGE", "R_AARCH64_LD64_GOT_LO12_NC"),
+        *("R_X86_64_GOTPCREL", "R_X86_64_GOTPCRELX", "R_X86_64_REX_GOTPCRELX"),
+    }
+)

@@ -81,6 +81,74 @@ _ARM64: Mapping[str, _Code] = {
 }
 
 
+# System V calling convention: arguments in rdi, rsi, rdx, rcx; the result in rax.
+_X86_64: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "TVMBackendParallelLaunch": (
+        ("4883ec18", "sub rsp, 0x18"),
+        ("4889f8", "mov rax, rdi"),
+        ("4889f2", "mov rdx, rsi"),
+        ("48c7042400000000", "mov qword ptr [rsp], 0"),
+        ("c744240801000000", "mov dword ptr [rsp + 8], 1"),
+        ("4889e6", "mov rsi, rsp"),
+        ("31ff", "xor edi, edi"),
+        ("ffd0", "call rax"),
+        ("4883c418", "add rsp, 0x18"),
+        ("c3", "ret"),
+    ),
+    "TVMBackendAllocWorkspace": (
+        ("488b051e000000", "mov rax, qword ptr [rip + 0x1e]"),
+        ("4883c27f", "add rdx, 0x7f"),
+        ("4883e2c0", "and rdx, 0xffffffffffffffc0"),
+        ("4801c2", "add rdx, rax"),
+        ("4889150c000000", "mov qword ptr [rip + 0xc], rdx"),
+        ("c3", "ret"),
+        ("90", "nop"),
+    ),
+    "TVMBackendFreeWorkspace": (
+        ("48891503000000", "mov qword ptr [rip + 3], rdx"),
+        ("31c0", "xor eax, eax"),
+        ("c3", "ret"),
+    ),
+    "workspace": (("0000000000000000", ".quad"),),
+    "memset": (
+        ("4889f8", "mov rax, rdi"),
+        ("c5f96ec6", "vmovd xmm0, esi"),
+        ("c4e27d78c0", "vpbroadcastb ymm0, xmm0"),
+        ("4883ea20", "sub rdx, 0x20"),
+        ("720a", "jb 0x1c"),
+        ("c5fc1107", "vmovups ymmword ptr [rdi], ymm0"),
+        ("4883c720", "add rdi, 0x20"),
+        ("ebf0", "jmp 0xc"),
+        ("4883c220", "add rdx, 0x20"),
+        ("4883ea01", "sub rdx, 1"),
+        ("7209", "jb 0x2f"),
+        ("408837", "mov byte ptr [rdi], sil"),
+        ("4883c701", "add rdi, 1"),
+        ("ebf1", "jmp 0x20"),
+        ("c3", "ret"),
+    ),
+    "memcpy": (
+        ("4889f8", "mov rax, rdi"),
+        ("4883ea20", "sub rdx, 0x20"),
+        ("7212", "jb 0x1b"),
+        ("c5fc1006", "vmovups ymm0, ymmword ptr [rsi]"),
+        ("c5fc1107", "vmovups ymmword ptr [rdi], ymm0"),
+        ("4883c620", "add rsi, 0x20"),
+        ("4883c720", "add rdi, 0x20"),
+        ("ebe8", "jmp 3"),
+        ("4883c220", "add rdx, 0x20"),
+        ("4883ea01", "sub rdx, 1"),
+        ("720e", "jb 0x33"),
+        ("8a0e", "mov cl, byte ptr [rsi]"),
+        ("880f", "mov byte ptr [rdi], cl"),
+        ("4883c601", "add rsi, 1"),
+        ("4883c701", "add rdi, 1"),
+        ("ebec", "jmp 0x1f"),
+        ("c3", "ret"),
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Stubs:
     """Code to place at the start of an image: ``offsets`` of each stub by name, and what stands for an unknown function."""
@@ -93,7 +161,12 @@ class Stubs:
 def stubs_of(isa: str) -> Stubs:
     """The stubs of an instruction set."""
     code, offsets = bytearray(), {}
-    for name, words in _ARM64.items():
+    if isa == "arm64":
+        for name, words in _ARM64.items():
+            offsets[name] = len(code)
+            code += b"".join(word.to_bytes(4, "little") for word, _ in words)
+        return Stubs(bytes(code), offsets, bytes.fromhex("c0035fd6" + 3 * "1f2003d5"))
+    for name, encodings in _X86_64.items():
         offsets[name] = len(code)
-        code += b"".join(word.to_bytes(4, "little") for word, _ in words)
-    return Stubs(bytes(code), offsets, bytes.fromhex("c0035fd6" + 3 * "1f2003d5"))
+        code += b"".join(bytes.fromhex(encoding) for encoding, _ in encodings)
+    return Stubs(bytes(code), offsets, bytes.fromhex("c3" + 15 * "90"))
