@@ -19,6 +19,7 @@ from autocomp.errors import AutocompError, BoardError, InfeasibleError
 from autocomp.export import MANIFEST, WEIGHTS, export_point
 from autocomp.pipeline import Pipeline
 from autocomp.records import FORMAT_VERSION, Evaluation, Reference, reference_from_json, reference_to_json
+from autocomp.remeasure import remeasured
 from autocomp.report.data import FrontPoint, LayerInfo, Run, Summary, TaskInfo, write_evaluations, write_front
 from autocomp.search.goals import feasible
 from autocomp.search.pareto import pareto_set
@@ -71,6 +72,7 @@ def _make_run(pipeline: Pipeline) -> Run:
     objective = objective_of(task, dense.metrics)
     measured = [evaluation for evaluation in told if evaluation.state == "measured"]
     front = choose_front(measured, objective, task.higher_is_better)
+    dense, *front = remeasured(pipeline, [dense, *front])
     with pipeline.progress.stage("writing and verifying models", len(front)) as stage:
         points = []
         for evaluation in front:

@@ -181,3 +181,24 @@ def test_a_search_through_an_rpc_profile(servers: Servers, tmp_path: Path) -> No
         (latency,) = point.latency.values()
         assert latency.how == "measured"
         assert "at 127.0.0.1:9900" in latency.device
+
+
+def test_an_estimated_front_is_measured_where_a_board_is_there(servers: Servers, tmp_path: Path) -> None:
+    facts = yaml.safe_load(shipped_files("hardware_profiles")["cortex-a76"].read_text())
+    path = tmp_path / "a76-with-board.yaml"
+    path.write_text(yaml.safe_dump({**facts, "rpc": {"tracker": servers.tracker, "key": "a76"}}))
+    space = tmp_path / "space.yaml"
+    rules = [{"layers": "*", "keep": [1.0], "ranks": [], "precisions": ["fp32", "w8a8"]}]
+    space.write_text(yaml.safe_dump({"format_version": 1, "rules": rules}))
+    result = autocomp.search(
+        tiny_task.task(), profiles=[str(path)], trials=4, measure=1, out=tmp_path / "run", space=str(space),
+        calibration_samples=32, references=False,
+    )  # fmt: skip
+    front = json.loads((result.folder / "front.json").read_text())
+    for point in [front["dense"], *front["front"]]:
+        evaluation = point["evaluation"]
+        (latency,) = evaluation["latency"].values()
+        assert latency["how"] == "measured"
+        assert "at 127.0.0.1:9900" in latency["device"]
+        (estimate,) = evaluation["predicted"].values()
+        assert estimate > 0
