@@ -188,15 +188,11 @@ def _replacement(raw: Any) -> bytes:
     elif raw.mnemonic in ("vucomiss", "vcomiss", "vucomisd", "vcomisd"):
         raise ObjectError(f"{raw.mnemonic} decides where the kernel goes by its data: it is not estimated")
     else:
-        target = raw.operands[0] if raw.operands else None
-        integer = (
-            target is not None
-            and target.type == capstone.x86.X86_OP_REG
-            and 0 <= _register(raw.reg_name(target.reg)) < 16
-        )
-        number = _register(raw.reg_name(target.reg)) if integer else 0
+        number = -1
+        if raw.operands and raw.operands[0].type == capstone.x86.X86_OP_REG:
+            number = _register(raw.reg_name(raw.operands[0].reg))
         # xor of the register with itself: data are zeros
-        new = bytes(([0x45] if number > 7 else []) + [0x31, 0xC0 | (number & 7) * 9]) if integer else b""
+        new = bytes(([0x45] if number > 7 else []) + [0x31, 0xC0 | (number & 7) * 9]) if 0 <= number < 16 else b""
     if len(new) > raw.size:
         raise ObjectError(f"no stand-in for {raw.mnemonic} {raw.op_str} in {raw.size} bytes")
     new = new or b"\x90"  # one no-operation, as a block of the emulator may end between two
