@@ -17,6 +17,7 @@ import numpy as np
 from autocomp.hardware import Profile
 from autocomp.kernels import compute, packing, templates
 from autocomp.kernels.compute import FLOPS, RUNS, TEMPLATE, ConvSpec, DenseSpec, padded_rows, round_up
+from autocomp.kernels.schedules import blocks_of, flatten_rows, inline_epilogue, vectorise_last, write_back
 from autocomp.kernels.templates import Anchor, Tile
 
 _RUN = 192  # products summed in fp16, about
@@ -171,14 +172,14 @@ def _in_runs(
 def tile_runs(schedule: Any, tile: Tile, anchor: Anchor, profile: Profile) -> None:
     """Schedule, in place, a contraction whose runs float32 adds up: one tile of fp16 sums in registers, the totals beside it."""
     block, total = schedule.get_sblock("anchor"), schedule.get_sblock("total")
-    lanes = templates._lanes(anchor, profile)
-    last = templates._inline_epilogue(schedule, total, profile)
+    lanes = templates.lanes_of(anchor, profile)
+    last = inline_epilogue(schedule, total, profile)
     if last is None:
         last = schedule.cache_write(total, 0, "local")
     else:
         schedule.set_scope(total, 0, "local")
     if len(anchor.spatial) == 2:
-        templates._flatten_rows(schedule, last)
+        flatten_rows(schedule, last)
     rank = len(anchor.spatial)
     loops = schedule.get_loops(total)
     *outer, across, channel = loops[:rank]
@@ -198,7 +199,7 @@ def tile_runs(schedule: Any, tile: Tile, anchor: Anchor, profile: Profile) -> No
     if profile.cores > 1:
         outer = [schedule.fuse(*outer)]
         schedule.parallel(outer[0])
-    templates._write_back(schedule, last, len(outer), lanes)
+    write_back(schedule, last, len(outer), lanes)
     schedule.compute_at(block, runs[-1], preserve_unit_loops=True)
     schedule.set_scope(block, 0, "local")
     inside = schedule.get_loops(block)[len(outer) + len(runs) :]
@@ -216,9 +217,9 @@ def tile_runs(schedule: Any, tile: Tile, anchor: Anchor, profile: Profile) -> No
         schedule.vectorize(loop)
     _start(schedule, schedule.decompose_reduction(block, reduction[0]), len(outer) + len(runs))
     _start(schedule, schedule.decompose_reduction(total, runs[0]), len(outer))
-    for pad in templates._blocks(schedule):
+    for pad in blocks_of(schedule):
         if schedule.get(pad).name_hint == "pad":
-            templates._vectorise_last(schedule, pad, profile)
+            vectorise_last(schedule, pad, profile)
 
 
 def _start(schedule: Any, start: Any, depth: int) -> None:

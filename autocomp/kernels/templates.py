@@ -17,10 +17,18 @@ from autocomp.hardware import Profile
 from autocomp.kernels import neon
 from autocomp.kernels.compute import FLOPS, RUNS, TEMPLATE
 from autocomp.kernels.intrinsics import dot_product
+from autocomp.kernels.schedules import (
+    blocks_named,
+    blocks_of,
+    flatten_rows,
+    inline_epilogue,
+    reductions,
+    schedule_rowwise,
+    vectorise_last,
+    write_back,
+)
 
 VERSION = 7  # raise when a change here makes stored choices worth finding again
-
-_SQUARE = 16  # floats of a cache line of 64 bytes
 
 _MOST_BAND = 14
 _BAND_BYTES = 40 << 10  # of 48 KB nearest cache; measured on depthwise layers of MobileNetV2 and V3
@@ -87,7 +95,7 @@ def tiles(anchor: Anchor, profile: Profile) -> list[Tile]:
         return weight_only.tiles(anchor, profile)
     if anchor.template not in _CONTRACTIONS:
         return [Tile()]
-    lanes = _lanes(anchor, profile)
+    lanes = lanes_of(anchor, profile)
     channels = anchor.spatial[-1]
     if channels % lanes:
         return [Tile(vectors=0)]  # no whole vector: the plain schedule, left to the compiler
@@ -129,7 +137,7 @@ def _depthwise_tiles(anchor: Anchor, vectors: int, profile: Profile) -> Iterator
 
 def _band_bytes(band: int, anchor: Anchor, profile: Profile) -> int:
     """Bytes of the inputs of a band of one register's channels, at the stride of 2 that is the most in use."""
-    (height, width), lanes = anchor.reduction, _lanes(anchor, profile)
+    (height, width), lanes = anchor.reduction, lanes_of(anchor, profile)
     return 4 * lanes * (2 * band + height - 1) * (2 * anchor.spatial[2] + width - 1)
 
 
@@ -165,7 +173,7 @@ def apply(function: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:
     schedule = s_tir.Schedule(_short_indices(function))
     if weight_only.is_weight_only(anchor):
         weight_only.tile_weight_only(schedule, tile, anchor, profile)
-    elif anchor.template.endswith("fp16") and tile.vectors and len(_reductions(schedule)) > 1:
+    elif anchor.template.endswith("fp16") and tile.vectors and len(reductions(schedule)) > 1:
         half.tile_runs(schedule, tile, anchor, profile)
     elif anchor.template in _CONTRACTIONS and tile.vectors:
         _tile_contraction(schedule, tile, anchor, profile)
@@ -191,14 +199,14 @@ def _short_indices(function: Any) -> Any:
 
 def _tile_contraction(schedule: Any, tile: Tile, anchor: Anchor, profile: Profile) -> None:
     block = _anchor_block(schedule)
-    last = _inline_epilogue(schedule, block, profile)
-    lanes = _lanes(anchor, profile)
+    last = inline_epilogue(schedule, block, profile)
+    lanes = lanes_of(anchor, profile)
     if last is None:
         last = schedule.cache_write(block, 0, "local")
     else:
         schedule.set_scope(block, 0, "local")
     if len(anchor.spatial) == 2:
-        _flatten_rows(schedule, last)
+        flatten_rows(schedule, last)
     loops = schedule.get_loops(block)
     spatial, reduction = loops[: len(anchor.spatial)], loops[len(anchor.spatial) :]
     *outer, across, channel = spatial
@@ -230,7 +238,7 @@ def _tile_contraction(schedule: Any, tile: Tile, anchor: Anchor, profile: Profil
     schedule.reorder(*outer, *band, *reduction, *inner, vector, lane, *lane_reduction)
     schedule.reverse_compute_at(last, [*outer, *band][-1], preserve_unit_loops=True)
     if tile.band:
-        for pad in _named(schedule, "pad"):
+        for pad in blocks_named(schedule, "pad"):
             schedule.compute_at(pad, outer[-1], preserve_unit_loops=True)
     if profile.cores > 1:
         outer = [schedule.fuse(*outer)]
@@ -243,7 +251,7 @@ def _tile_contraction(schedule: Any, tile: Tile, anchor: Anchor, profile: Profil
         schedule.unroll(loop)
     if tile.unroll > 1:
         schedule.unroll(reduction[-1])
-    _write_back(schedule, last, len(outer), lanes)
+    write_back(schedule, last, len(outer), lanes)
     if not intrinsic:
         schedule.vectorize(lane)
     start = schedule.decompose_reduction(block, reduction[0])
@@ -253,129 +261,8 @@ def _tile_contraction(schedule: Any, tile: Tile, anchor: Anchor, profile: Profil
     schedule.vectorize(vectorised)
     for loop in unrolled:
         schedule.unroll(loop)
-    for pad in _named(schedule, "pad", "pack"):
-        _vectorise_last(schedule, pad, profile)
-
-
-def _write_back(schedule: Any, last: Any, depth: int, lanes: int) -> None:
-    """Vectorise the epilogue over one register and unroll the rest; a cropped edge stays scalar."""
-    *rows, channel = schedule.get_loops(last)[depth:]
-    if _extent(schedule, channel) % lanes == 0:
-        outer, lane = schedule.split(channel, [None, lanes])
-        schedule.vectorize(lane)
-        rows.append(outer)
-    for loop in rows:
-        schedule.unroll(loop)
-
-
-def _flatten_rows(schedule: Any, last: Any) -> None:
-    """Give the epilogue the anchor's two axes (all rows, channels), so that tiles of rows map onto it."""
-    from tvm import tirx
-
-    extents = [_extent(schedule, loop) for loop in schedule.get_loops(last)]
-    if len(extents) == 2:
-        return
-
-    def flat(*axes: Any) -> list[Any]:
-        row: Any = tirx.const(0, "int64")
-        for axis, extent in zip(axes[:-1], extents[:-1], strict=True):
-            row = row * extent + axis
-        return [row, axes[-1]]
-
-    schedule.transform_block_layout(last, tirx.IndexMap.from_func(flat, ndim=len(extents)))
-
-
-def schedule_rowwise(schedule: Any, profile: Profile) -> None:
-    """Elementwise, reduction and data-movement functions: inline what can be, vectorise along the contiguous axis."""
-    for block in _blocks(schedule)[:-1]:
-        if _is_spatial(schedule, block):
-            try:
-                schedule.compute_inline(block)
-            except Exception:
-                continue
-    for block in _blocks(schedule):
-        if not _is_spatial(schedule, block):
-            _schedule_reduction(schedule, block, profile)
-        elif not _schedule_transpose(schedule, block):
-            _vectorise_last(schedule, block, profile)
-
-
-def _schedule_transpose(schedule: Any, block: Any) -> bool:
-    """Where reads and writes are contiguous along different axes, go through squares of 16 x 16: every cache line is used whole.
-
-    False if the block is no such transpose; nothing is changed then.
-    """
-    node = schedule.get(block)
-    loops = schedule.get_loops(block)
-    variables = [axis.var for axis in node.iter_vars]
-    if len(node.reads) != 1 or len(loops) != len(variables) or len(loops) < 2:
-        return False
-    inner = node.reads[0].region[-1].min if len(node.reads[0].region) else None
-    position = next(
-        (index for index, variable in enumerate(variables) if inner is not None and inner.same_as(variable)), None
-    )
-    if position is None or position == len(loops) - 1:
-        return False
-    across, down = loops[position], loops[-1]
-    if _extent(schedule, across) < _SQUARE or _extent(schedule, down) < _SQUARE:
-        return False
-    across_outer, across_inner = schedule.split(across, [None, math.gcd(_extent(schedule, across), _SQUARE)])
-    down_outer, down_inner = schedule.split(down, [None, math.gcd(_extent(schedule, down), _SQUARE)])
-    schedule.reorder(across_outer, down_outer, across_inner, down_inner)
-    schedule.vectorize(down_inner)
-    return True
-
-
-def _schedule_reduction(schedule: Any, block: Any, profile: Profile) -> None:
-    loops = schedule.get_loops(block)
-    kinds = [int(axis.iter_type) for axis in schedule.get(block).iter_vars]
-    if len(kinds) != len(loops) or kinds[-1] == 0:
-        return
-    spatial = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == 0]
-    reduction = [loop for loop, kind in zip(loops, kinds, strict=True) if kind != 0]
-    if not spatial or _extent(schedule, spatial[-1]) % profile.lanes:
-        return
-    # the contiguous axis is not reduced (a mean over pixels): run it innermost, a vector at a time
-    outer, lane = schedule.split(spatial[-1], [None, profile.lanes])
-    schedule.reorder(*spatial[:-1], outer, *reduction, lane)
-    schedule.vectorize(lane)
-    start = schedule.decompose_reduction(block, reduction[0])
-    schedule.vectorize(schedule.get_loops(start)[-1])
-
-
-def _vectorise_last(schedule: Any, block: Any, profile: Profile) -> None:
-    loops = schedule.get_loops(block)
-    if not loops:
-        return
-    extent = _extent(schedule, loops[-1])
-    lanes = math.gcd(extent, profile.lanes)
-    if lanes >= 4:
-        schedule.vectorize(schedule.split(loops[-1], [None, lanes])[1])
-
-
-def _inline_epilogue(schedule: Any, anchor: Any, profile: Profile) -> Any:
-    """Inline what follows the anchor into the last block of its own size and return that block; None if there is none.
-
-    Blocks that spread the result over a larger tensor (the gate of a squeeze-and-excite, multiplied with all pixels) stay behind it as
-    loops of their own: in the write-back they would be unrolled over that tensor, and compute the gate anew for each of its elements.
-    """
-    blocks = _blocks(schedule)
-    names = [schedule.get(block).name_hint for block in blocks]
-    after = blocks[names.index(schedule.get(anchor).name_hint) + 1 :]
-    size = _elements(schedule, anchor)
-    spread = next((index for index, block in enumerate(after) if _elements(schedule, block) > size), len(after))
-    for block in [*after[: spread - 1], *after[spread:-1]]:
-        schedule.compute_inline(block)
-    if spread < len(after):
-        _vectorise_last(schedule, after[-1], profile)
-        if profile.cores > 1:
-            schedule.parallel(schedule.get_loops(after[-1])[0])
-    return after[spread - 1] if spread else None
-
-
-def _elements(schedule: Any, block: Any) -> int:
-    """Elements that a block writes."""
-    return math.prod(int(axis.dom.extent) for axis in schedule.get(block).iter_vars if axis.iter_type == 0)
+    for pad in blocks_named(schedule, "pad", "pack"):
+        vectorise_last(schedule, pad, profile)
 
 
 def _is_scheduled(function: Any) -> bool:
@@ -384,25 +271,14 @@ def _is_scheduled(function: Any) -> bool:
 
 
 def _anchor_block(schedule: Any) -> Any:
-    for block in _blocks(schedule):
+    for block in blocks_of(schedule):
         if TEMPLATE in schedule.get(block).annotations:
             return block
     return None
 
 
-def _reductions(schedule: Any) -> list[Any]:
-    return [block for block in _blocks(schedule) if not _is_spatial(schedule, block)]
-
-
-def _blocks(schedule: Any) -> list[Any]:
-    return list(schedule.get_child_blocks(schedule.get_sblock("root")))
-
-
-def _named(schedule: Any, *names: str) -> list[Any]:
-    return [block for block in _blocks(schedule) if schedule.get(block).name_hint in names]
-
-
-def _lanes(anchor: Anchor, profile: Profile) -> int:
+def lanes_of(anchor: Anchor, profile: Profile) -> int:
+    """Elements of a vector of the anchor's sums."""
     if anchor.template.endswith("int8"):
         return dot_product(profile).lanes
     lanes = 2 * profile.lanes if anchor.template.endswith("fp16") else profile.lanes
@@ -412,14 +288,6 @@ def _lanes(anchor: Anchor, profile: Profile) -> int:
         shorter = math.gcd(anchor.spatial[-1], lanes)
         return shorter if shorter >= 4 else lanes
     return lanes
-
-
-def _is_spatial(schedule: Any, block: Any) -> bool:
-    return all(int(axis.iter_type) == 0 for axis in schedule.get(block).iter_vars)
-
-
-def _extent(schedule: Any, loop: Any) -> int:
-    return int(schedule.get(loop).extent)
 
 
 def _divisors(value: int, limit: int) -> list[int]:

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from autocomp.hardware import Profile
-from autocomp.kernels import templates
 from autocomp.kernels.compute import FLOPS, TEMPLATE, padded_rows, round_up
+from autocomp.kernels.schedules import blocks_of, flatten_rows, inline_epilogue, vectorise_last, write_back
 from autocomp.kernels.templates import Anchor, Tile
 
 FIELDS = 8  # four-bit weights in one 32-bit word
@@ -279,16 +279,16 @@ def tile_weight_only(schedule: Any, tile: Tile, anchor: Anchor, profile: Profile
     block = schedule.get_sblock("anchor")
     gemv = anchor.template.startswith("gemv")
     product = schedule.get_sblock("scaled") if gemv else block
-    last = templates._inline_epilogue(schedule, product, profile)
-    templates._flatten_rows(schedule, last)
+    last = inline_epilogue(schedule, product, profile)
+    flatten_rows(schedule, last)
     schedule.set_scope(product, 0, "local")
     if gemv:
         _tile_gemv(schedule, block, product, last, tile, profile)
     else:
         _tile_dense(schedule, block, last, tile, profile)
-    for other in templates._blocks(schedule):
+    for other in blocks_of(schedule):
         if schedule.get(other).name_hint in ("pad", "prepare"):
-            templates._vectorise_last(schedule, other, profile)
+            vectorise_last(schedule, other, profile)
 
 
 def _tile_gemv(schedule: Any, block: Any, product: Any, last: Any, tile: Tile, profile: Profile) -> None:
@@ -297,7 +297,7 @@ def _tile_gemv(schedule: Any, block: Any, product: Any, last: Any, tile: Tile, p
     outer, vector, lane = schedule.split(column, [None, tile.vectors, profile.lanes])
     schedule.reorder(outer, outer_row, group, inner_row, vector, lane)
     schedule.reverse_compute_at(last, outer_row, preserve_unit_loops=True)
-    templates._write_back(schedule, last, 2, profile.lanes)
+    write_back(schedule, last, 2, profile.lanes)
     schedule.compute_at(block, group, preserve_unit_loops=True)
     schedule.set_scope(block, 0, "local")
     sum_row, _, sum_column, *depth = schedule.get_loops(block)[3:]
@@ -322,7 +322,7 @@ def _tile_dense(schedule: Any, block: Any, last: Any, tile: Tile, profile: Profi
     step, unrolled = schedule.split(depth, [None, tile.unroll])
     schedule.reorder(outer, outer_row, group, step, unrolled, inner_row, vector, lane)
     schedule.reverse_compute_at(last, outer_row, preserve_unit_loops=True)
-    templates._write_back(schedule, last, 2, profile.lanes)
+    write_back(schedule, last, 2, profile.lanes)
     if tile.channels_outer:
         schedule.compute_at(weights, outer, preserve_unit_loops=True)
     else:
