@@ -1,9 +1,9 @@
 """How much memory calibration and the layer database take on a large model: they must fit in 6 GB.
 
-    python benchmarks/memory.py [--model vit_base] [--samples 64] [--blocks 1]
+    python benchmarks/memory.py [--model vit_base] [--samples 64] [--depth 12] [--blocks 1]
 
 Weights are random, which costs as much as trained ones. All layers are calibrated; of the database, the layers of the last ``--blocks``
-blocks are built at every width, as memory does not grow with the number of layers.
+blocks are built at every width, as memory does not grow with the number of layers. ``--depth`` takes fewer blocks than the model has.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ from autocomp.space import build_space
 LIMIT = 6.0  # GB
 
 
-def vit_base(samples: int) -> tuple[torch.nn.Module, torch.Tensor]:
+def vit_base(samples: int, depth: int | None) -> tuple[torch.nn.Module, torch.Tensor]:
     """ViT-B/16 at 224: 86.6 M parameters (Dosovitskiy et al. 2021, arXiv:2010.11929)."""
-    return settle(_ViT(224, 16, 768, 12, 12, False)), smooth_noise(samples, 3, 224, 224)
+    return settle(_ViT(224, 16, 768, 12, depth or 12, False)), smooth_noise(samples, 3, 224, 224)
 
 
-def conformer_medium(samples: int) -> tuple[torch.nn.Module, torch.Tensor]:
+def conformer_medium(samples: int, depth: int | None) -> tuple[torch.nn.Module, torch.Tensor]:
     """Conformer-M's encoder: 16 blocks, d 256, 4 heads (Gulati et al. 2020, arXiv:2005.08100, table 1), on 4 s of frames."""
-    return settle(_Conformer(80, 400, 256, 4, 16, 31, 128), smooth_noise(2, 400, 80)), smooth_noise(samples, 400, 80)
+    return settle(_Conformer(80, 400, 256, 4, depth or 16, 31, 128), smooth_noise(2, 400, 80)), smooth_noise(
+        samples, 400, 80
+    )
 
 
 def peak() -> float:
@@ -47,11 +49,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["vit_base", "conformer_medium"], default="vit_base")
     parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--depth", type=int)
     parser.add_argument("--blocks", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model, data = globals()[options.model](options.samples)
+    model, data = globals()[options.model](options.samples, options.depth)
     start = time.perf_counter()
     graph = analyse(model, (data[:1],))
     print(f"{options.model}: {len(graph.layers)} layers read in {time.perf_counter() - start:.0f} s; {peak():.2f} GB")
@@ -62,7 +65,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         database = LayerDatabase(folder, model, graph, space, statistics)
         names = [name for name in graph.layers if name.startswith("blocks.")]
-        last = sorted({int(name.split(".")[1]) for name in names})[-options.blocks :]
+        numbers = sorted({int(name.split(".")[1]) for name in names})
+        last = numbers[max(0, len(numbers) - options.blocks) :]
         chosen = [name for name in names if int(name.split(".")[1]) in last]
         start = time.perf_counter()
         for name in chosen:

@@ -65,6 +65,7 @@ def test_patterns_keep_n_of_every_m(n, m, columns):
         assert bool((mask[:, start : start + m].sum(1) == min(n, columns - start)).all())
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")  # torch's own form, only read for its size
 @given(seed=st.integers(0, 999), outputs=st.integers(1, 9), columns=st.integers(1, 21))
 @settings(max_examples=25, deadline=None)
 def test_bitmaps_read_back_and_are_as_large_as_said(seed, outputs, columns):

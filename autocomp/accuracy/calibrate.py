@@ -22,7 +22,7 @@ ROWS = 8192  # positions a layer at most whose inputs enter H
 SAMPLE = 512  # of them kept as they are, for the ranges of activations
 DRAWS = 4  # answers drawn for each sample's Fisher gradients
 BATCH = 64  # samples a pass with gradients at most
-ACTIVATIONS = 2**30  # bytes that a pass keeps for its gradients at most: larger models take fewer samples at once
+ACTIVATIONS = 2**29  # bytes that a pass keeps at most, gradients included: larger models take fewer samples at once
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,10 @@ def _cut(calibration: Sequence[tuple[Tensor, ...]], samples: int) -> tuple[tuple
 
 
 def _pass_size(model: nn.Module, batches: Sequence[tuple[Tensor, ...]], graph: Graph) -> int:
-    """How many samples go through at once so that what autograd keeps of them stays within `ACTIVATIONS`."""
+    """How many samples go through at once so that what is kept of them stays within `ACTIVATIONS`.
+
+    Kept are what autograd saves, every layer's output, and the gradients of all these outputs.
+    """
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
@@ -132,23 +135,25 @@ def _pass_size(model: nn.Module, batches: Sequence[tuple[Tensor, ...]], graph: G
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    handles = [model.get_submodule(name).register_forward_hook(_tracked) for name in graph.layers]
+    def track(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        outputs.append(output.nbytes)
+        return (output if output.requires_grad else output.requires_grad_()).clone()
+
+    outputs: list[int] = []
+    handles = [model.get_submodule(name).register_forward_hook(track) for name in graph.layers]
     try:
         most = 0
         for batch in {tuple(tensor.shape[1:] for tensor in batch): batch for batch in batches}.values():
             kept.clear()
+            outputs.clear()
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 _output = model(*(tensor[:1] for tensor in batch))  # alive until what it keeps is counted
-            most = max(most, sum(kept.values()))
+            most = max(most, sum(kept.values()) + 2 * sum(outputs))
             del _output
     finally:
         for handle in handles:
             handle.remove()
     return max(1, min(BATCH, ACTIVATIONS // max(1, most)))
-
-
-def _tracked(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return (output if output.requires_grad else output.requires_grad_()).clone()
 
 
 def _add_fisher(output: Tensor, collectors: Sequence[_Collector], generator: torch.Generator) -> None:
@@ -178,6 +183,7 @@ class _Collector:
         self.full = layer.in_channels * taps
         blocks = (layer.in_channels, taps, taps) if self.depthwise else (self.full, self.full)
         self.rows = 0
+        self.shift: Tensor | None = None
         self.sum = torch.zeros(self.full, dtype=torch.float64)
         self.squares = torch.zeros(blocks, dtype=torch.float64)
         self.fisher = torch.zeros(layer.out_channels, dtype=torch.float64)
@@ -194,8 +200,12 @@ class _Collector:
         self.high = torch.maximum(self.high, x.amax(axes))
         share = len(x) / self.samples
         rows = patches(x, self.layer, max(1, round(ROWS * share)), self.generator)
-        self.sample.append(rows[: max(1, round(SAMPLE * share))])
+        self.sample.append(rows[: max(1, round(SAMPLE * share))].clone())  # a slice would keep all rows in memory
+        if self.shift is None:
+            # Sums of products about a point near the mean: about zero, what is left of an input that hardly varies is rounding.
+            self.shift = rows.mean(0)
         self.rows += len(rows)
+        rows = rows - self.shift
         self.sum += rows.sum(0, dtype=torch.float64)
         if self.depthwise:
             blocks = rows.view(len(rows), self.layer.in_channels, -1)
@@ -213,13 +223,14 @@ class _Collector:
         self.fisher += gradient.square().sum(axes, dtype=torch.float64) / DRAWS
 
     def finish(self, samples: int) -> LayerStatistics:
-        mean = self.sum / max(1, self.rows)
+        offset = self.sum / max(1, self.rows)
+        mean = offset if self.shift is None else self.shift.double() + offset
         covariance = self.squares.div_(max(1, self.rows))  # in place: these are the largest tensors of all
         if self.depthwise:
-            by_channel = mean.view(self.layer.in_channels, -1)
+            by_channel = offset.view(self.layer.in_channels, -1)
             covariance -= by_channel[:, :, None] * by_channel[:, None, :]
         else:
-            covariance.addr_(mean, mean, alpha=-1)
+            covariance.addr_(offset, offset, alpha=-1)
         fisher = 0.5 * self.fisher / samples
         # A floor keeps channels whose gradients happened to vanish from counting as free.
         fisher = fisher.clamp_min(1e-3 * float(fisher.mean())) if float(fisher.sum()) > 0 else torch.ones_like(fisher)
@@ -262,7 +273,7 @@ def _refuse_non_finite(tensor: Tensor, where: str) -> None:
 
 
 def _fingerprint(model: nn.Module, batches: Sequence[tuple[Tensor, ...]], samples: int, seed: int) -> str:
-    digest = hashlib.sha256(f"{samples} {seed} {ROWS} {SAMPLE} {DRAWS}".encode())
+    digest = hashlib.sha256(f"2 {samples} {seed} {ROWS} {SAMPLE} {DRAWS}".encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().contiguous().numpy().tobytes())
