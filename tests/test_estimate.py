@@ -54,3 +54,23 @@ def test_product_comes_near_the_peak(dense: tuple[bytes, list[np.ndarray]]) -> N
     assert 13 < rate < 16, "two pipelines of four lanes: 16 operations a cycle at most"
     assert estimate.sampled == 1.0
     assert estimate.unknown_share == 0.0, estimate.unknown
+
+
+def test_every_instruction_of_our_row_kernels_has_a_row() -> None:
+    from tvm import te, tirx
+
+    from autocomp.kernels import rows, vector_math
+
+    x = te.placeholder((64,), name="x")
+    functions = {
+        "softmax": rows.softmax(6, 50, 4),
+        "layer_norm": rows.layer_norm(6, 50, 1e-5, 4),
+        "gelu": scheduled([te.compute((64,), lambda i: vector_math.gelu(x[i]), name="y")], [x]),
+        "tanh": scheduled([te.compute((64,), lambda i: vector_math.tanh(x[i]), name="y")], [x]),
+        "quantise": scheduled([te.compute((64,), lambda i: tirx.nearbyint(x[i]).astype("int8"), name="y")], [x]),
+    }
+    for name, function in functions.items():
+        tensors = [(str(p.ty.dtype).removeprefix("T."), p.ty.shape) for p in function.params]
+        estimate = estimate_kernel(compile_object(function, NEON.target), tensors, core_of(NEON), store=False)
+        assert estimate.unknown == (), name
+        assert estimate.calls == 0, name
