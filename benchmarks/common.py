@@ -41,6 +41,12 @@ def machine(profile: Profile) -> dict[str, Any]:
     }
 
 
+def earlier(name: str, key: str) -> dict[str, Any]:
+    """What ``NAME.json`` holds under a key by task: a run of some tasks leaves the others as they were measured."""
+    path = REPORTS / f"{name}.json"
+    return dict(json.loads(path.read_text()).get(key, {})) if path.exists() else {}
+
+
 def publish(
     name: str,
     headings: Sequence[str],
@@ -48,13 +54,16 @@ def publish(
     data: Mapping[str, Any],
     profile: Profile,
     notes: Sequence[str] = (),
+    write: bool = True,
 ) -> None:
-    """Print a table, and write ``reports/benchmarks/NAME.md`` and ``NAME.json``."""
+    """Print a table, and write ``reports/benchmarks/NAME.md`` and ``NAME.json`` (``write=False``: a smoke test, only print)."""
     from autocomp.terminal import show_table
 
     show_table(headings, rows, title=name)
     for note in notes:
         print(note)
+    if not write:
+        return
     REPORTS.mkdir(parents=True, exist_ok=True)
     info = machine(profile)
     (REPORTS / f"{name}.json").write_text(json.dumps({"machine": info, **data}, indent=1) + "\n")

@@ -1,0 +1,89 @@
+"""A built-in task with everything a search makes before its first trial, for benchmarks that need no compiler."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import kendalltau, spearmanr
+
+from autocomp.accuracy.additive import AdditiveModel, additive_model
+from autocomp.accuracy.calibrate import Statistics, collect
+from autocomp.accuracy.proxy import stitch_and_score
+from autocomp.compress.apply import stitch
+from autocomp.compress.database import LayerDatabase
+from autocomp.graph import Graph, analyse
+from autocomp.hardware import load_profile
+from autocomp.records import Candidate
+from autocomp.space import Space, build_space, load_space
+from autocomp.task import Task, evaluate_task, load_task
+
+TASKS = ("digits", "digits-mobile", "tokens")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task's model, what may be done to it, and the pieces candidates are stitched from."""
+
+    task: Task
+    graph: Graph
+    space: Space
+    statistics: Statistics
+    database: LayerDatabase
+    additive: AdditiveModel
+
+    def score(self, candidate: Candidate) -> tuple[torch.nn.Module, float]:
+        """The stitched candidate and its KL on the calibration samples."""
+        return stitch_and_score(self.task.model, self.graph, self.database, candidate)
+
+    def stitch(self, candidate: Candidate, reestimate: bool = True) -> torch.nn.Module:
+        return stitch(self.task.model, self.graph, self.database, candidate, reestimate)
+
+    def metric(self, model: torch.nn.Module, split: str = "validation") -> float:
+        """The objective, larger being better."""
+        value = next(iter(evaluate_task(self.task, model, split).values()))
+        return value if self.task.higher_is_better else -value
+
+
+def prepare(name: str, space: str = "default", samples: int = 256, folder: Path | None = None) -> Prepared:
+    """Load a task (training its model unless it is cached) and build its layer database, in a temporary folder unless given."""
+    torch.set_num_threads(1)
+    task = load_task(name)
+    task.model.eval()
+    graph = analyse(task.model, task.example_inputs)
+    legal = build_space(graph, load_space(space), load_profile("x86-host"))
+    statistics = collect(task, graph, samples, 0)
+    folder = folder or Path(tempfile.mkdtemp(prefix="autocomp-benchmark-"))
+    database = LayerDatabase(folder, task.model, graph, legal, statistics)
+    database.build()
+    return Prepared(task, graph, legal, statistics, database, additive_model(database.tables()))
+
+
+def in_floats(candidate: Candidate, space: Space) -> Candidate:
+    """The same widths and ranks with nothing quantised: what can be trained further."""
+    methods = {name: replace(method, precision="fp32") for name, method in candidate.methods.items()}
+    kept = {
+        name: method if method in space.methods[name] else space.methods[name][0] for name, method in methods.items()
+    }
+    return space.normalise(Candidate(dict(candidate.widths), kept))
+
+
+def correlations(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """Spearman's and Kendall's rank correlation."""
+    return float(spearmanr(a, b).statistic), float(kendalltau(a, b).statistic)
+
+
+def draw(space: Space, count: int, seed: int = 0) -> list[Candidate]:
+    """Different random candidates across the whole range of strengths."""
+    rng = np.random.default_rng(seed)
+    found: dict[str, Candidate] = {}
+    for _ in range(50 * count):
+        if len(found) == count:
+            break
+        candidate = space.draw(rng)
+        found.setdefault(candidate.id, candidate)
+    return list(found.values())

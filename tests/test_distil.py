@@ -1,0 +1,67 @@
+"""Short distillation on a tiny net: it learns, says why it cannot, and its temperature falls."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny_task
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autocomp.accuracy.proxy import divergence
+from autocomp.errors import AutocompError, UsageError
+from autocomp.recover.distill import COLD, HOT, distil, distillation_loss, temperature
+
+torch.set_num_threads(1)
+
+
+class Batches:
+    """Four batches, afresh each time."""
+
+    def __iter__(self):
+        for seed in range(4):
+            inputs, labels = tiny_task.data(32, seed=seed)
+            yield (inputs,), labels
+
+
+@given(steps=st.integers(2, 200))
+def test_temperature_falls_from_hot_to_cold(steps: int) -> None:
+    values = [temperature(step, steps) for step in range(steps)]
+    assert values[0] == HOT
+    assert values[-1] == pytest.approx(COLD)
+    assert values == sorted(values, reverse=True)
+
+
+def test_the_loss_at_temperature_one_is_the_divergence() -> None:
+    torch.manual_seed(0)
+    teacher, student = torch.randn(6, 5), torch.randn(6, 5)
+    assert float(distillation_loss(student, teacher, 1.0)) == pytest.approx(divergence(teacher, student), rel=1e-5)
+    assert float(distillation_loss(teacher, teacher, 3.0)) == pytest.approx(0, abs=1e-6)
+
+
+def test_it_brings_a_damaged_model_back_towards_its_teacher() -> None:
+    teacher = tiny_task.model()
+    model = copy.deepcopy(teacher)
+    with torch.no_grad():
+        model.head.weight.mul_(0.2)
+    inputs, _ = tiny_task.data(128, seed=9)
+    before = divergence(teacher(inputs), model(inputs))
+    torch.manual_seed(0)
+    distil(model, teacher, Batches(), steps=30, learning_rate=2e-2)
+    assert not model.training
+    assert divergence(teacher(inputs), model(inputs)) < 0.5 * before
+
+
+def test_what_cannot_be_trained_is_refused() -> None:
+    teacher = tiny_task.model()
+    with pytest.raises(UsageError, match="yields no batch"):
+        distil(copy.deepcopy(teacher), teacher, [], steps=2)
+    with pytest.raises(UsageError, match="every layer of this model is quantised"):
+        distil(torch.nn.Sequential(), teacher, Batches(), steps=2)
+    with pytest.raises(AutocompError, match="diverged at step"):
+        broken = copy.deepcopy(teacher)
+        with torch.no_grad():
+            broken.head.bias.fill_(torch.inf)
+        distil(broken, teacher, Batches(), steps=2)
