@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from autocomp.devices.device import Compiled
+    from autocomp.devices.local import LocalDevice
 
 PACKAGES = ("autocomp", "torch", "apache-tvm", "apache-tvm-ffi", "onnxruntime", "optuna", "numpy")
 
@@ -144,12 +146,33 @@ def _references(pipeline: Pipeline) -> list[Reference]:
             try:
                 compiled = device.compile(pipeline.task.model, pipeline.inputs)
                 found = measure_references(pipeline.task, compiled, pipeline.settings.calibration_samples)
+                found += _classic(pipeline, device)
             except (AutocompError, RuntimeError, TypeError, ValueError) as error:
                 pipeline.progress.warn(f"ONNX Runtime could not be measured as a reference: {error}")
                 return []
         stored = [reference_to_json(reference) for reference in found]
         pipeline.search.set_attr("references", stored)
     return [reference_from_json(reference) for reference in stored]
+
+
+def _classic(pipeline: Pipeline, device: LocalDevice) -> list[Reference]:
+    """Uniform L1 and global magnitude pruning, compiled and timed as the front is. One that fails is a warning."""
+    from autocomp.classic import classic_models
+
+    found = []
+    with tempfile.TemporaryDirectory() as temporary:
+        models = classic_models(
+            pipeline.task.model, pipeline.graph, pipeline.space, pipeline.statistics, Path(temporary)
+        )
+        for classic in models:
+            try:
+                latency = device.time(device.compile(classic.model, pipeline.inputs), pipeline.inputs[0])
+            except (AutocompError, RuntimeError) as error:
+                pipeline.progress.warn(f"{classic.name} could not be measured: {error}")
+                continue
+            metrics = evaluate_task(pipeline.task, classic.model)
+            found.append(Reference(classic.name, metrics, latency, classic.bytes, classic.note, "classic"))
+    return found
 
 
 def _summary(pipeline: Pipeline, objective: str) -> Summary:

@@ -140,13 +140,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Reference:
-    """A point beside the front that the search did not make: another runtime, or a classic recipe, on the same model."""
+    """A point beside the front that the search did not make: the same model in another runtime, or by a classic recipe in ours."""
 
     name: str
     metrics: Mapping[str, float]
     latency: Latency
     bytes: int
     note: str = ""
+    kind: Literal["runtime", "classic"] = "runtime"
 
 
 def latency_to_json(latency: Latency) -> dict[str, Any]:

@@ -1,9 +1,14 @@
-"""Reference points: the dense model in ONNX Runtime, fp32 and statically quantised, timed beside our dense module in one run."""
+"""Reference points: the dense model in ONNX Runtime, fp32 and statically quantised, and in torch with dynamic int8.
+
+They are timed beside our dense module in one run.
+"""
 
 from __future__ import annotations
 
+import io
 import logging
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,16 +25,19 @@ if TYPE_CHECKING:
 
 FP32 = "ONNX Runtime fp32"
 INT8 = "ONNX Runtime int8"
+DYNAMIC = "torch dynamic int8"
 OURS = "dense, tuned (called from Python)"
 
 
 def measure_references(task: Task, compiled: CompiledModel, samples: int) -> list[Reference]:
     """Measure ONNX Runtime fp32 and int8 (QDQ, uint8 activations, one thread) against our dense module, interleaved.
 
-    All three are called from Python with bound inputs, so that a call's overhead meets each alike; ours is returned too.
-    ``samples`` calibration samples set the int8 ranges.
+    All are called from Python with bound inputs, so that a call's overhead meets each alike; ours is returned too.
+    ``samples`` calibration samples set the int8 ranges. A model with linear layers is also run by torch with their weights in int8 and
+    ranges of activations taken at run time, which is all that torch's own dynamic quantisation covers.
     """
     import numpy as np
+    import torch
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -50,7 +58,11 @@ def measure_references(task: Task, compiled: CompiledModel, samples: int) -> lis
         for value in session.get_outputs():
             binding.bind_output(value.name)
         calls[name] = lambda s=session, b=binding: s.run_with_iobinding(b)
-    with quiet_core():
+    if (dynamic := _quantise_dynamic(task.model)) is not None:
+        calls[DYNAMIC] = lambda: dynamic(*task.example_inputs)
+        metrics[DYNAMIC] = evaluate_task(task, dynamic)
+        sizes[DYNAMIC] = _state_bytes(dynamic)
+    with quiet_core(), torch.inference_mode():
         samples_by_name = interleaved(calls)
     metrics[OURS] = evaluate_task(task, task.model)
     sizes[OURS] = sum(p.numel() * p.element_size() for p in task.model.parameters())
@@ -84,6 +96,30 @@ def _quantise_static(source: Path, target: Path, task: Task, samples: int) -> Pa
             activation_type=ort.QuantType.QUInt8, weight_type=ort.QuantType.QInt8,
         )  # fmt: skip
     return target
+
+
+def _quantise_dynamic(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The model with torch's dynamic int8 linear layers; None where it has none, or this torch no longer offers them."""
+    import torch
+
+    quantise = getattr(torch.ao.quantization, "quantize_dynamic", None)
+    if quantise is None or not any(type(module) is torch.nn.Linear for module in model.modules()):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces that this will move to another package
+        quantised: torch.nn.Module = quantise(model, {torch.nn.Linear}, torch.qint8)
+    return quantised.eval()
+
+
+def _state_bytes(model: torch.nn.Module) -> int:
+    """Size of what ``torch.save`` writes of the state: quantised layers pack their weights where no parameter shows them."""
+    import torch
+
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save(model.state_dict(), buffer)
+    return buffer.tell()
 
 
 def _rows(task: Task, samples: int) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -307,3 +307,16 @@ def test_units() -> None:
         "12.3 ms",
         "1234 ms",
     ]
+
+
+def test_classic_recipes_are_told_from_other_runtimes() -> None:
+    run, told = make_run()
+    figure = front_figure(run, told, next(iter(run.profiles)), None, {})
+    drawn = {trace["name"]: trace["marker"] for trace in figure["data"]}
+    classic, runtime = drawn["uniform L1, 50% kept"], drawn["ONNX Runtime int8"]
+    assert classic["symbol"] != runtime["symbol"]
+    assert classic["color"] != runtime["color"]
+    # The headline compares with the fastest other runtime: a classic recipe is not one, however fast.
+    html = page(run, told).text
+    assert "faster than ONNX Runtime int8" in html
+    assert "faster than uniform L1" not in html

@@ -198,6 +198,9 @@ def test_baselines_and_references_stand_beside_the_front(finished: Finished) -> 
     assert {baseline.source for baseline in run.baselines} == {"uniform"}
     assert len(run.baselines) == 3  # two widths by two precisions, without dense
     assert {reference.name for reference in run.references} >= {"ONNX Runtime fp32", "ONNX Runtime int8"}
+    assert {reference.name.partition(",")[0] for reference in run.references if reference.kind == "classic"} >= {
+        "uniform L1"
+    }
     fp32 = next(reference for reference in run.references if reference.name == "ONNX Runtime fp32")
     assert fp32.metrics == pytest.approx(run.dense.evaluation.metrics)
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from autocomp.cache import write_atomically
 from autocomp.compress.entry import Entry, compress_layer, pack, unpack
 from autocomp.compress.parts import stored_bytes
-from autocomp.compress.prune import DAMPING, STEPS, keep, order_groups
+from autocomp.compress.prune import DAMPING, STEPS, keep, l1_orders, order_groups
 from autocomp.compress.quantize import Observer
 from autocomp.errors import CorruptError, UsageError
 from autocomp.progress import Progress
@@ -65,7 +65,8 @@ class LayerDatabase:
     """Entries by (layer, input width, method), and the order in which channels of each group are kept.
 
     ``folder`` holds the files; ``warnings`` says of every file that had to be rebuilt. UsageError if the folder
-    cannot be written.
+    cannot be written. ``classic`` prunes as the classic recipe does, to be compared with: by L1 norms, and without the
+    least-squares update of what stays.
     """
 
     def __init__(
@@ -76,10 +77,12 @@ class LayerDatabase:
         space: Space,
         statistics: Statistics,
         observer: Observer | None = None,
+        classic: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.model, self.graph, self.space, self.statistics = model, graph, space, statistics
         self.observer: Observer = observer or space.observer
+        self.classic = classic
         self.warnings: list[str] = []
         self._loaded: OrderedDict[tuple[str, int], tuple[int, dict[Method, Entry]]] = OrderedDict()
         self._held = 0
@@ -112,7 +115,10 @@ class LayerDatabase:
             path = self._path("orders", [widths, members])
             data = self._read(path)
             if data is None:
-                made = order_groups(self.model, self.graph, self.statistics, self.space)
+                if self.classic:
+                    made = l1_orders(self.model, self.graph, self.space)
+                else:
+                    made = order_groups(self.model, self.graph, self.statistics, self.space)
                 data = {name: {"order": order, "by": by} for name, (order, by) in made.items()}
                 self._write(path, data)
             self._orders = {name: (fields["order"], fields["by"]) for name, fields in data.items()}
@@ -219,8 +225,10 @@ class LayerDatabase:
         layer = self.graph.layers[name]
         rows = self.rows(name, width) if layer.conv_groups > 1 and layer.in_group is not None else None
         module, seen = self.model.get_submodule(name), self.statistics.layers[name]
-        methods = self._methods(name, width)
-        entries = compress_layer(module, layer, seen, self.columns(name, width), width, methods, self.observer, rows)
+        methods, update = self._methods(name, width), not self.classic
+        entries = compress_layer(
+            module, layer, seen, self.columns(name, width), width, methods, self.observer, rows, update
+        )
         self._write(self._entries_path(name, width), pack(entries))
         return entries
 
@@ -248,6 +256,7 @@ class LayerDatabase:
 
     def _path(self, kind: str, content: Any) -> Path:
         identity = [FORMAT_VERSION, REVISION, DAMPING, STEPS, self.statistics.fingerprint, kind, content]
+        identity += ["classic"] if self.classic else []
         name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
         return self.folder / f"{kind}-{name}.bin"
 

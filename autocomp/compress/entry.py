@@ -65,14 +65,15 @@ def compress_layer(
     methods: Sequence[Method],
     observer: Observer = "mse",
     rows: Tensor | None = None,
+    update: bool = True,
 ) -> dict[Method, Entry]:
-    """Compress one layer at one input width by several methods.
+    """Compress one layer at one input width by several methods; without ``update`` the weights that stay are left as they are.
 
     ``columns`` are the input columns (channels of a convolution) that are kept, None for all; of a grouped convolution,
     which loses whole groups, ``rows`` are the output channels that stay with them.
     """
     assert isinstance(module, Layers)
-    task = _Compression(module, layer, seen, columns, rows, in_width, observer)
+    task = _Compression(module, layer, seen, columns, rows, in_width, observer, update)
     return {method: task.entry(method) for method in methods}
 
 
@@ -88,6 +89,7 @@ class _Compression:
         rows: Tensor | None,
         in_width: int,
         observer: Observer,
+        update: bool,
     ) -> None:
         self.layer, self.seen, self.in_width, self.observer = layer, seen, in_width, observer
         self.taps = layer.kernel[0] * layer.kernel[1]
@@ -102,7 +104,10 @@ class _Compression:
             self.small = self.weight[self.kept] if self.pruned else self.weight
             self.fisher = seen.fisher[self.kept]
         elif self.pruned:
-            self.small = least_squares(self.weight, seen.covariance, self.columns)
+            covariance = seen.covariance
+            self.small = (
+                least_squares(self.weight, covariance, self.columns) if update else self.weight[:, self.columns]
+            )
         else:
             self.small = self.weight
 

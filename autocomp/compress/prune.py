@@ -182,7 +182,12 @@ def by_segment(order: Tensor, segments: Sequence[int], counts: Mapping[int, tupl
 
 
 def norm_order(model: nn.Module, graph: Graph, group: Group, power: int) -> Tensor:
-    """Return units by the L1 or L2 norm of the filters that make them, BatchNorm folded in, added up over the producers."""
+    """Return units by `filter_norms`, largest first."""
+    return filter_norms(model, graph, group, power).argsort(descending=True, stable=True)
+
+
+def filter_norms(model: nn.Module, graph: Graph, group: Group, power: int) -> Tensor:
+    """Return of each unit the L1 or squared L2 norm of the filters that make it, BatchNorm folded in, added up over the producers."""
     from autocomp.compress.fold import affine
 
     norm = torch.zeros(group.width, dtype=torch.float64)
@@ -195,7 +200,7 @@ def norm_order(model: nn.Module, graph: Graph, group: Group, power: int) -> Tens
             size = size * affine(after)[0].abs().pow(power)
         units = torch.tensor(group.rows[name])
         norm.index_add_(0, units[units >= 0], size[units >= 0])
-    return norm.argsort(descending=True, stable=True)
+    return norm
 
 
 def map_order(statistics: Statistics, graph: Graph, group: Group) -> Tensor:
@@ -308,6 +313,16 @@ class _Obs:
         place = stays.cumsum(0) - 1
         there = [~torch.isin(members, units) for members, _ in self.kinds]
         self.kinds = [(m[k], place[p[k]]) for (m, p), k in zip(self.kinds, there, strict=True) if bool(k.any())]
+
+
+def l1_orders(model: nn.Module, graph: Graph, space: Space) -> dict[str, tuple[Tensor, str]]:
+    """Order every group by the L1 norm alone, as the classic recipe does (Li et al. 2017, arXiv:1608.08710)."""
+    orders = {}
+    for name, group in graph.groups.items():
+        order = norm_order(model, graph, group, 1) if group.prunable else torch.arange(group.width)
+        counts = space.counts.get(name)
+        orders[name] = (by_segment(order, group.segments, counts) if counts and group.prunable else order, "l1")
+    return orders
 
 
 def order_groups(model: nn.Module, graph: Graph, statistics: Statistics, space: Space) -> dict[str, tuple[Tensor, str]]:

@@ -135,7 +135,7 @@ class _Page:
                     "note": f"{milliseconds(there.seconds)} → {milliseconds(here.seconds)}, {here.how}",
                 }
             )
-            references = [r for r in self.run.references if r.latency.profile == profile]
+            references = [r for r in self.run.references if r.latency.profile == profile and r.kind == "runtime"]
             if references:
                 fastest = min(references, key=lambda r: r.latency.seconds)
                 cards.append(

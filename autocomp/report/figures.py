@@ -123,14 +123,20 @@ def front_figure(
         }
         at = points("knee", ringed, marker=ring)
         traces.append({**at, "marker": ring, "hoverinfo": "skip", "hovertemplate": None})
-    symbols = ("triangle-up", "star", "pentagon", "hexagon", "cross")
+    symbols = {
+        "runtime": ("triangle-up", "star", "pentagon", "hexagon"),
+        "classic": ("triangle-down", "x", "cross", "hourglass"),
+    }
+    colours = {"runtime": "@reference", "classic": "@uniform"}
     references = [r for r in run.references if r.latency.profile == profile and metric.name in r.metrics]
-    for k, reference in enumerate(references):
+    for reference in references:
         text = (
             f"<b>{html.escape(reference.name)}</b><br>{html.escape(metric.name)} {metric.text(reference.metrics[metric.name])}"
             f"<br>{latency_text(reference.latency)}<br>{format_bytes(reference.bytes)}<br>{html.escape(reference.note)}"
         )
-        marker = {"color": "@reference", "symbol": symbols[k % len(symbols)], "line": outline}
+        own = [other for other in references if other.kind == reference.kind]
+        symbol = symbols[reference.kind][own.index(reference) % 4]
+        marker = {"color": colours[reference.kind], "symbol": symbol, "line": outline}
         traces.append(
             {
                 "type": "scatter", "name": html.escape(reference.name), "mode": "markers",
