@@ -13,7 +13,7 @@ from autocomp.config import Goals, Settings, load_settings
 from autocomp.errors import InfeasibleError, Interrupted, UsageError
 from autocomp.hardware import Profile, load_profile
 from autocomp.progress import Progress
-from autocomp.records import Candidate, Evaluation, Latency
+from autocomp.records import Candidate, Evaluation, Latency, Sensitivity
 from autocomp.report.data import FrontPoint, Run, read_run
 from autocomp.runfolder import check_run_folder, open_run_folder, unwritable_reason
 from autocomp.search import goals as goal_rules
@@ -231,6 +231,47 @@ def check(settings: Settings, progress: Progress | None = None) -> dict[str, Any
         ],
         "refused": [{"subject": r.subject, "option": r.option, "reason": r.reason} for r in space.refused],
     }
+
+
+def sensitivity(
+    settings: Settings, out: Path | None = None, progress: Progress | None = None
+) -> tuple[str, list[Sensitivity]]:
+    """Return a task's name and what each option of each of its layers and groups costs alone; nothing is compiled or measured.
+
+    The curves are also drawn into an HTML page at ``out``, if one is given. UsageError as ``search``.
+    """
+    import tempfile
+
+    from autocomp.accuracy.calibrate import collect
+    from autocomp.accuracy.sensitivity import curves
+    from autocomp.cache import write_atomically
+    from autocomp.compress.database import LayerDatabase
+    from autocomp.graph import analyse
+    from autocomp.report.build import render_sensitivity
+    from autocomp.space import build_space
+    from autocomp.tasks.training import one_thread
+
+    if settings.task is None:
+        raise UsageError("no task: name one, such as `autocomp sensitivity digits`")
+    profiles, rules = _check_names(settings)
+    progress = progress or Progress()
+    task = load_task(settings.task, progress)
+    with one_thread(), tempfile.TemporaryDirectory() as folder:
+        task.model.eval()
+        graph = analyse(task.model, task.example_inputs)
+        space = build_space(graph, rules, profiles)
+        with progress.stage("calibrating"):
+            statistics = collect(task, graph, settings.calibration_samples, settings.seed)
+        database = LayerDatabase(folder, task.model, graph, space, statistics)
+        database.build(progress)
+        rows = curves(database.tables())
+    if out is not None:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(out, render_sensitivity(task.name, rows).encode())
+        except OSError as error:
+            raise UsageError(f"--out: {out} cannot be written: {error.strerror or error}") from error
+    return task.name, rows
 
 
 def _check_names(settings: Settings) -> tuple[list[Profile], SpaceFile]:

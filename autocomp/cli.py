@@ -8,6 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,27 @@ def check(task_name: str | None, config: Path | None, task_option: str | None, a
         click.echo(json.dumps(found))
     else:
         terminal.show_check(found)
+
+
+@cli.command()
+@_settings_options
+@click.option("--out", type=click.Path(path_type=Path), help="HTML page to write; sensitivity-TASK.html unless given.")
+@common_options
+def sensitivity(
+    task_name: str | None, config: Path | None, task_option: str | None, as_json: bool, out: Path | None, **options: Any
+) -> None:
+    """Say what fewer channels, lower ranks and fewer bits cost each layer of TASK alone, and draw the curves."""
+    settings = _resolve(task_name, task_option, config, options)
+
+    from autocomp import api
+
+    page = out or Path(f"sensitivity-{(settings.task or 'task').replace(':', '-')}.html")
+    name, rows = api.sensitivity(settings, page, _progress())
+    if as_json:
+        click.echo(json.dumps({"task": name, "page": str(page), "rows": [asdict(row) for row in rows]}))
+    else:
+        terminal.show_sensitivity(rows)
+        click.echo(f"\npage: {page}")
 
 
 @cli.command()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from autocomp.accuracy.sensitivity import curves
 from autocomp.cache import write_atomically
 from autocomp.errors import AutocompError, BoardError, InfeasibleError
 from autocomp.export import MANIFEST, WEIGHTS, export_point
@@ -99,6 +100,7 @@ def _make_run(pipeline: Pipeline) -> Run:
             for layer in pipeline.graph.layers.values()
         ),
         warnings=tuple(_warnings(pipeline, points)),
+        sensitivity=tuple(curves(pipeline.costs.tables)),
     )
 
 

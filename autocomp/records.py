@@ -150,6 +150,21 @@ class Reference:
     kind: Literal["runtime", "classic"] = "runtime"
 
 
+@dataclass(frozen=True)
+class Sensitivity:
+    """One point of a curve: what one option of one layer or group costs, all else dense.
+
+    ``kind`` is ``width`` (of a group), ``rank`` or ``precision`` (of a layer); ``error`` in nats a sample; ``share`` of the bytes that the
+    subject's weights (for a width: those of all layers that read the group) keep.
+    """
+
+    subject: str
+    kind: Literal["width", "rank", "precision"]
+    option: str
+    error: float
+    share: float
+
+
 def latency_to_json(latency: Latency) -> dict[str, Any]:
     data = dict(latency.__dict__)
     data["samples"] = list(latency.samples)
@@ -184,6 +199,8 @@ def reference_to_json(reference: Reference) -> dict[str, Any]:
     data = dict(reference.__dict__)
     data["metrics"] = dict(reference.metrics)
     data["latency"] = latency_to_json(reference.latency)
+    if data["kind"] == "runtime":  # the only kind of earlier files, which do not say it
+        del data["kind"]
     return data
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from autocomp.errors import UsageError
 from autocomp.hardware import list_profiles, load_profile
 from autocomp.quantities import format_bytes, format_milliseconds
-from autocomp.records import Latency
+from autocomp.records import Latency, Sensitivity
 from autocomp.report.data import Run
 
 if TYPE_CHECKING:
@@ -90,6 +90,23 @@ def show_check(found: Mapping[str, Any]) -> None:
     output().print(
         f"\n{found['task']} on {profiles}: about {Decimal(found['candidates']):.1e} candidates", markup=False
     )
+
+
+def show_sensitivity(rows: Sequence[Sensitivity]) -> None:
+    """Print a line for each layer or group and kind of compression: its options, mild to strong, with the error of each."""
+    lines: dict[tuple[str, str], list[Sensitivity]] = {}
+    for row in rows:
+        lines.setdefault((row.subject, row.kind), []).append(row)
+    cells = [
+        [
+            subject,
+            kind,
+            f"{max(row.error for row in found):.2g}",
+            "  ".join(f"{row.option}: {row.error:.2g}" for row in found),
+        ]
+        for (subject, kind), found in sorted(lines.items(), key=lambda item: -max(row.error for row in item[1]))
+    ]
+    show_table(["layer or group", "kind", ">worst", "error of each option alone (nats a sample)"], cells)
 
 
 def format_latency(latency: Latency) -> str:

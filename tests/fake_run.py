@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from problems import random_problem
 
-from autocomp.records import Candidate, Evaluation, KernelTime, Latency, Reference, Source
+from autocomp.records import Candidate, Evaluation, KernelTime, Latency, Reference, Sensitivity, Source
 from autocomp.report.data import FrontPoint, LayerInfo, Run, Summary, TaskInfo, Verified, write_evaluations, write_front
 from autocomp.search.pareto import hypervolume_history, pareto_set, spaced
 from autocomp.search.solver import solve_front
@@ -165,6 +165,14 @@ def make_run(
         layers=tuple(
             LayerInfo(f.layer, "linear" if f.layer == "head" else "conv2d", f.out_group, 64 if f.out_group else 10)
             for f in PROBLEM.factors
+        ),
+        sensitivity=(
+            *(
+                Sensitivity(f"block{k}", "width", str(64 - 16 * n), 0.01 * (k + 1) * 4**n, 1 - n / 4)
+                for k in range(9)
+                for n in (1, 2, 3)
+            ),
+            Sensitivity("head", "precision", "w8a8", 0.002, 0.26),
         ),
         warnings=(
             "the clock was not steady: samples of 2 of 27 modules spread by more than 3 %; close other programs and measure again",

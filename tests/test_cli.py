@@ -19,7 +19,7 @@ import autocomp
 from autocomp.cli import main
 from autocomp.config import Settings, dump_settings
 from autocomp.errors import InfeasibleError, Interrupted, MismatchError, UsageError
-from autocomp.records import Candidate, Evaluation, KernelTime, Latency
+from autocomp.records import Candidate, Evaluation, KernelTime, Latency, Sensitivity
 from autocomp.report.data import FrontPoint, TaskInfo, write_front
 from autocomp.report.data import Run as FrontRun
 
@@ -305,6 +305,25 @@ def test_check_says_what_is_offered_and_what_not(run: Run, api: ModuleType) -> N
     ):
         assert words in out
     assert json.loads(run("check", "digits", "--json")[1]) == CHECKED
+
+
+def test_sensitivity_prints_a_table_and_names_its_page(run: Run, api: ModuleType) -> None:
+    asked = {}
+
+    def sensitivity(settings, out, progress):
+        asked["task"], asked["out"] = settings.task, out
+        return "digits", [Sensitivity("stem", "width", "16", 0.25, 0.5), Sensitivity("stem", "width", "8", 0.5, 0.25)]
+
+    api.sensitivity = sensitivity
+    code, out, _ = run("sensitivity", "digits")
+    assert code == 0
+    assert asked == {"task": "digits", "out": Path("sensitivity-digits.html")}
+    assert "16: 0.25" in out
+    assert "sensitivity-digits.html" in out
+    found = json.loads(run("sensitivity", "digits", "--out", "there.html", "--json")[1])
+    assert asked["out"] == Path("there.html")
+    assert found["rows"][1] == {"subject": "stem", "kind": "width", "option": "8", "error": 0.5, "share": 0.25}
+    assert run("sensitivity")[0] == 2  # no task
 
 
 def test_lists_and_schemas(run: Run) -> None:

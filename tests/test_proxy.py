@@ -142,9 +142,12 @@ def test_curves_and_the_additive_error(tmp_path):
     made = pipeline("depthwise")
     tables = made.database(tmp_path).tables()
     rows = curves(tables)
-    assert {row.subject for row in rows if row.kind == "method"} == set(made.graph.layers)
+    quantised = {name for name, methods in made.space.methods.items() if any(m.precision != "fp32" for m in methods)}
+    assert {row.subject for row in rows if row.kind == "precision"} == quantised
+    assert all(row.error > 0 and 0 < row.share < 1 for row in rows if row.kind == "rank")
     stem = [row.error for row in rows if row.kind == "width" and row.subject == "stem"]
-    assert stem[0] == 0.0
+    assert len(stem) == len(made.space.widths["stem"]) - 1
+    assert stem[0] > 0
     assert stem == sorted(stem)
     assert additive_error(tables, made.space.dense()) == 0.0
     assert additive_error(tables, made.space.uniform(0.25)) > additive_error(tables, made.space.uniform(0.75)) > 0

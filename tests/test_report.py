@@ -15,10 +15,10 @@ import pytest
 from fake_run import make_run, write_fake_run
 
 from autocomp.errors import CorruptError, UsageError
-from autocomp.records import Latency
-from autocomp.report.build import build_report, render
+from autocomp.records import Latency, Sensitivity
+from autocomp.report.build import build_report, render, render_sensitivity
 from autocomp.report.data import Run, read_evaluations, read_run, write_evaluations, write_front
-from autocomp.report.figures import Metric, front_figure, milliseconds
+from autocomp.report.figures import Metric, front_figure, milliseconds, sensitivity_figures
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -320,3 +320,20 @@ def test_classic_recipes_are_told_from_other_runtimes() -> None:
     html = page(run, told).text
     assert "faster than ONNX Runtime int8" in html
     assert "faster than uniform L1" not in html
+
+
+def test_curves_of_sensitivity_stand_in_the_report_and_on_a_page_of_their_own() -> None:
+    run, told = make_run()
+    html = page(run, told).text
+    assert "Which layers are sensitive" in html
+    assert "Lower rank" not in html  # no row of this run is of a rank
+    assert "Which layers are sensitive" not in page(replace(run, sensitivity=()), told).text
+    drawn = sensitivity_figures(run.sensitivity)
+    assert set(drawn) == {"sensitivity-width", "sensitivity-precision"}
+    traces = drawn["sensitivity-width"]["data"]
+    assert [trace["name"] for trace in traces if trace["showlegend"]] == [f"block{k}" for k in range(3, 9)]
+    own = render_sensitivity("<task>", [*run.sensitivity, Sensitivity("free", "width", "8", 0.0, 0.5)])
+    assert "&lt;task&gt;" in own
+    assert "<task>" not in own
+    assert "free" in own  # in the table: a logarithm has no place for it
+    assert json.loads(re.search(r'id="figures">(.*?)</script>', own)[1]).keys() == drawn.keys()

@@ -3,39 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from autocomp.records import Candidate
+from autocomp.records import Candidate, Sensitivity
 
 if TYPE_CHECKING:
     from autocomp.compress.database import LayerTable
 
 
-@dataclass(frozen=True)
-class Sensitivity:
-    """One row of a curve: the error (nats a sample) of one option of one layer or group, all else dense."""
-
-    subject: str
-    kind: str  # "method" of a layer, or "width" of a group
-    option: str
-    error: float
-
-
 def curves(tables: Iterable[LayerTable]) -> list[Sensitivity]:
-    """Return a row for each method of each layer at dense widths, and for each width of each group in fp32."""
-    rows = []
-    by_group: dict[str, dict[int, float]] = {}
+    """Return a row for each rank and each precision of each layer at dense widths, and for each width of each group in fp32.
+
+    Methods that are both low rank and quantised are no point of either curve and are left out.
+    """
+    rows: list[Sensitivity] = []
+    by_group: dict[str, dict[int, tuple[float, float]]] = {}
     for table in tables:
+        dense = float(table.bytes[0, 0, 0])
         for m, method in enumerate(table.methods):
-            rows.append(Sensitivity(table.layer, "method", str(method), float(table.error[0, 0, m])))
+            error, share = float(table.error[0, 0, m]), float(table.bytes[0, 0, m]) / dense
+            if method.ranks and method.precision == "fp32":
+                rows.append(Sensitivity(table.layer, "rank", "x".join(map(str, method.ranks)), error, share))
+            elif not method.ranks and method.precision != "fp32":
+                rows.append(Sensitivity(table.layer, "precision", method.precision, error, share))
         if table.in_group is not None:
-            errors = by_group.setdefault(table.in_group, {})
+            found = by_group.setdefault(table.in_group, {})
             for i, width in enumerate(table.widths_in):
                 out = i if table.in_group == table.out_group else 0
-                errors[width] = errors.get(width, 0.0) + float(table.error[i, out, 0])
-    for group, errors in by_group.items():
-        rows += [Sensitivity(group, "width", str(width), error) for width, error in errors.items()]
+                error, size = found.get(width, (0.0, 0.0))
+                found[width] = (error + float(table.error[i, out, 0]), size + float(table.bytes[i, out, 0]))
+    for group, found in by_group.items():
+        full = max(size for _, size in found.values())
+        narrower = list(found.items())[1:]  # the first is all of it
+        rows += [Sensitivity(group, "width", str(width), error, size / full) for width, (error, size) in narrower]
     return rows
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from autocomp.cache import write_atomically
 from autocomp.errors import CorruptError, InfeasibleError
 from autocomp.quantities import format_bytes
-from autocomp.records import Evaluation, Latency, Reference
+from autocomp.records import Evaluation, Latency, Reference, Sensitivity
 from autocomp.report import figures
 from autocomp.report.data import FrontPoint, Run, check_version, finite, read_evaluations, read_run
 from autocomp.report.figures import Metric, milliseconds
@@ -321,7 +321,27 @@ def _figures(
     for k, profile in enumerate(run.profiles):
         if scatter := figures.prediction_figure(evaluations, profile):
             drawn[f"prediction-{k}"] = (scatter, {"profile": profile})
+    drawn |= {name: (figure, {}) for name, figure in figures.sensitivity_figures(run.sensitivity).items()}
     return drawn
+
+
+def render_sensitivity(task: str, rows: Sequence[Sensitivity]) -> str:
+    """The page of `autocomp sensitivity`: the curves and a table, with everything embedded."""
+    from jinja2 import Environment, FileSystemLoader
+    from plotly.offline import get_plotlyjs
+
+    here = Path(__file__).parent
+    environment = Environment(loader=FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    drawn = figures.sensitivity_figures(rows)
+    return environment.get_template("sensitivity.html.j2").render(
+        task=task,
+        rows=rows,
+        figures=drawn,
+        figure_json=_embedded(drawn),
+        style=(here / "report.css").read_text(encoding="utf-8"),
+        script=(here / "report.js").read_text(encoding="utf-8"),
+        plotly=get_plotlyjs().replace("</script", "<\\/script"),
+    )
 
 
 def _embedded(data: Any) -> str:

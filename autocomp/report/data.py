@@ -16,6 +16,7 @@ from autocomp.records import (
     Evaluation,
     Latency,
     Reference,
+    Sensitivity,
     evaluation_from_json,
     evaluation_to_json,
     reference_from_json,
@@ -102,6 +103,7 @@ class Run:
     summary: Summary = Summary(0, 0, 0)
     layers: tuple[LayerInfo, ...] = ()
     warnings: tuple[str, ...] = ()
+    sensitivity: tuple[Sensitivity, ...] = ()
 
 
 def write_front(folder: Path, run: Run) -> Path:
@@ -123,6 +125,8 @@ def write_front(folder: Path, run: Run) -> Path:
         "layers": [asdict(layer) for layer in run.layers],
         "warnings": list(run.warnings),
     }
+    if run.sensitivity:  # a later addition: runs without it are written as they always were
+        data["sensitivity"] = [asdict(row) for row in run.sensitivity]
     path = folder / FRONT
     write_atomically(path, (json.dumps(finite(data), indent=1, allow_nan=False) + "\n").encode())
     return path
@@ -158,6 +162,7 @@ def read_run(folder: Path) -> Run:
             summary=Summary(**data["summary"]),
             layers=tuple(LayerInfo(**layer) for layer in data["layers"]),
             warnings=tuple(data["warnings"]),
+            sensitivity=tuple(Sensitivity(**row) for row in data.get("sensitivity", ())),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptError(

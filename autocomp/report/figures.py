@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from autocomp.quantities import format_bytes
-from autocomp.records import Evaluation, Latency
+from autocomp.records import Evaluation, Latency, Sensitivity
 from autocomp.report.data import Run
 from autocomp.search.pareto import pareto_set
 
 Figure = dict[str, Any]
 
+NAMED = 6  # most sensitive layers of a figure that the legend names; the others are grey and named where they are pointed at
 _MARKER_DIAMETER = 28  # pixels, of the largest model shown; areas are in proportion to bytes
 
 
@@ -264,6 +265,44 @@ def prediction_figure(evaluations: Sequence[Evaluation], profile: str) -> Figure
     dots |= {"text": [f"trial {e.trial}" for e in kept], "marker": {"color": "@front", "size": 8, "opacity": 0.75}}
     dots["hovertemplate"] = "%{text}: measured %{x:.3f} ms, predicted %{y:.3f} ms<extra></extra>"
     return {"data": [same, dots], "layout": _layout("measured (ms)", "predicted (ms)")}
+
+
+def sensitivity_figures(rows: Sequence[Sensitivity]) -> dict[str, Figure]:
+    """Curves of error against the share of bytes kept, a line a layer or group: a figure for each of widths, ranks and precisions."""
+    titles = {
+        "width": "share of the readers' weights kept",
+        "rank": "share of weights kept",
+        "precision": "share of bytes kept",
+    }
+    drawn: dict[str, Figure] = {}
+    for kind, title in titles.items():
+        by_subject: dict[str, list[Sensitivity]] = {}
+        for row in rows:
+            if row.kind == kind and row.error > 0:  # a logarithm has no place for what costs nothing
+                by_subject.setdefault(row.subject, []).append(row)
+        if not by_subject:
+            continue
+        worst = sorted(by_subject, key=lambda name: -max(row.error for row in by_subject[name]))
+        traces = []
+        for place, name in enumerate(worst):
+            points = sorted(by_subject[name], key=lambda row: (row.share, row.error))
+            named = place < NAMED
+            traces.append(
+                {
+                    "type": "scatter", "mode": "lines+markers" if kind != "precision" else "markers", "name": html.escape(name),
+                    "x": [row.share for row in points], "y": [row.error for row in points], "showlegend": named,
+                    "text": [f"<b>{html.escape(name)}</b><br>{kind} {html.escape(row.option)}" for row in points],
+                    "hovertemplate": "%{text}: %{y:.3g} nats, %{x:.0%} kept<extra></extra>",
+                    "marker": {"size": 7, **({} if named else {"color": "@faint"})}, "opacity": 1 if named else 0.5,
+                    "line": {"width": 2 if named else 1, **({} if named else {"color": "@faint"})},
+                }
+            )  # fmt: skip
+        layout = _layout(title, "error alone (nats a sample)")
+        layout["yaxis"] |= {"type": "log", "exponentformat": "power", "nticks": 6}
+        layout["xaxis"] |= {"tickformat": ".0%", "rangemode": "tozero"}
+        layout["legend"] = {"font": {"size": 11}, "itemsizing": "constant"}
+        drawn[f"sensitivity-{kind}"] = {"data": traces[::-1], "layout": layout}
+    return drawn
 
 
 def choices_text(evaluation: Evaluation, dense: Evaluation) -> str:
