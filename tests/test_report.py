@@ -206,7 +206,8 @@ def test_figures_are_valid_plotly(folder: Path) -> None:
     for name in set(re.findall(r'"@([a-z]+)"', match[1])):
         assert style.count(f"--{name}:") == 3  # light, dark by the system, dark by the button
     figures = json.loads(re.sub(r'"@[a-z]+"', '"#123456"', match[1]))
-    assert set(figures) == {"front-0", "hypervolume", "proxy-error", "proxy-kl", "prediction-0"}
+    drawn = {"front-0", "hypervolume", "proxy-error", "proxy-kl", "prediction-0"}
+    assert set(figures) == drawn | {"sensitivity-width", "sensitivity-precision"}
     for figure in figures.values():
         go.Figure(figure)  # raises for a property plotly does not know
 
