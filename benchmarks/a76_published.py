@@ -2,7 +2,7 @@
 
     python benchmarks/a76_published.py [--models resnet18]
 
-No board was at hand. The kernels compared are not the same (ncnn's, OpenBLAS's, the C library's against ours), so a ratio is what both the
+No board was at hand. The kernels compared are not the same (ncnn's and the C library's against ours), so a ratio is what both the
 estimate and the difference of the kernels make; it says whether the estimate is of this world, not how exact it is.
 """
 
@@ -108,11 +108,6 @@ def main() -> None:
                 f"{BENCHMARKED[published.model]}, {published.precision}, 1 thread", seconds * 1e3, published.milliseconds, "ms",
                 NCNN, GAPS[published.precision],
             )  # fmt: skip
-    peak = 16.0 * (device.profile.clock_hz or 0.0)
-    add(
-        "fp32 product, share of 16 FLOP a cycle", 100 * (device.tuner.peak("dense") or 0.0) / peak, 87.0, "%",
-        "OpenBLAS SGEMM on one A76 core: 84 to 90 %, as collected in the project's notes", "the estimate knows no TLB misses",
-    )  # fmt: skip
     copy = device.profile.memory_bandwidth.get("copy", 0.0) if device.profile.memory_bandwidth else 0.0
     add(
         "copy, beyond the caches", copy_bytes_per_second(device) / 1e9, copy / 1e9, "GB/s", SBC,
