@@ -11,7 +11,7 @@ demo: $(VENV)/.ready
 	$(BIN)/autocomp search digits --out $(OUT)
 
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-board: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m board
