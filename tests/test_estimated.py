@@ -64,3 +64,20 @@ def test_mismatch_names_the_layer(device: EstimatedDevice, monkeypatch: pytest.M
     model, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU()).eval(), torch.randn(1, 16)
     with pytest.raises(MismatchError, match="differs from torch"):
         device.compile(model, [(x,)])
+
+
+def test_unknown_instructions_are_named_with_their_share(
+    device: EstimatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    import autocomp.estimate as estimate
+
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU()).eval(), torch.randn(1, 16)
+    compiled = device.compile(model, [(x,)])
+    assert "core's table" not in device.time(compiled, (x,)).device
+    honest = estimate.estimate_kernel
+    monkeypatch.setattr(
+        estimate, "estimate_kernel", lambda *a, **k: replace(honest(*a, **k), unknown_share=0.25, unknown=("strange",))
+    )
+    assert "25.00% of the instructions are not in the core's table (strange)" in device.time(compiled, (x,)).device

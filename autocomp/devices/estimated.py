@@ -86,11 +86,37 @@ class EstimatedModel:
         return tuple(map(torch.from_numpy, result)) if isinstance(result, tuple) else torch.from_numpy(result)
 
     def time(self, *inputs: torch.Tensor) -> Latency:
-        """The sum of the kernels' estimates and of their calls; inputs are taken so that every target is asked alike."""
+        """The sum of the kernels' estimates and of their calls; inputs are taken so that every target is asked alike.
+
+        Where kernels ran instructions that the core's table has no row for, ``device`` names them and their share of all that ran.
+        """
         seconds = sum(kernel.seconds + _CALL_SECONDS for kernel in self.kernels)
-        return Latency(
-            seconds, 0.0, "estimated", self.profile.name, describe_estimate(self.profile), (), self.kernels, ERROR
+        device = describe_estimate(self.profile) + self._unknown()
+        return Latency(seconds, 0.0, "estimated", self.profile.name, device, (), self.kernels, ERROR)
+
+    def _unknown(self) -> str:
+        from autocomp.estimate import core_of, estimate_kernel
+
+        core = core_of(self.profile)
+        executed, unknown, names = 0, 0.0, set()
+        for kernel in self.kernels:
+            tensors = signature(self._scheduled.module[kernel.name])
+            estimate = estimate_kernel(self._object(kernel.name), tensors, core)
+            executed += estimate.instructions
+            unknown += estimate.unknown_share * estimate.instructions
+            names |= set(estimate.unknown)
+        if not unknown:
+            return ""
+        return (
+            f", {unknown / executed:.2%} of the instructions are not in the core's table ({', '.join(sorted(names))})"
         )
+
+    def _object(self, name: str) -> bytes:
+        from autocomp.estimate import compile_object
+
+        if name not in self._objects:
+            self._objects[name] = compile_object(self._scheduled.module[name], self._target)
+        return self._objects[name]
 
     def save(self, path: str | Path) -> Path:
         """Write the shared library for the target. AutocompError where there is no linker for it."""
@@ -112,18 +138,12 @@ class EstimatedModel:
             raise UsageError(f"{path} is not a compiled model: {error.strerror}") from error
 
     def _runner(self) -> Callable[[str, list[np.ndarray]], list[np.ndarray]]:
-        from autocomp.estimate import compile_object, run_kernel
+        from autocomp.estimate import run_kernel
         from autocomp.estimate.libraries import Library
 
         if self._library is not None:
             return Library(self._library).run
-
-        def run(name: str, arrays: list[np.ndarray]) -> list[np.ndarray]:
-            if name not in self._objects:
-                self._objects[name] = compile_object(self._scheduled.module[name], self._target)
-            return run_kernel(self._objects[name], arrays)
-
-        return run
+        return lambda name, arrays: run_kernel(self._object(name), arrays)
 
 
 class EstimatedDevice:
