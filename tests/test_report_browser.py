@@ -50,7 +50,8 @@ def test_plotly_draws(chromium: str, tmp_path: Path, flags: tuple[str, ...]) -> 
     dom, console = open_page(chromium, build_report(folder), tmp_path / "profile", *flags)
     assert console == []  # an error, or something the content policy kept from being loaded
     drawn = re.findall(r'id="([a-z0-9-]+)"[^>]*data-drawn="yes"', dom)
-    assert sorted(drawn) == ["front-0", "hypervolume", "prediction-0", "proxy-error", "proxy-kl"]
+    curves = ["sensitivity-precision", "sensitivity-width"]
+    assert sorted(drawn) == ["front-0", "hypervolume", "prediction-0", "proxy-error", "proxy-kl", *curves]
     points = re.search(r'id="front-0".*?id="p-', dom, re.DOTALL)
     assert points is not None
     assert len(re.findall(r'<path class="point\b', points[0])) > 25
