@@ -74,7 +74,7 @@ def no_whitening() -> Iterator[None]:
 
 @contextmanager
 def quantised_first() -> Iterator[None]:
-    """Weights are rounded while all inputs are there, with the Hessian of these; then inputs go and the rest is stored as it is."""
+    """Weights are rounded while all inputs are there, with the Hessian of these; then inputs go. Rounded weights take no update."""
     original = entries._Compression.entry
 
     def entry(self: Any, method: Method) -> Any:
