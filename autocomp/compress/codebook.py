@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autocomp.compress.convolution import Convolution, Geometry, OneRow
 from autocomp.compress.rounding import Feedback, Metric
 from autocomp.precisions import CENTROIDS
 
@@ -147,13 +148,11 @@ class CodebookLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, stages={len(self.codebook)}, dim={self.codebook.shape[2]}"
 
 
-class CodebookConv2d(nn.Module):
+class CodebookConv2d(Convolution):
     """A convolution stored as `CodebookLinear` is; ``kernel`` is (inputs of a group, height, width), K their product."""
 
-    weight: Tensor
     codebook: Tensor
     scale: Tensor
-    bias: Tensor
 
     def __init__(
         self,
@@ -162,20 +161,13 @@ class CodebookConv2d(nn.Module):
         scale: Tensor,
         bias: Tensor,
         kernel: tuple[int, int, int],
-        stride: tuple[int, int] = (1, 1),
-        padding: tuple[int, int] = (0, 0),
-        dilation: tuple[int, int] = (1, 1),
-        groups: int = 1,
+        geometry: Geometry,
     ) -> None:
-        super().__init__()
-        for name, value in {"weight": weight, "codebook": codebook, "scale": scale, "bias": bias}.items():
-            self.register_buffer(name, value)
+        super().__init__({"weight": weight, "codebook": codebook, "scale": scale, "bias": bias}, geometry)
         self.kernel = kernel
-        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
 
     def forward(self, x: Tensor) -> Tensor:
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
-        return functional.conv2d(x, self.float_weight(), self.bias, *geometry)
+        return functional.conv2d(x, self.float_weight(), self.bias, *self.geometry)
 
     def float_weight(self) -> Tensor:
         """The float32 weight OIHW that is multiplied."""
@@ -183,13 +175,8 @@ class CodebookConv2d(nn.Module):
         return weight.unflatten(1, self.kernel)
 
     def extra_repr(self) -> str:
-        i, h, w = self.kernel
-        sizes = f"{i * self.groups}, {self.weight.shape[0]}, kernel={h, w}, stride={self.stride}, groups={self.groups}"
-        return f"{sizes}, stages={len(self.codebook)}, dim={self.codebook.shape[2]}"
+        return f"{self.sizes(self.kernel)}, stages={len(self.codebook)}, dim={self.codebook.shape[2]}"
 
 
-class CodebookConv1d(CodebookConv2d):
-    """A convolution of ``[N, C, L]``: the 2-D one, over a picture one row high."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.unsqueeze(2)).squeeze(2)
+class CodebookConv1d(OneRow, CodebookConv2d):
+    """A convolution of ``[N, C, L]``."""

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autocomp.compress.quantize import pair
+from autocomp.compress.convolution import Convolution, Geometry, OneRow, empty_result
+from autocomp.compress.quantize import plain_geometry
 
 
 @torch.library.custom_op(
@@ -35,11 +36,7 @@ def conv2d_fp16(
 def _(
     x: Tensor, w: Tensor, bias: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
 ) -> Tensor:
-    size = [
-        (x.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (w.shape[2 + axis] - 1) - 1) // stride[axis] + 1
-        for axis in (0, 1)
-    ]
-    return x.new_empty((x.shape[0], w.shape[0], *size))
+    return empty_result(x, w, stride, padding, dilation)
 
 
 @torch.library.custom_op(
@@ -80,44 +77,25 @@ class HalfLinear(nn.Module):
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, fp16"
 
 
-class HalfConv2d(nn.Module):
+class HalfConv2d(Convolution):
     """A convolution in 16 bits: float16 weight OIHW, float32 bias [O]."""
 
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        stride: tuple[int, int] = (1, 1),
-        padding: tuple[int, int] = (0, 0),
-        dilation: tuple[int, int] = (1, 1),
-        groups: int = 1,
-    ) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
-        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+    def __init__(self, weight: Tensor, bias: Tensor, geometry: Geometry) -> None:
+        super().__init__({"weight": weight, "bias": bias}, geometry)
 
     def forward(self, x: Tensor) -> Tensor:
-        geometry = (list(self.stride), list(self.padding), list(self.dilation), self.groups)
-        return conv2d_fp16(x, self.weight, self.bias, *geometry)
+        return conv2d_fp16(x, self.weight, self.bias, *self.geometry)
 
     def float_weight(self) -> Tensor:
         """The weight OIHW in float32."""
         return self.weight.float()
 
     def extra_repr(self) -> str:
-        o, i, h, w = self.weight.shape
-        return f"{i * self.groups}, {o}, kernel={h, w}, stride={self.stride}, groups={self.groups}, fp16"
+        return f"{self.sizes(self.weight.shape[1:])}, fp16"
 
 
-class HalfConv1d(HalfConv2d):
-    """A convolution of ``[N, C, L]`` in 16 bits: the 2-D one, over a picture one row high (weight ``[O, I, 1, K]``)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.unsqueeze(2)).squeeze(2)
+class HalfConv1d(OneRow, HalfConv2d):
+    """A convolution of ``[N, C, L]`` in 16 bits (weight ``[O, I, 1, K]``)."""
 
 
 def halved(layer: nn.Conv1d | nn.Conv2d | nn.Linear) -> HalfConv2d | HalfLinear:
@@ -126,10 +104,5 @@ def halved(layer: nn.Conv1d | nn.Conv2d | nn.Linear) -> HalfConv2d | HalfLinear:
     bias = torch.zeros(len(weight)) if layer.bias is None else layer.bias.detach().float().clone()
     if isinstance(layer, nn.Linear):
         return HalfLinear(weight, bias)
-    if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
-        raise ValueError("only zero padding by a number of pixels has a 16-bit form")
-    if isinstance(layer, nn.Conv1d):
-        steps = (1, layer.stride[0]), (0, int(layer.padding[0])), (1, layer.dilation[0])
-        return HalfConv1d(weight.unsqueeze(2), bias, *steps, layer.groups)
-    geometry = pair(layer.stride), pair(layer.padding), pair(layer.dilation)
-    return HalfConv2d(weight, bias, *geometry, layer.groups)
+    geometry = plain_geometry(layer)
+    return HalfConv2d(weight, bias, geometry) if weight.dim() == 4 else HalfConv1d(weight.unsqueeze(2), bias, geometry)

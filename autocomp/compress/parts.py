@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from autocomp.compress.codebook import CodebookConv1d, CodebookConv2d, CodebookLinear
+from autocomp.compress.convolution import Convolution, Geometry, OneRow
 from autocomp.compress.half import HalfConv1d, HalfConv2d, HalfLinear
 from autocomp.compress.quantize import QuantConv1d, QuantConv2d, QuantLinear
 from autocomp.compress.weight_only import WeightOnlyConv1d, WeightOnlyConv2d, WeightOnlyLinear
@@ -18,8 +19,6 @@ from autocomp.space import factor_shapes, resized
 
 if TYPE_CHECKING:
     from autocomp.graph import Layer
-
-Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]  # stride, padding, dilation, groups
 
 
 @dataclass(frozen=True)
@@ -72,23 +71,23 @@ def part_module(shape: Layer, part: Part) -> nn.Module:
         return _float(linear, one_d, weight, bias, geometry)
     assert bias is not None
     if part.precision == "fp16":
-        return HalfLinear(weight, bias) if linear else (HalfConv1d if one_d else HalfConv2d)(weight, bias, *geometry)
+        return HalfLinear(weight, bias) if linear else (HalfConv1d if one_d else HalfConv2d)(weight, bias, geometry)
     assert scale is not None
     if kind.kind == "integer":
         if linear:
             return QuantLinear(weight, scale, bias, part.inv_xs, part.zp)
-        return (QuantConv1d if one_d else QuantConv2d)(weight, scale, bias, part.inv_xs, part.zp, *geometry)
+        return (QuantConv1d if one_d else QuantConv2d)(weight, scale, bias, part.inv_xs, part.zp, geometry)
     kernel = (part.columns // (shape.kernel[0] * shape.kernel[1]), *shape.kernel)
     if kind.kind == "grouped":
         bits, group = int(kind.bits), group_of(part.precision, part.columns)
         if linear:
             return WeightOnlyLinear(weight, scale, bias, part.columns, bits, group)
         stored = WeightOnlyConv1d if one_d else WeightOnlyConv2d
-        return stored(weight, scale, bias, kernel, bits, group, *geometry)
+        return stored(weight, scale, bias, kernel, bits, group, geometry)
     assert part.codebook is not None
     if linear:
         return CodebookLinear(weight, part.codebook, scale, bias, part.columns)
-    return (CodebookConv1d if one_d else CodebookConv2d)(weight, part.codebook, scale, bias, kernel, *geometry)
+    return (CodebookConv1d if one_d else CodebookConv2d)(weight, part.codebook, scale, bias, kernel, geometry)
 
 
 def whole_part(weight: Tensor) -> Part:
@@ -191,8 +190,6 @@ def float_module(module: nn.Module) -> nn.Module:
     if not isinstance(module, Stored):
         raise TypeError(f"a {type(module).__name__} stores no weights to decode")
     weight, bias = module.float_weight(), module.bias.clone()
-    if isinstance(module, HalfLinear | WeightOnlyLinear | CodebookLinear):
-        return _float(True, False, weight, bias, ((1, 1), (0, 0), (1, 1), 1)).eval()
-    geometry = (module.stride, module.padding, module.dilation, module.groups)
-    one_d = isinstance(module, HalfConv1d | WeightOnlyConv1d | CodebookConv1d)
-    return _float(False, one_d, weight, bias, geometry).eval()
+    if isinstance(module, Convolution):
+        return _float(False, isinstance(module, OneRow), weight, bias, module.geometry).eval()
+    return _float(True, False, weight, bias, ((1, 1), (0, 0), (1, 1), 1)).eval()

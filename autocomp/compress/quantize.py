@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autocomp.compress.convolution import Convolution, Geometry, OneRow, empty_result
 from autocomp.errors import UsageError
 
 FLOAT32_EXACT = 2**24  # integers up to here are exact in float32, in any order of summation
@@ -109,11 +110,7 @@ def _(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    size = [
-        (x.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (w.shape[2 + axis] - 1) - 1) // stride[axis] + 1
-        for axis in (0, 1)
-    ]
-    return x.new_empty((x.shape[0], w.shape[0], *size))
+    return empty_result(x, w, stride, padding, dilation)
 
 
 @torch.library.custom_op(
@@ -219,60 +216,28 @@ class QuantLinear(nn.Module):
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, inv_xs={self.inv_xs:g}, zp={self.zp}"
 
 
-class QuantConv2d(nn.Module):
+class QuantConv2d(Convolution):
     """A convolution in 8 bits: int8 weight OIHW, float32 scale [O] and bias [O].
 
     ``scale`` is weight scale times activation scale; (``inv_xs``, ``zp``) quantise the input.
     """
 
-    weight: Tensor
     scale: Tensor
-    bias: Tensor
 
-    def __init__(
-        self,
-        weight: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        inv_xs: float,
-        zp: int,
-        stride: tuple[int, int] = (1, 1),
-        padding: tuple[int, int] = (0, 0),
-        dilation: tuple[int, int] = (1, 1),
-        groups: int = 1,
-    ) -> None:
-        super().__init__()
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor, inv_xs: float, zp: int, geometry: Geometry) -> None:
+        super().__init__({"weight": weight, "scale": scale, "bias": bias}, geometry)
         _check_overflow(weight, zp, "QuantConv2d")
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", bias)
         self.inv_xs, self.zp = inv_xs, zp
-        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv2d_w8a8(
-            x,
-            self.weight,
-            self.scale,
-            self.bias,
-            self.inv_xs,
-            self.zp,
-            list(self.stride),
-            list(self.padding),
-            list(self.dilation),
-            self.groups,
-        )
+        return conv2d_w8a8(x, self.weight, self.scale, self.bias, self.inv_xs, self.zp, *self.geometry)
 
     def extra_repr(self) -> str:
-        o, i, h, w = self.weight.shape
-        return f"{i * self.groups}, {o}, kernel={h, w}, stride={self.stride}, groups={self.groups}, zp={self.zp}"
+        return f"{self.sizes(self.weight.shape[1:])}, zp={self.zp}"
 
 
-class QuantConv1d(QuantConv2d):
-    """A convolution of ``[N, C, L]`` in 8 bits: the 2-D one, over a picture one row high (weight ``[O, I, 1, K]``)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.unsqueeze(2)).squeeze(2)
+class QuantConv1d(OneRow, QuantConv2d):
+    """A convolution of ``[N, C, L]`` in 8 bits (weight ``[O, I, 1, K]``)."""
 
 
 def quantised(layer: nn.Conv1d | nn.Conv2d | nn.Linear, inv_xs: float, zp: int) -> QuantConv2d | QuantLinear:
@@ -285,14 +250,19 @@ def quantised(layer: nn.Conv1d | nn.Conv2d | nn.Linear, inv_xs: float, zp: int) 
     bias = torch.zeros_like(scale) if layer.bias is None else layer.bias.detach().clone()
     if isinstance(layer, nn.Linear):
         return QuantLinear(weight, scale, bias, inv_xs, zp)
-    if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
-        raise ValueError("only zero padding by a number of pixels has an integer form")
+    geometry = plain_geometry(layer)
     if isinstance(layer, nn.Conv1d):
-        flat = weight.unsqueeze(2)
-        steps = (1, layer.stride[0]), (0, int(layer.padding[0])), (1, layer.dilation[0])
-        return QuantConv1d(flat, scale, bias, inv_xs, zp, *steps, layer.groups)
-    geometry = pair(layer.stride), pair(layer.padding), pair(layer.dilation)
-    return QuantConv2d(weight, scale, bias, inv_xs, zp, *geometry, layer.groups)
+        return QuantConv1d(weight.unsqueeze(2), scale, bias, inv_xs, zp, geometry)
+    return QuantConv2d(weight, scale, bias, inv_xs, zp, geometry)
+
+
+def plain_geometry(layer: nn.Conv1d | nn.Conv2d) -> Geometry:
+    """Return a convolution's geometry, one dimension as the width. ValueError unless padding is zeros, a number of them."""
+    if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+        raise ValueError("only zero padding by a number of pixels has a compressed form")
+    if isinstance(layer, nn.Conv1d):
+        return (1, layer.stride[0]), (0, int(layer.padding[0])), (1, layer.dilation[0]), layer.groups
+    return pair(layer.stride), pair(layer.padding), pair(layer.dilation), layer.groups
 
 
 def pair(value: Iterable[int]) -> tuple[int, int]:

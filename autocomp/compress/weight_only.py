@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autocomp.compress.convolution import Convolution, Geometry, OneRow
 from autocomp.precisions import GROUPS
 
 BITS = (4, 8)
@@ -115,15 +116,13 @@ class WeightOnlyLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group={self.group}"
 
 
-class WeightOnlyConv2d(nn.Module):
+class WeightOnlyConv2d(Convolution):
     """A convolution with stored levels ``weight`` [O, K] (4 bits: uint8 [O, ceil(K/2)]), float32 ``scales`` [O, G] and ``bias`` [O].
 
     ``kernel`` is (inputs of a group, height, width), K their product.
     """
 
-    weight: Tensor
     scales: Tensor
-    bias: Tensor
 
     def __init__(
         self,
@@ -133,21 +132,13 @@ class WeightOnlyConv2d(nn.Module):
         kernel: tuple[int, int, int],
         bits: int,
         group: int,
-        stride: tuple[int, int] = (1, 1),
-        padding: tuple[int, int] = (0, 0),
-        dilation: tuple[int, int] = (1, 1),
-        groups: int = 1,
+        geometry: Geometry,
     ) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("scales", scales)
-        self.register_buffer("bias", bias)
+        super().__init__({"weight": weight, "scales": scales, "bias": bias}, geometry)
         self.kernel, self.bits, self.group = kernel, bits, group
-        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
 
     def forward(self, x: Tensor) -> Tensor:
-        geometry = (self.stride, self.padding, self.dilation, self.groups)
-        return functional.conv2d(x, self.float_weight(), self.bias, *geometry)
+        return functional.conv2d(x, self.float_weight(), self.bias, *self.geometry)
 
     def float_weight(self) -> Tensor:
         """The float32 weight OIHW that is multiplied."""
@@ -162,16 +153,11 @@ class WeightOnlyConv2d(nn.Module):
         return (whole * self.scales[:, :, None]).flatten(1)[:, :columns].unflatten(1, self.kernel)
 
     def extra_repr(self) -> str:
-        i, h, w = self.kernel
-        sizes = f"{i * self.groups}, {self.weight.shape[0]}, kernel={h, w}, stride={self.stride}, groups={self.groups}"
-        return f"{sizes}, bits={self.bits}, group={self.group}"
+        return f"{self.sizes(self.kernel)}, bits={self.bits}, group={self.group}"
 
 
-class WeightOnlyConv1d(WeightOnlyConv2d):
-    """A convolution of ``[N, C, L]``: the 2-D one, over a picture one row high."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.unsqueeze(2)).squeeze(2)
+class WeightOnlyConv1d(OneRow, WeightOnlyConv2d):
+    """A convolution of ``[N, C, L]``."""
 
 
 def weight_only(layer: nn.Linear, bits: int, group: int) -> WeightOnlyLinear:
