@@ -20,12 +20,11 @@ from typing import Any, TypeVar
 
 import torch
 from common import geometric_mean, publish
-from kernels import Case, _conv, _conv1d, _dense, _matmul
-from reference import quantise_model
+from kernels import LONG_DEPTHWISE, RESNET18, Case, conv, dense, depthwise, matmul, one_dense
+from reference import halve_model, quantise_model, replace_layers
 from torch import nn
 
 from autocomp.compiler.build import schedule
-from autocomp.compress.half import halved
 from autocomp.compress.weight_only import weight_only
 from autocomp.estimate import compile_object, estimate_kernel, load_core
 from autocomp.hardware import Profile, load_profile
@@ -54,69 +53,39 @@ class _Estimates:
             yield item, estimate_kernel(code, signature(function), self.core, store=False).seconds, ""
 
 
-def _cases() -> list[Case]:
-    cases = [
-        Case("gemm", "256x256x256", partial(_dense, 256, 256, 256)),
-        Case("gemm", "192x256x192", partial(_dense, 192, 256, 192)),
-    ]
-
-    def conv(model: str, *shapes: tuple[int, int, int, int, int]) -> None:
-        for i, o, k, s, size in shapes:
-            cases.append(Case(model, f"conv {k}x{k}/{s} {i}->{o} @{size}", partial(_conv, i, o, k, s, size)))
-
-    conv(
-        "resnet18",
-        (3, 64, 7, 2, 224),
-        (64, 64, 3, 1, 56),
-        (64, 128, 3, 2, 56),
-        (64, 128, 1, 2, 56),
-        (128, 128, 3, 1, 28),
-    )
-    conv("resnet18", (128, 256, 3, 2, 28), (256, 256, 3, 1, 14), (256, 512, 3, 2, 14), (512, 512, 3, 1, 7))
-    for i, o, size in (
-        (32, 16, 112), (16, 96, 112), (96, 24, 56), (24, 144, 56), (144, 32, 28), (32, 192, 28), (192, 64, 14), (64, 384, 14), (384, 96, 14),
-        (96, 576, 14), (576, 160, 7), (160, 960, 7), (960, 320, 7), (320, 1280, 7),
-    ):  # fmt: skip
-        conv("mobilenet_v2", (i, o, 1, 1, size))
-    for i, o in ((144, 576), (576, 144), (144, 144), (144, 288), (144, 128)):
-        cases.append(Case("conformer_s", f"dense 99x{i}->{o}", partial(_dense, 99, i, o)))
-    conv("conformer_s", (144, 144, 3, 2, 40))
-    cases.append(Case("conformer_s", "matmul 4x99x36x99", partial(_matmul, 4, 99, 36, 99), quantisable=False))
+CASES = (
+    Case("gemm", "256x256x256", partial(one_dense, 256, 256, 256)),
+    Case("gemm", "192x256x192", partial(one_dense, 192, 256, 192)),
+    *RESNET18, *conv("resnet18", (128, 256, 3, 2, 28), (256, 512, 3, 2, 14)),
+    *conv(
+        "mobilenet_v2", (32, 16, 1, 1, 112), (16, 96, 1, 1, 112), (96, 24, 1, 1, 56), (24, 144, 1, 1, 56), (144, 32, 1, 1, 28),
+        (32, 192, 1, 1, 28), (192, 64, 1, 1, 14), (64, 384, 1, 1, 14), (384, 96, 1, 1, 14), (96, 576, 1, 1, 14), (576, 160, 1, 1, 7),
+        (160, 960, 1, 1, 7), (960, 320, 1, 1, 7), (320, 1280, 1, 1, 7),
+    ),
+    *dense("conformer_s", (99, 144, 576), (99, 576, 144), (99, 144, 144), (99, 144, 288), (99, 144, 128)),
+    *conv("conformer_s", (144, 144, 3, 2, 40)),
+    *matmul("conformer_s", (4, 99, 36, 99)),
     # bound by memory, or by loads: shown, not part of the mean
-    for c, k, s, size in ((96, 3, 2, 112), (144, 3, 1, 56), (384, 3, 1, 14)):
-        cases.append(Case("mobilenet_v2", f"depthwise {k}x{k}/{s} {c} @{size}", partial(_conv, c, c, k, s, size, c)))
-    cases.append(Case("conformer_s", "depthwise 31/1 144 @99", partial(_conv1d, 144, 144, 31, 1, 99, 144)))
-    for rows, i, o in ((1, 512, 1000), (1, 1280, 1000), (1, 2048, 2048), (99, 144, 576)):
-        cases.append(Case("linear", f"dense {rows}x{i}->{o}", partial(_dense, rows, i, o)))
-    return cases
+    *depthwise("mobilenet_v2", (96, 3, 2, 112), (144, 3, 1, 56), (384, 3, 1, 14)), LONG_DEPTHWISE,
+    *dense("linear", (1, 512, 1000), (1, 1280, 1000), (1, 2048, 2048), (99, 144, 576)),
+)  # fmt: skip
 
 
-def in_precision(model: nn.Module, inputs: tuple[torch.Tensor, ...], precision: str) -> nn.Module | None:
-    """The model with every layer in one precision; None if none of its layers has it."""
+def in_precision(model: nn.Module, inputs: tuple[torch.Tensor, ...], precision: str) -> nn.Module:
+    """The model with every layer in one precision, every linear one for weights alone."""
     if precision == "fp32":
         return model
     if precision == "w8a8":
         return quantise_model(model, [inputs])
-    changed = False
-    for name, layer in list(model.named_modules()):
-        other: nn.Module | None = None
-        if precision == "fp16" and isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Linear):
-            other = halved(layer)
-        elif precision in ("w8", "w4") and isinstance(layer, nn.Linear):
-            other = weight_only(layer, int(precision[1:]), 64)
-        if other is not None:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, other)
-            changed = True
-    return model if changed else None
+    if precision == "fp16":
+        return halve_model(model)
+    return replace_layers(model, (nn.Linear,), lambda layer: weight_only(layer, int(precision[1:]), 64))
 
 
-def measure(case: Case, precision: str, profile: Profile, tuner: Tuner) -> dict[str, Any] | None:
+def measure(case: Case, precision: str, profile: Profile, tuner: Tuner) -> dict[str, Any]:
     torch.manual_seed(0)
     model, inputs = case.make()
     ours = in_precision(model.eval().requires_grad_(False), inputs, precision)
-    if ours is None:
-        return None
     trials, start = tuner.trials, time.perf_counter()
     scheduled = schedule(ours, inputs, profile, tuner)
     seconds = time.perf_counter() - start
@@ -154,7 +123,7 @@ def main() -> None:
     results, rows = [], []
     with tempfile.TemporaryDirectory() as folder:
         tuner = Tuner(profile, KernelStore.open(profile, Path(folder)), _Estimates(profile))
-        for case in _cases():
+        for case in CASES:
             if options.only not in case.model and options.only not in case.name:
                 continue
             for precision in options.precision.split(","):
@@ -163,8 +132,6 @@ def main() -> None:
                 ):
                     continue
                 result = measure(case, precision, profile, tuner)
-                if result is None:
-                    continue
                 results.append(result)
                 rows.append([
                     case.model, case.name, precision, result["operator"], f"{result['microseconds']:.0f}",

@@ -13,13 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from common import publish
-from reference import quantise_model
-from torch import nn
+from reference import halve_model, quantise_model
 from zoo import BENCHMARKED, ZOO, like
 
 from autocomp.compiler.build import schedule
-from autocomp.compress.fold import fold_batchnorm
-from autocomp.compress.half import halved
 from autocomp.devices.estimated import EstimatedDevice, EstimatedModel
 from autocomp.estimate import compile_object, core_of, estimate_kernel
 from autocomp.hardware import load_profile
@@ -58,16 +55,6 @@ def model_seconds(published: Published, device: EstimatedDevice) -> float:
     ours = halve_model(model) if published.precision == "fp16" else quantise_model(model, [like(inputs, 1)])
     scheduled = schedule(ours, inputs, device.profile, device.tuner)
     return EstimatedModel(scheduled, device.profile, device.tuner.target).time(*inputs).seconds
-
-
-def halve_model(model: nn.Module) -> nn.Module:
-    """A copy with BatchNorm folded and every convolution and linear layer in fp16."""
-    folded = fold_batchnorm(model)
-    for name, module in list(folded.named_modules()):
-        if type(module) in (nn.Conv1d, nn.Conv2d, nn.Linear):
-            parent, _, child = name.rpartition(".")
-            setattr(folded.get_submodule(parent), child, halved(module))
-    return folded
 
 
 def copy_bytes_per_second(device: EstimatedDevice, size: int = 32 << 20) -> float:

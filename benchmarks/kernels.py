@@ -68,7 +68,7 @@ def _conv1d(inputs: int, outputs: int, kernel: int, stride: int, length: int, gr
     )
 
 
-def _dense(rows: int, inputs: int, outputs: int) -> Any:
+def one_dense(rows: int, inputs: int, outputs: int) -> Any:
     return nn.Sequential(nn.Linear(inputs, outputs)), (smooth_noise(1, rows, inputs),)
 
 
@@ -76,60 +76,60 @@ def _matmul(batch: int, rows: int, depth: int, columns: int) -> Any:
     return _MatMul(), (smooth_noise(batch, rows, depth), smooth_noise(batch, depth, columns))
 
 
-def _cases() -> list[Case]:
-    cases: list[Case] = []
+def conv(model: str, *shapes: tuple[int, int, int, int, int]) -> list[Case]:
+    """Of (inputs, outputs, kernel, stride, size) each."""
+    return [
+        Case(model, f"conv {k}x{k}/{s} {i}->{o} @{size}", partial(_conv, i, o, k, s, size))
+        for i, o, k, s, size in shapes
+    ]
 
-    def conv(model: str, *shape: tuple[int, int, int, int, int]) -> None:
-        for i, o, k, s, size in shape:
-            cases.append(Case(model, f"conv {k}x{k}/{s} {i}->{o} @{size}", partial(_conv, i, o, k, s, size)))
 
-    def depthwise(model: str, *shape: tuple[int, int, int, int]) -> None:
-        for c, k, s, size in shape:
-            cases.append(Case(model, f"depthwise {k}x{k}/{s} {c} @{size}", partial(_conv, c, c, k, s, size, c)))
+def depthwise(model: str, *shapes: tuple[int, int, int, int]) -> list[Case]:
+    """Of (channels, kernel, stride, size) each."""
+    return [
+        Case(model, f"depthwise {k}x{k}/{s} {c} @{size}", partial(_conv, c, c, k, s, size, c))
+        for c, k, s, size in shapes
+    ]
 
-    def dense(model: str, *shape: tuple[int, int, int]) -> None:
-        for rows, i, o in shape:
-            cases.append(Case(model, f"dense {rows}x{i}->{o}", partial(_dense, rows, i, o)))
 
-    def matmul(model: str, *shape: tuple[int, int, int, int]) -> None:
-        for b, m, k, n in shape:
-            cases.append(Case(model, f"matmul {b}x{m}x{k}x{n}", partial(_matmul, b, m, k, n), quantisable=False))
+def dense(model: str, *shapes: tuple[int, int, int]) -> list[Case]:
+    """Of (rows, inputs, outputs) each."""
+    return [Case(model, f"dense {rows}x{i}->{o}", partial(one_dense, rows, i, o)) for rows, i, o in shapes]
 
-    conv(
-        "resnet18",
-        (3, 64, 7, 2, 224),
-        (64, 64, 3, 1, 56),
-        (64, 128, 3, 2, 56),
-        (64, 128, 1, 2, 56),
-        (128, 128, 3, 1, 28),
-    )
-    conv("resnet18", (256, 256, 3, 1, 14), (512, 512, 3, 1, 7))
-    conv(
-        "resnet50",
-        (64, 256, 1, 1, 56),
-        (256, 64, 1, 1, 56),
-        (512, 128, 1, 1, 28),
-        (256, 256, 3, 2, 28),
-        (256, 1024, 1, 1, 14),
-    )
-    conv("resnet50", (2048, 512, 1, 1, 7))
-    dense("resnet50", (1, 2048, 1000))
-    conv("mobilenet_v2", (16, 96, 1, 1, 112), (24, 144, 1, 1, 56), (384, 64, 1, 1, 14), (960, 320, 1, 1, 7))
-    depthwise("mobilenet_v2", (96, 3, 2, 112), (144, 3, 1, 56), (384, 3, 1, 14))
-    conv("mobilenet_v3", (40, 120, 1, 1, 28))
-    depthwise("mobilenet_v3", (72, 5, 2, 56), (120, 5, 1, 28), (672, 5, 2, 14))
-    cases.append(Case("vit_tiny", "conv 16x16/16 3->192 @224", partial(_conv, 3, 192, 16, 16, 224, 1, False)))
-    dense("vit_tiny", (197, 192, 192), (197, 192, 768), (197, 768, 192))
-    matmul("vit_tiny", (3, 197, 64, 197), (3, 197, 197, 64))
-    dense("vit_base", (197, 768, 3072), (197, 3072, 768))
-    matmul("vit_base", (12, 197, 64, 197))
-    cases.append(Case("whisper_tiny", "conv1d 3/1 80->384 @3000", partial(_conv1d, 80, 384, 3, 1, 3000)))
-    cases.append(Case("whisper_tiny", "conv1d 3/2 384->384 @3000", partial(_conv1d, 384, 384, 3, 2, 3000)))
-    dense("whisper_tiny", (1500, 384, 1536))
-    matmul("whisper_tiny", (6, 1500, 64, 1500))
-    cases.append(Case("conformer_s", "depthwise 31/1 144 @99", partial(_conv1d, 144, 144, 31, 1, 99, 144)))
-    dense("conformer_s", (99, 144, 576))
-    return cases
+
+def matmul(model: str, *shapes: tuple[int, int, int, int]) -> list[Case]:
+    """Of (batch, rows, depth, columns) each."""
+    return [Case(model, f"matmul {'x'.join(map(str, s))}", partial(_matmul, *s), quantisable=False) for s in shapes]
+
+
+RESNET18 = conv(
+    "resnet18", (3, 64, 7, 2, 224), (64, 64, 3, 1, 56), (64, 128, 3, 2, 56), (64, 128, 1, 2, 56), (128, 128, 3, 1, 28),
+    (256, 256, 3, 1, 14), (512, 512, 3, 1, 7),
+)  # fmt: skip
+LONG_DEPTHWISE = Case("conformer_s", "depthwise 31/1 144 @99", partial(_conv1d, 144, 144, 31, 1, 99, 144))
+CASES = (
+    *RESNET18,
+    *conv(
+        "resnet50", (64, 256, 1, 1, 56), (256, 64, 1, 1, 56), (512, 128, 1, 1, 28), (256, 256, 3, 2, 28), (256, 1024, 1, 1, 14),
+        (2048, 512, 1, 1, 7),
+    ),
+    *dense("resnet50", (1, 2048, 1000)),
+    *conv("mobilenet_v2", (16, 96, 1, 1, 112), (24, 144, 1, 1, 56), (384, 64, 1, 1, 14), (960, 320, 1, 1, 7)),
+    *depthwise("mobilenet_v2", (96, 3, 2, 112), (144, 3, 1, 56), (384, 3, 1, 14)),
+    *conv("mobilenet_v3", (40, 120, 1, 1, 28)),
+    *depthwise("mobilenet_v3", (72, 5, 2, 56), (120, 5, 1, 28), (672, 5, 2, 14)),
+    Case("vit_tiny", "conv 16x16/16 3->192 @224", partial(_conv, 3, 192, 16, 16, 224, 1, False)),
+    *dense("vit_tiny", (197, 192, 192), (197, 192, 768), (197, 768, 192)),
+    *matmul("vit_tiny", (3, 197, 64, 197), (3, 197, 197, 64)),
+    *dense("vit_base", (197, 768, 3072), (197, 3072, 768)),
+    *matmul("vit_base", (12, 197, 64, 197)),
+    Case("whisper_tiny", "conv1d 3/1 80->384 @3000", partial(_conv1d, 80, 384, 3, 1, 3000)),
+    Case("whisper_tiny", "conv1d 3/2 384->384 @3000", partial(_conv1d, 384, 384, 3, 2, 3000)),
+    *dense("whisper_tiny", (1500, 384, 1536)),
+    *matmul("whisper_tiny", (6, 1500, 64, 1500)),
+    LONG_DEPTHWISE,
+    *dense("conformer_s", (99, 144, 576)),
+)  # fmt: skip
 
 
 def measure(case: Case, precision: str, device: LocalDevice, repeats: int) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def main() -> None:
     torch.set_num_threads(1)
     device = LocalDevice(load_profile("x86-host"))
     results, rows = [], []
-    for case in _cases():
+    for case in CASES:
         if options.only not in case.model and options.only not in case.name:
             continue
         for precision in options.precision.split(","):

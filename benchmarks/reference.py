@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from autocomp.compress.fold import fold_batchnorm
+from autocomp.compress.half import halved
 from autocomp.compress.quantize import activation_parameters, quantised
 from autocomp.devices.timing import interleaved, quiet_core
 from autocomp.onnx_export import export_onnx, onnx_session
@@ -45,9 +46,21 @@ def quantise_model(model: nn.Module, calibration: Sequence[Inputs]) -> nn.Module
     for handle in handles:
         handle.remove()
     for name, span in ranges.items():
-        parent, _, child = name.rpartition(".")
-        layer = quantised(model.get_submodule(name), *activation_parameters(*span))  # type: ignore[arg-type]
-        setattr(model.get_submodule(parent), child, layer)
+        layer = quantised(model.get_submodule(name), *activation_parameters(*span))
+        model.set_submodule(name, layer)
+    return model
+
+
+def halve_model(model: nn.Module) -> nn.Module:
+    """A copy with BatchNorm folded and every convolution and linear layer in fp16."""
+    return replace_layers(fold_batchnorm(model), LAYERS, halved)
+
+
+def replace_layers(model: nn.Module, kinds: tuple[type, ...], made_of: Callable[[Any], nn.Module]) -> nn.Module:
+    """The model, with what ``made_of`` makes of each layer of these types in its place."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, kinds):
+            model.set_submodule(name, made_of(layer))
     return model
 
 
