@@ -17,7 +17,7 @@ from autocomp.records import Candidate, Evaluation, Latency, Sensitivity
 from autocomp.report.data import FrontPoint, Run, read_run
 from autocomp.runfolder import check_run_folder, open_run_folder, unwritable_reason
 from autocomp.search import goals as goal_rules
-from autocomp.space import SpaceFile, load_space
+from autocomp.space_file import SpaceFile, load_space
 from autocomp.task import Task, load_task
 
 if TYPE_CHECKING:

@@ -211,7 +211,7 @@ def sensitivity(
 @common_options
 def schema(kind: str, as_json: bool) -> None:
     """Print the JSON schema of a config file, a hardware profile or a search space."""
-    from autocomp.space import SpaceFile
+    from autocomp.space_file import SpaceFile
 
     schemas = {"config": settings_schema, "profile": profile_schema, "space": SpaceFile.model_json_schema}
     click.echo(json.dumps(schemas[kind](), indent=None if as_json else 2))

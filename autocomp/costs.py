@@ -11,7 +11,8 @@ from autocomp.accuracy.additive import additive_model
 from autocomp.devices.device import Device
 from autocomp.records import Candidate, Evaluation, Method
 from autocomp.search.solver import Factor, Problem, make_problem
-from autocomp.space import Space, resized
+from autocomp.shapes import resized
+from autocomp.space import Space
 
 if TYPE_CHECKING:
     from autocomp.compress.database import LayerTable

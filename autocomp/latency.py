@@ -49,7 +49,7 @@ class Work:
 
 def layer_work(layer: Layer, method: Method, profile: Profile) -> list[Work]:
     """The kernels that a layer of this shape becomes with a method."""
-    from autocomp.space import factor_shapes
+    from autocomp.shapes import factor_shapes
 
     parts = factor_shapes(layer, method.ranks) if method.ranks else [layer]
     kind = FORMATS[method.precision]

@@ -8,15 +8,13 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from math import gcd
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
-
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from autocomp.errors import UsageError, suggest
 from autocomp.precisions import CENTROIDS, FORMATS, group_of
 from autocomp.records import Candidate, Method, Precision
-from autocomp.resources import shipped_files
+from autocomp.shapes import factor_shapes, resized
+from autocomp.space_file import Rule, SpaceFile, load_space
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,8 +22,6 @@ if TYPE_CHECKING:
     from autocomp.graph import Graph, Group, Layer
 
 BREAK_EVEN = 0.7  # a factorised layer must cost at most this share of the dense one: two kernels cost more than one
-
-Share = Annotated[float, Field(gt=0.0, le=1.0, strict=True)]
 
 
 class Target(Protocol):
@@ -37,60 +33,6 @@ class Target(Protocol):
     def lanes(self) -> int: ...
     @property
     def precisions(self) -> Sequence[Precision]: ...
-
-
-class Rule(BaseModel):
-    """Options of the layers named; ``keep`` and the ranks are shares in (0, 1]; a missing key says nothing.
-
-    ``ranks`` are those of SVD and Tucker-2, ``spatial_ranks`` those of a column and a row kernel in place of a square one.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    layers: str | list[str]
-    keep: list[Share] | None = None
-    ranks: list[Share] | None = None
-    spatial_ranks: list[Share] | None = None
-    precisions: list[Precision] | None = None
-
-    @field_validator("keep", "ranks", "spatial_ranks", mode="before")
-    @classmethod
-    def _numbers(cls, value: Any) -> Any:
-        """YAML reads ``1`` as an integer, which is fine, and ``5e-1`` as a text, which is not."""
-        if not isinstance(value, list):
-            return value
-        for item in value:
-            if isinstance(item, str):
-                raise ValueError(f"{item!r} is a text; write the number with a point and without quotes, as 0.5")
-        return [float(item) if isinstance(item, int) and not isinstance(item, bool) else item for item in value]
-
-    def globs(self) -> list[str]:
-        return [self.layers] if isinstance(self.layers, str) else self.layers
-
-    def matches(self, layer: str) -> bool:
-        return any(fnmatchcase(layer, glob) for glob in self.globs())
-
-
-class SpaceFile(BaseModel):
-    """A search-space file: ``rules`` in order, later ones override earlier ones by key; ``protect`` beats them all.
-
-    ``ends`` is the least that the first and the last layer, which are the most sensitive, may be stored and computed in: ``float``
-    (fp16), ``8bit``, or ``any`` to leave them to the rules. ``kernels_only`` offers only precisions that every profile computes in:
-    without it the others are offered for their size. ``observer`` chooses the ranges of 8-bit activations, ``equalise`` first brings the
-    channels between layers to like ranges, which leaves the function as it is (``compress.equalise``). Norms, softmax and everything
-    else that is no convolution or linear layer stays in fp32 whatever the file says.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format_version: Literal[1]
-    description: str = ""
-    rules: list[Rule]
-    protect: list[str] = []
-    ends: Literal["any", "8bit", "float"] = "8bit"
-    kernels_only: bool = False
-    observer: Literal["minmax", "percentile", "mse"] = "mse"
-    equalise: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,7 +78,7 @@ class Space:
     def uniform(self, keep: float = 1.0, precision: Precision = "fp32") -> Candidate:
         """Return the candidate with the width nearest to ``keep`` in every group, and one precision where offered."""
         widths = {
-            name: min(options, key=lambda width, full=options[0]: abs(width - keep * full))  # type: ignore[misc]
+            name: min(options, key=lambda width: abs(width - keep * options[0]))
             for name, options in self.widths.items()
         }
         wanted = Method(precision)
@@ -208,45 +150,6 @@ class Space:
             kept = self.counts[name][width]
             self._sides[key] = stays + sum(count * each for count, each in zip(kept, per_unit, strict=True))
         return self._sides[key]
-
-
-def list_spaces() -> list[str]:
-    """Return the names of the search spaces that ship with autocomp."""
-    return list(shipped_files("search_spaces"))
-
-
-def load_space(name: str | Path) -> SpaceFile:
-    """Read a search-space file by path or shipped name. UsageError names the file, the key, the rule and the value."""
-    shipped = shipped_files("search_spaces")
-    path = shipped.get(str(name), Path(name))
-    if str(name) not in shipped and not path.is_file():
-        known = ", ".join(shipped)
-        raise UsageError(f"unknown search space {str(name)!r}.{suggest(str(name), shipped)} Known: {known}, or a path")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise UsageError(f"{path}: a search space must be a mapping with 'format_version' and 'rules'")
-    version = data.get("format_version")
-    if isinstance(version, int) and version > 1:
-        raise UsageError(f"{path}: format_version {version} is newer than this autocomp knows (1): update autocomp")
-    try:
-        return SpaceFile.model_validate(data)
-    except ValidationError as error:
-        raise UsageError(f"{path}: {_first_error(error)}") from error
-
-
-def _first_error(error: ValidationError) -> str:
-    """Say in one line what pydantic found first: the key, the rule, the value."""
-    first = error.errors(include_url=False)[0]
-    key = ".".join(map(str, first["loc"]))
-    if first["type"] == "extra_forbidden":
-        model = Rule if first["loc"][0] == "rules" else SpaceFile
-        return f"unknown key {key!r}.{suggest(str(first['loc'][-1]), model.model_fields)}"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    value = "" if first["type"] == "missing" else f", got {first['input']!r}"
-    return f"{key}: {first['msg'].removeprefix('Value error, ')}{value}{more}"
 
 
 def build_space(graph: Graph, space_file: SpaceFile | str | Path, profile: Target | Sequence[Target]) -> Space:
@@ -431,51 +334,6 @@ def same_kernels(layer: Layer, one: Method, other: Method, profiles: Sequence[Ta
         return kind.kind, kind.bits, group_of(precision, layer.in_channels) if kind.group else 0
 
     return all(kernel(one, profile) == kernel(other, profile) for profile in profiles)
-
-
-def resized(layer: Layer, inputs: int, outputs: int) -> Layer:
-    """Return the description of a layer at other widths; ``inputs`` counts columns."""
-    grouped = layer.conv_groups > 1  # whole groups go: what an output reads stays as it is
-    share = outputs / layer.out_channels * (1.0 if grouped else inputs / layer.in_channels)
-    groups = layer.conv_groups * outputs // layer.out_channels if grouped else 1
-    macs = round(layer.macs * share)
-    return replace(layer, in_channels=inputs, out_channels=outputs, conv_groups=groups, macs=macs)
-
-
-def factor_shapes(layer: Layer, ranks: Sequence[int]) -> list[Layer]:
-    """Describe the layers a factorised one becomes: two (one rank: SVD, of a larger kernel spatial) or three (Tucker-2)."""
-    one, zero = (1, 1), (0, 0)
-    if len(ranks) == 1 and layer.kernel != (1, 1):
-        return _spatial_shapes(layer, ranks[0])
-    if len(ranks) == 1:
-        first = replace(resized(layer, layer.in_channels, ranks[0]), bias=False)
-        pixel = replace(layer, in_size=layer.out_size, stride=one, padding=zero, dilation=one)
-        return [first, resized(pixel, ranks[0], layer.out_channels)]
-    core = resized(replace(layer, bias=False), ranks[0], ranks[1])
-    batch = layer.macs // max(1, layer.weights * layer.out_size[0] * layer.out_size[1])
-    before = replace(layer, kernel=one, stride=one, padding=zero, dilation=one, out_size=layer.in_size, bias=False)
-    before = replace(before, out_channels=ranks[0], macs=batch * before.in_channels * ranks[0] * _area(layer.in_size))
-    after = replace(layer, kernel=one, stride=one, padding=zero, dilation=one, in_size=layer.out_size)
-    after = replace(after, in_channels=ranks[1], macs=batch * ranks[1] * layer.out_channels * _area(layer.out_size))
-    return [before, core, after]
-
-
-def _spatial_shapes(layer: Layer, rank: int) -> list[Layer]:
-    """A column kernel that strides down, then a row kernel that strides across."""
-    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = layer.kernel, layer.stride, layer.padding, layer.dilation
-    middle = (layer.out_size[0], layer.in_size[1])
-    batch = layer.macs // max(1, layer.weights * _area(layer.out_size))
-    down = replace(
-        layer, kernel=(kh, 1), stride=(sh, 1), padding=(ph, 0), dilation=(dh, 1), out_size=middle, bias=False
-    )
-    down = replace(down, out_channels=rank, macs=batch * layer.in_channels * rank * kh * _area(middle))
-    across = replace(layer, kernel=(1, kw), stride=(1, sw), padding=(0, pw), dilation=(1, dw), in_size=middle)
-    across = replace(across, in_channels=rank, macs=batch * rank * layer.out_channels * kw * _area(layer.out_size))
-    return [down, across]
-
-
-def _area(size: tuple[int, int]) -> int:
-    return size[0] * size[1]
 
 
 def _rank_waste(layer: Layer, ranks: Sequence[int]) -> str:

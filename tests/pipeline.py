@@ -16,7 +16,8 @@ from autocomp.compress.apply import reestimate_batchnorm
 from autocomp.compress.database import LayerDatabase
 from autocomp.graph import Graph, analyse
 from autocomp.records import Precision
-from autocomp.space import Rule, Space, SpaceFile, build_space
+from autocomp.space import Space, build_space
+from autocomp.space_file import Rule, SpaceFile
 
 torch.set_num_threads(1)
 

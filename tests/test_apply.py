@@ -19,7 +19,7 @@ from autocomp.compress.quantize import QuantConv2d, QuantLinear
 from autocomp.groups import removed
 from autocomp.precisions import FORMATS, group_of
 from autocomp.records import Candidate, Method
-from autocomp.space import factor_shapes
+from autocomp.shapes import factor_shapes
 
 torch.set_num_threads(1)
 KINDS = ("plain", "depthwise", "flat", "odd")

@@ -11,7 +11,8 @@ from autocomp.compress.apply import stitch
 from autocomp.compress.database import LayerDatabase
 from autocomp.errors import UsageError
 from autocomp.records import Method
-from autocomp.space import Rule, SpaceFile, build_space
+from autocomp.space import build_space
+from autocomp.space_file import Rule, SpaceFile
 
 torch.set_num_threads(1)
 

@@ -13,7 +13,8 @@ from autocomp.compress.apply import reestimate_batchnorm, stitch
 from autocomp.compress.database import LayerDatabase
 from autocomp.compress.equalise import CEILING, equalised, sites
 from autocomp.graph import analyse
-from autocomp.space import Rule, SpaceFile, build_space
+from autocomp.space import build_space
+from autocomp.space_file import Rule, SpaceFile
 
 torch.set_num_threads(1)
 DATA = [(nets.images(96),)]

@@ -13,7 +13,7 @@ from autocomp.hardware import Profile, load_profile
 from autocomp.kernels.store import KernelRecord
 from autocomp.latency import LatencyModel, Work, layer_work
 from autocomp.records import Method
-from autocomp.space import resized
+from autocomp.shapes import resized
 
 PEAKS = {"fp32": 2e11, "int8": 6e11}
 STORE_RATE = 16e9  # the scale of the model's own features

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from autocomp.errors import UsageError
 from autocomp.graph import analyse
 from autocomp.records import Candidate, Method
-from autocomp.space import Rule, SpaceFile, build_space, factor_shapes, list_spaces, load_space
+from autocomp.shapes import factor_shapes
+from autocomp.space import build_space
+from autocomp.space_file import Rule, SpaceFile, list_spaces, load_space
 
 torch.set_num_threads(1)
 

@@ -15,7 +15,7 @@ from autocomp.compress.quantize import QuantConv1d, QuantConv2d, QuantLinear
 from autocomp.compress.weight_only import WeightOnlyConv1d, WeightOnlyConv2d, WeightOnlyLinear
 from autocomp.precisions import CENTROIDS, FORMATS, group_of
 from autocomp.records import Method, Precision
-from autocomp.space import factor_shapes, resized
+from autocomp.shapes import factor_shapes, resized
 
 if TYPE_CHECKING:
     from autocomp.graph import Layer
