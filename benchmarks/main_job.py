@@ -52,7 +52,7 @@ def tuning(folder: Path) -> dict:
         seconds.append(time.perf_counter() - start)
         return tuned
 
-    device.tuner.tune = timed  # type: ignore[method-assign]
+    device.tuner.tune = timed
     compiled = build(task.model, task.example_inputs, profile, device.tuner)
     first, trials = list(seconds), device.tuner.trials
     build(task.model, task.example_inputs, profile, device.tuner)

@@ -36,7 +36,7 @@ def test_public_names() -> None:
     assert autocomp.Task.__module__ == "autocomp.task"
     assert autocomp.Latency.__module__ == "autocomp.records"
     with pytest.raises(AttributeError, match="no attribute 'serch'"):
-        _ = autocomp.serch  # type: ignore[attr-defined]  # the name that is not there is the point
+        _ = autocomp.serch  # the name that is not there is the point
 
 
 @pytest.mark.parametrize("first", ["autocomp.api", "autocomp.search.goals", "autocomp"])

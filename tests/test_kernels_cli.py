@@ -244,7 +244,7 @@ def test_merge_keeps_the_faster_of_a_key(tmp_path: Path) -> None:
     )
     assert (merged.new, merged.faster, merged.left_out) == (1, 1, 2)
     for seen in (store, KernelStore(tmp_path, IDENTITY)):
-        assert [seen.get(key).seconds for key in "abc"] == [1e-6, 2e-6, 4e-6]  # type: ignore[union-attr]
+        assert [seen.get(key).seconds for key in "abc"] == [1e-6, 2e-6, 4e-6]
 
 
 def test_merge_sees_what_another_process_appended(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.text, self.ids, self.loads, self.links, self.skip = "", [], [], [], ""  # type: ignore[var-annotated]
+        self.text, self.ids, self.loads, self.links, self.skip = "", [], [], [], ""
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:

@@ -155,4 +155,4 @@ def test_no_choice_at_all() -> None:
 def test_bad_tables_are_refused(change: dict[str, object], message: str) -> None:
     factor = Factor("a", None, None, (8,), (8,), METHODS[:2], table(0, 1), table(1.0, 0.1), table(4, 1))
     with pytest.raises(ValueError, match=message):
-        make_problem([dataclasses.replace(factor, **change)], {})  # type: ignore[arg-type]
+        make_problem([dataclasses.replace(factor, **change)], {})

@@ -35,11 +35,11 @@ def evaluate(candidate: Candidate, source: str = "solver") -> Evaluation:
     cost = PROBLEM.cost(candidate)
     extra = sum(0.3 * (method.precision == "w8a8") for method in candidate.methods.values()) ** 2
     kl = 0.02 * (cost.error + extra) ** 1.3
-    return Evaluation(-1, candidate, source, "told", cost.error, cost.bytes, {"x86-host": cost.seconds}, kl)  # type: ignore[arg-type]
+    return Evaluation(-1, candidate, source, "told", cost.error, cost.bytes, {"x86-host": cost.seconds}, kl)
 
 
 def start(folder: Path, resume: bool = False, **options: object) -> Search:
-    return open_search(url(folder), "run", SPACE, resume=resume, problem=lambda: PROBLEM, **options)  # type: ignore[arg-type]
+    return open_search(url(folder), "run", SPACE, resume=resume, problem=lambda: PROBLEM, **options)
 
 
 def step(search: Search) -> Evaluation:

@@ -235,8 +235,8 @@ def model_of(bits: int, norm: bool = False) -> nn.Module:
     if isinstance(middle, nn.BatchNorm1d):
         nn.init.normal_(middle.weight)
         nn.init.normal_(middle.bias)
-        middle.running_mean.normal_()  # type: ignore[union-attr]
-        middle.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+        middle.running_mean.normal_()
+        middle.running_var.uniform_(0.5, 2)
     return nn.Sequential(
         weight_only(nn.Linear(100, 70), bits, 32), middle, weight_only(nn.Linear(70, 33, bias=False), bits, 64)
     ).eval()

@@ -76,7 +76,7 @@ def linker_for(target: Mapping[str, Any]) -> Callable[..., None]:
         _link(output, objects, architecture)
 
     # TVM asks the linker for the triple of the small object that it packs beside the code.
-    link.get_target_triple = lambda: target.get("mtriple") or None  # type: ignore[attr-defined]
+    link.get_target_triple = lambda: target.get("mtriple") or None  # type: ignore[attr-defined]  # where it is asked for
     return link
 
 

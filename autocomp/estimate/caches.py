@@ -64,7 +64,7 @@ def warm_ranges(caches: Caches, ranges: Sequence[tuple[int, int]]) -> None:
 
 
 @numba.njit(cache=True)
-def touch(tags, levels, level, line):  # type: ignore[no-untyped-def]
+def touch(tags, levels, level, line):
     """Whether a line is in a level; makes it the most recently used one there either way."""
     ways = levels[level, _WAYS]
     start = levels[level, _OFFSET] + (line % levels[level, _SETS]) * ways
@@ -80,7 +80,7 @@ def touch(tags, levels, level, line):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def holds(tags, levels, level, line):  # type: ignore[no-untyped-def]
+def holds(tags, levels, level, line):
     """Whether a line is in a level, without using it."""
     ways = levels[level, _WAYS]
     start = levels[level, _OFFSET] + (line % levels[level, _SETS]) * ways
@@ -91,7 +91,7 @@ def holds(tags, levels, level, line):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def arrival(tags, levels, pending, line, cycle, transfers, waited):  # type: ignore[no-untyped-def]
+def arrival(tags, levels, pending, line, cycle, transfers, waited):
     """The cycle at which a line that is wanted at ``cycle`` can be used from the first level: ``cycle`` itself for a hit.
 
     ``transfers`` is how often the line crosses the link to memory: 2 for a line to be written, which is written back one day. Misses are
@@ -120,7 +120,7 @@ def arrival(tags, levels, pending, line, cycle, transfers, waited):  # type: ign
 
 
 @numba.njit(cache=True)
-def _warm(tags, levels, first, last):  # type: ignore[no-untyped-def]
+def _warm(tags, levels, first, last):
     """Touch lines in order, as an earlier run of the kernel would have."""
     for line in range(first, last):
         for level in range(levels.shape[0]):
@@ -128,7 +128,7 @@ def _warm(tags, levels, first, last):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def warm_accesses(tags, levels, trace):  # type: ignore[no-untyped-def]
+def warm_accesses(tags, levels, trace):
     """Touch what a trace of (instruction, address, ...) reads and writes, in its order."""
     for step in range(trace.shape[0]):
         line = trace[step, 1] // LINE

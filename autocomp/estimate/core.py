@@ -135,7 +135,7 @@ def _kind(operation: MicroOperation, instruction: Instruction, core: Core) -> in
 
 
 @numba.njit(cache=True)
-def _issue(code, at, operation, busy, pipelines, departures, earliest):  # type: ignore[no-untyped-def]
+def _issue(code, at, operation, busy, pipelines, departures, earliest):
     """Start an operation on that of its pipelines that is free first; of equals, the one used least. Returns the cycle."""
     mask, held = code[at, operation + _MASK], code[at, operation + _HOLD]
     best, best_cycle = -1, np.int64(1) << 60
@@ -162,7 +162,7 @@ def _issue(code, at, operation, busy, pipelines, departures, earliest):  # type:
 
 
 @numba.njit(cache=True)
-def _wait_for_room(code, at, queues, departures, clock, cycle):  # type: ignore[no-untyped-def]
+def _wait_for_room(code, at, queues, departures, clock, cycle):
     """The first cycle from ``cycle`` on at which all operations of an instruction find room in their queues; they enter them.
 
     ``clock[0]`` is the cycle up to which departures have been counted.
@@ -188,7 +188,7 @@ def _wait_for_room(code, at, queues, departures, clock, cycle):  # type: ignore[
 
 
 @numba.njit(cache=True)
-def _mispredicted(branches, at, taken, history):  # type: ignore[no-untyped-def]
+def _mispredicted(branches, at, taken, history):
     """Whether a predictor that remembers how often a branch went one way in a row would miss this time."""
     if taken == branches[at, _DIRECTION]:
         branches[at, _RUN] += 1
@@ -205,7 +205,7 @@ def _mispredicted(branches, at, taken, history):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def _prefetch(streams, at, address, cycle, ahead, tags, levels, pending):  # type: ignore[no-untyped-def]
+def _prefetch(streams, at, address, cycle, ahead, tags, levels, pending):
     """Fetch lines ahead of an instruction whose addresses advance steadily."""
     step = address - streams[at, _BEFORE]
     if step == 0:
@@ -229,7 +229,7 @@ def _prefetch(streams, at, address, cycle, ahead, tags, levels, pending):  # typ
 
 
 @numba.njit(cache=True)
-def _simulate(trace, code, parameters, pipeline_count, queues, tags, levels, pending, cost):  # type: ignore[no-untyped-def]
+def _simulate(trace, code, parameters, pipeline_count, queues, tags, levels, pending, cost):
     width, window, retire, history = parameters[_WIDTH], parameters[_WINDOW], parameters[_RETIRE], parameters[_HISTORY]
     forward, ahead, drains = parameters[_STORE_FORWARD], parameters[_PREFETCH], parameters[_STORES]
     busy = np.full((pipeline_count, _HORIZON), -1, np.int64)

@@ -60,7 +60,7 @@ _MEMORY_HOOK = types.void(
 
 
 @numba.cfunc(_BLOCK_HOOK, cache=True)
-def count_block(engine, address, size, slots):  # type: ignore[no-untyped-def]
+def count_block(engine, address, size, slots):
     """Count executions of every block."""
     if slots[BYTES] >= slots[LIMIT]:
         slots[STOPPED] = 1
@@ -77,7 +77,7 @@ def count_block(engine, address, size, slots):  # type: ignore[no-untyped-def]
 
 
 @numba.cfunc(_BLOCK_HOOK, cache=True)
-def skip_block(engine, address, size, slots):  # type: ignore[no-untyped-def]
+def skip_block(engine, address, size, slots):
     """Only run to the limit."""
     if slots[BYTES] >= slots[LIMIT]:
         slots[STOPPED] = 1
@@ -87,7 +87,7 @@ def skip_block(engine, address, size, slots):  # type: ignore[no-untyped-def]
 
 
 @numba.cfunc(_BLOCK_HOOK, cache=True)
-def trace_block(engine, address, size, slots):  # type: ignore[no-untyped-def]
+def trace_block(engine, address, size, slots):
     """Record every block."""
     at = slots[RECORDS]
     if slots[BYTES] >= slots[LIMIT] or at + BLOCK_ACCESSES >= slots[CAPACITY]:
@@ -100,7 +100,7 @@ def trace_block(engine, address, size, slots):  # type: ignore[no-untyped-def]
 
 
 @numba.cfunc(_MEMORY_HOOK, cache=True)
-def trace_access(engine, kind, address, size, value, slots):  # type: ignore[no-untyped-def]
+def trace_access(engine, kind, address, size, value, slots):
     """Record every access to memory."""
     at = slots[RECORDS]
     if at < slots[CAPACITY]:
@@ -109,7 +109,7 @@ def trace_access(engine, kind, address, size, value, slots):  # type: ignore[no-
 
 
 @numba.njit(cache=True)
-def match_accesses(raw, low, number_at, length, accessed, out):  # type: ignore[no-untyped-def]
+def match_accesses(raw, low, number_at, length, accessed, out):
     """Give each access to the instruction of its block that made it; wide ones, which the emulator splits, become one.
 
     ``number_at`` is the number of the instruction at each code offset, ``length`` the code bytes and ``accessed`` the bytes of
