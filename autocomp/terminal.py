@@ -111,16 +111,20 @@ def show_sensitivity(rows: Sequence[Sensitivity]) -> None:
 
 def format_latency(latency: Latency) -> str:
     """Write a measured latency with its spread, an estimated one with the known error of the model, and say so."""
+    return _around(latency) if latency.how == "measured" else f"{_around(latency)} (estimated)"
+
+
+def _around(latency: Latency) -> str:
+    seconds = format_milliseconds(latency.seconds)
     if latency.how == "measured":
-        return f"{format_milliseconds(latency.seconds)} ± {latency.spread:.1%}"
-    around = f" ± {latency.error:.0%}" if latency.error is not None else ""
-    return f"{format_milliseconds(latency.seconds)}{around} (estimated)"
+        return f"{seconds} ± {latency.spread:.1%}"
+    return seconds if latency.error is None else f"{seconds} ± {latency.error:.0%}"
 
 
 def show_latency(latency: Latency, kernels: int) -> None:
     """Print a latency and its dearest kernels."""
-    where = f" on {latency.device}" if latency.device else ""
-    output().print(f"{latency.profile}: {format_latency(latency)}, {latency.how}{where}", markup=False)
+    where = f" {'on' if latency.how == 'measured' else 'by the'} {latency.device}" if latency.device else ""
+    output().print(f"{latency.profile}: {_around(latency)}, {latency.how}{where}", markup=False)
     total = sum(kernel.seconds for kernel in latency.kernels) or 1.0
     dearest = sorted(latency.kernels, key=lambda kernel: kernel.seconds, reverse=True)[:kernels]
     rows = []

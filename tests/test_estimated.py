@@ -16,6 +16,7 @@ from autocomp.errors import MismatchError, ObjectError
 from autocomp.estimate.libraries import Library
 from autocomp.hardware import load_profile
 from autocomp.kernels.store import KernelStore
+from autocomp.terminal import show_latency
 from autocomp.verify import relative_error
 
 
@@ -28,12 +29,16 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> EstimatedDevice:
     return device
 
 
-def test_module_equals_torch_and_is_estimated(device: EstimatedDevice, tmp_path: Path) -> None:
+def test_module_equals_torch_and_is_estimated(
+    device: EstimatedDevice, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, x = tiny_task.model(), tiny_task.data(1, seed=2)[0]
     compiled = device.compile(model, [(x,)])
     latency = device.time(compiled, (x,))
     assert latency.how == "estimated"
-    assert latency.error is not None
+    show_latency(latency, 0)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "± 38%, estimated by the core model of cortex-a76 @ 2.4 GHz, 1 core" in said
     assert latency.seconds > sum(kernel.seconds for kernel in latency.kernels) > 0
     assert {kernel.how for kernel in latency.kernels} == {"estimated"}
     trials = device.tuner.trials

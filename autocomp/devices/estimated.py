@@ -179,4 +179,4 @@ class EstimatedDevice:
 def describe_estimate(profile: Profile) -> str:
     """One line that says what an estimate is of."""
     clock = f" @ {profile.clock_hz / 1e9:.1f} GHz" if profile.clock_hz else ""
-    return f"estimated (core model), {profile.core}{clock}, {profile.cores} core"
+    return f"core model of {profile.core}{clock}, {profile.cores} core"
