@@ -199,6 +199,10 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
     "resnext": (Grouped, "reduce", 8),
     "inverted": (Inverted, "expand", 48),
 }
+# Those that between them have every kind of unit.
+STRUCTURES = (
+    "fused, in chunks", "grouped heads", "heads with bare parameters", "conformer", "densenet", "chunks", "resnext",
+)  # fmt: skip
 
 
 def make(name: str) -> nn.Module:

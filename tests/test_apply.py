@@ -8,6 +8,7 @@ import io
 import nets
 import pytest
 import torch
+from families import STRUCTURES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pipeline import pipeline
@@ -22,23 +23,13 @@ from autocomp.records import Candidate, Method
 from autocomp.shapes import factor_shapes
 
 torch.set_num_threads(1)
-KINDS = ("plain", "depthwise", "flat", "odd")
-# Of the other structures, those that between them have every kind of unit.
-STRUCTURES = (
-    "fused, in chunks",
-    "grouped heads",
-    "heads with bare parameters",
-    "conformer",
-    "densenet",
-    "chunks",
-    "resnext",
-)
+KINDS = ("plain", "depthwise", "flat", "odd", *STRUCTURES)
 
 
 @pytest.fixture(scope="module")
 def databases(tmp_path_factory):
     made = {}
-    for kind in (*KINDS, *STRUCTURES):
+    for kind in KINDS:
         made[kind] = pipeline(kind).database(tmp_path_factory.mktemp(kind))
     return made
 
@@ -126,7 +117,7 @@ class Direct(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *STRUCTURES])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_stitched_candidate_equals_compressing_the_whole_model(databases, kind):
     made, database = pipeline(kind), databases[kind]
 
@@ -153,7 +144,7 @@ def test_the_dense_candidate_is_the_model(databases):
         assert torch.equal(stitch(made.model, made.graph, databases["plain"], made.space.dense())(x), made.model(x))
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *STRUCTURES])
+@pytest.mark.parametrize("kind", KINDS)
 def test_results_are_smaller_and_export_copy_save_and_fold(databases, kind):
     made = pipeline(kind)
     before = {name: value.clone() for name, value in made.model.state_dict().items()}

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from families import STRUCTURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline import EVERYTHING, pipeline
@@ -25,21 +26,12 @@ from autocomp.records import Candidate
 from autocomp.space import build_space
 
 torch.set_num_threads(1)
-KINDS = (
-    "fused, in chunks",
-    "grouped heads",
-    "heads with bare parameters",
-    "conformer",
-    "densenet",
-    "chunks",
-    "resnext",
-)
 
 
 @pytest.fixture(scope="module")
 def costs(tmp_path_factory):
     made = {}
-    for kind in KINDS:
+    for kind in STRUCTURES:
         net = pipeline(kind)
         database = net.database(tmp_path_factory.mktemp("layers"))
         device = SimpleNamespace(model=LatencyModel(load_profile("x86-64-v3"), {"fp32": 1e11, "int8": 3e11}))
@@ -48,7 +40,7 @@ def costs(tmp_path_factory):
 
 
 @settings(max_examples=40, deadline=None)
-@given(kind=st.sampled_from(KINDS), data=st.data())
+@given(kind=st.sampled_from(STRUCTURES), data=st.data())
 def test_the_tables_add_up_to_what_a_candidate_is_predicted_to_take(costs, kind, data):
     space = pipeline(kind).space
     widths = {name: data.draw(st.sampled_from(options)) for name, options in space.widths.items()}
