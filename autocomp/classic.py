@@ -16,7 +16,7 @@ import torch
 
 from autocomp.compress.apply import stitch
 from autocomp.compress.database import LayerDatabase
-from autocomp.compress.prune import filter_norms
+from autocomp.compress.orders import filter_norms
 from autocomp.records import Candidate
 
 if TYPE_CHECKING:

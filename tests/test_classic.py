@@ -10,7 +10,7 @@ from pipeline import pipeline
 from torch import nn
 
 from autocomp.classic import classic_models, global_widths
-from autocomp.compress.prune import norm_order
+from autocomp.compress.orders import norm_order
 from autocomp.references import _quantise_dynamic, _state_bytes
 
 torch.set_num_threads(1)

@@ -61,10 +61,8 @@ def fit(weight: Tensor, metric: Metric, fisher: Tensor, dim: int, stages: int) -
     codebook = torch.stack(books)
     plain = torch.stack(nearest, 1)
     fed = _with_feedback(vectors, metric, codebook.double())
-    errors = [
-        metric.error(decode(indices, codebook, torch.ones(rows), width).double() - vectors) for indices in (plain, fed)
-    ]
-    indices = torch.where((errors[1] < errors[0])[:, None, None], fed, plain)
+    nears, feds = (decode(indices, codebook, torch.ones(rows), width).double() - vectors for indices in (plain, fed))
+    indices = torch.where(metric.better(feds, nears)[:, None, None], fed, plain)
     return indices.to(torch.uint8), codebook, scale
 
 
@@ -109,7 +107,7 @@ def _with_feedback(vectors: Tensor, metric: Metric, codebook: Tensor) -> Tensor:
     indices = torch.zeros(rows, stages, width // dim, dtype=torch.long)
     for start in range(0, width, dim):
         run = slice(start, start + dim)
-        saliency = feedback.upper[run, run].diagonal(dim1=0, dim2=1).square().reciprocal()  # [B, d]
+        saliency = feedback.scale[run].T.square()  # [B, d]
         weights = saliency[:, None, :].expand(-1, rows // len(metric.blocks), -1).flatten(0, 1)
         left = feedback.open[run].permute(1, 2, 0).flatten(0, 1)
         value = torch.zeros_like(left)

@@ -24,10 +24,12 @@ from torch import Tensor, nn
 
 from autocomp.cache import write_atomically
 from autocomp.compress.entry import Entry, compress_layer, pack, unpack
+from autocomp.compress.orders import STEPS, l1_orders, order_groups
 from autocomp.compress.parts import stored_bytes
-from autocomp.compress.prune import DAMPING, STEPS, keep, l1_orders, order_groups
+from autocomp.compress.prune import DAMPING, keep
 from autocomp.compress.quantize import Observer
 from autocomp.errors import CorruptError, UsageError
+from autocomp.processes import map_in_processes
 from autocomp.progress import Progress
 from autocomp.records import Method
 from autocomp.space import same_kernels
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from autocomp.space import Space, Target
 
 FORMAT_VERSION = 1
-REVISION = 2  # of the methods: raise it when the same inputs come to give other entries
+REVISION = 3  # of the methods: raise it when the same inputs come to give other entries
 HEADER = b"autocomp-layers 1 "
 MEMORY = 512 * 2**20  # bytes of entries kept in memory; the rest is read again
 
@@ -96,19 +98,31 @@ class LayerDatabase:
         progress = progress or Progress()
         work = [(name, width) for name in self.graph.layers for width in self.widths_in(name)]
         with progress.stage("layer database", len(work) + 1) as stage:
-            self.orders()
+            self.orders(workers)
             stage.advance()
-            missing = [item for item in work if not self._entries_path(*item).exists()]
-            if workers > 1 and len(missing) > 1:
-                compute_in_processes(self, missing, workers)
+            if workers > 1:
+                self._compute_missing(work, workers)
             for name, width in work:
                 self._entries(name, width)
                 stage.advance(note=f"{name} at {width}")
             for text in self.warnings:
                 stage.warn(text)
 
-    def orders(self) -> Mapping[str, tuple[Tensor, str]]:
-        """Return each group's units, best first, and the ordering that won (one of `prune.ORDERINGS`)."""
+    def _compute_missing(self, work: Sequence[tuple[str, int]], workers: int) -> None:
+        missing = [item for item in work if not self._entries_path(*item).exists()]
+        layers = self.graph.layers
+        missing.sort(
+            key=lambda item: -self.space.columns(*item) * math.prod(layers[item[0]].kernel)
+        )  # the dearest first
+
+        def compute(item: tuple[str, int]) -> None:
+            self.compute(*item)
+
+        for _ in map_in_processes(compute, missing, workers):
+            pass
+
+    def orders(self, workers: int = 1) -> Mapping[str, tuple[Tensor, str]]:
+        """Return each group's units, best first, and the ordering that won (one of `orders.ORDERINGS`)."""
         if self._orders is None:
             widths = {name: list(widths) for name, widths in self.space.widths.items()}
             members = {name: [list(group.rows), list(group.columns)] for name, group in self.graph.groups.items()}
@@ -118,7 +132,7 @@ class LayerDatabase:
                 if self.classic:
                     made = l1_orders(self.model, self.graph, self.space)
                 else:
-                    made = order_groups(self.model, self.graph, self.statistics, self.space)
+                    made = order_groups(self.model, self.graph, self.statistics, self.space, workers)
                 data = {name: {"order": order, "by": by} for name, (order, by) in made.items()}
                 self._write(path, data)
             self._orders = {name: (fields["order"], fields["by"]) for name, fields in data.items()}
@@ -281,35 +295,6 @@ class LayerDatabase:
             raise UsageError(
                 f"the layer database cannot write {path}: {reason}; free space or choose another folder"
             ) from error
-
-
-_building: LayerDatabase | None = None  # what forked workers compute for: they inherit it, nothing is sent to them
-
-
-def compute_in_processes(database: LayerDatabase, work: Sequence[tuple[str, int]], workers: int) -> None:
-    """Compute the files of (layer, width) pairs in forked processes, the dearest first; does nothing where there is no fork."""
-    global _building
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
-    if "fork" not in multiprocessing.get_all_start_methods():
-        return
-    layers = database.graph.layers
-    ordered = sorted(work, key=lambda item: -database.space.columns(*item) * math.prod(layers[item[0]].kernel))
-    _building = database
-    try:
-        context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(min(workers, len(work)), context) as pool:
-            for _ in pool.map(_compute_one, ordered):
-                pass
-    finally:
-        _building = None
-
-
-def _compute_one(item: tuple[str, int]) -> None:
-    torch.set_num_threads(1)
-    assert _building is not None
-    _building.compute(*item)
 
 
 def read_checked(path: Path) -> dict[str, Any]:

@@ -128,7 +128,7 @@ class Whitened:
         """Regress the outputs on the features z = first x: return their matrix, and the covariance of z."""
         seen = _lift(self.covariance, first, taps).T.contiguous()
         inner = _lift(seen, first, taps)
-        return torch.linalg.solve(inner, seen @ self.weight.T).T, inner
+        return torch.cholesky_solve(seen @ self.weight.T, torch.linalg.cholesky(inner)).T, inner
 
     def _core(self, rank: int) -> tuple[Tensor, _Decomposed]:
         if rank not in self._cores:

@@ -1,7 +1,9 @@
 """Rounding weights so that what one column loses the others make up: GPTQ (arXiv:2210.17323) for any quantiser.
 
 Columns are settled one after the other, those with the largest diagonal of the Hessian first, as most columns can still compensate for
-them; the error of each moves, along the inverse Hessian, into the columns still open. The Hessian is that of the *compressed* inputs:
+them; what each loses moves into the columns still open. With H = L L^T, L upper triangular in that order, the error of a row of changes d
+is the sum of (d L)^2: column q does best at w_q + sum over the columns p settled before of d_p L_pq / L_qq, so no inverse is needed. The
+Hessian is that of the *compressed* inputs:
 of the channels kept, with the noise of their quantisation added to the diagonal, and damped (see ``prune.damped``) so that a singular one
 has an inverse. Rows are rounded independently of each other; a row that came out worse than by rounding to nearest keeps the nearest.
 """
@@ -24,12 +26,18 @@ class Metric:
 
     def __init__(self, blocks: Tensor) -> None:
         self.blocks = blocks if blocks.dim() == 3 else blocks[None]
-        self._factors: dict[int, tuple[Tensor, Tensor]] = {}
+        self._factors: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def error(self, difference: Tensor) -> Tensor:
         """Return dW_o H dW_o^T of every row [O]."""
         rows = difference.unflatten(0, (len(self.blocks), -1))
         return ((rows @ self.blocks) * rows).sum(-1).flatten().clamp_min(0.0)
+
+    def better(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        """Return for every row [O] whether the error of ``ours`` [O, K] is the smaller one: a H a^T - b H b^T = (a - b) H (a + b)^T."""
+        by_block = (len(self.blocks), -1)
+        apart, both = (ours - theirs).unflatten(0, by_block), (ours + theirs).unflatten(0, by_block)
+        return ((apart @ self.blocks) * both).sum(-1).flatten() < 0
 
     def diagonal(self) -> Tensor:
         """Return the damped diagonal as [B, K]: how much each column matters by itself."""
@@ -37,22 +45,25 @@ class Metric:
 
     def noisy(self, noise: Tensor) -> Metric:
         """Return the metric for inputs with independent noise of these variances [B * K, or K shared] added."""
-        added = noise.double().reshape(-1, self.blocks.shape[-1]).expand(len(self.blocks), -1)
-        return Metric(self.blocks + torch.diag_embed(added))
+        blocks = self.blocks.clone()
+        blocks.diagonal(dim1=1, dim2=2).add_(noise.double().reshape(-1, self.blocks.shape[-1]))
+        return Metric(blocks)
 
-    def factor(self, dim: int) -> tuple[Tensor, Tensor]:
-        """Return the order of the columns, in runs of ``dim`` (K must be a multiple), and U [K, K, B] with H^-1 = U^T U in that order."""
+    def factor(self, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the order of the columns, in runs of ``dim`` (K must be a multiple), and in that order how an error moves.
+
+        That is L_pq / L_qq as [K, K, B] (p settled before q), and the diagonal of L as [K, B].
+        """
         if dim not in self._factors:
             diagonal = self.diagonal().mean(0).view(-1, dim).mean(1)
             runs = diagonal.argsort(descending=True, stable=True)
             order = (runs[:, None] * dim + torch.arange(dim)).flatten()
-            # With P H P = M M^T, P the reversal of order, the upper factor of H^-1 is the inverse of P M P.
+            # Cholesky of the columns in reverse: its lower triangle, turned round, is the upper one wanted.
             backwards = order.flip(0)
             lower = torch.linalg.cholesky(damped(self.blocks)[:, backwards][:, :, backwards])
-            upper = lower.flip(1, 2)
-            eye = torch.eye(upper.shape[-1], dtype=upper.dtype)
-            inverse = torch.linalg.solve_triangular(upper, eye.expand_as(upper), upper=True)
-            self._factors[dim] = order, inverse.permute(1, 2, 0).contiguous()
+            scale = lower.diagonal(dim1=1, dim2=2)
+            moves = (lower / scale[:, None, :]).flip(1, 2).permute(1, 2, 0).contiguous()
+            self._factors[dim] = order, moves, scale.flip(1).T.contiguous()
         return self._factors[dim]
 
     def padded(self, columns: int) -> Metric:
@@ -70,23 +81,23 @@ class Feedback:
     """A weight [O, K] whose columns are settled in the order of `Metric.factor`; positions below are in that order."""
 
     def __init__(self, weight: Tensor, metric: Metric, dim: int = 1) -> None:
-        self.order, self.upper = metric.factor(dim)
+        self.order, self._moves, self.scale = metric.factor(dim)
         rows = weight.unflatten(0, (len(metric.blocks), -1))
         self.open = rows.permute(2, 0, 1)[self.order].contiguous()  # [K, B, O/B]
-        self._errors = torch.zeros_like(self.open)
+        self._lost = self.open.clone()  # the weight itself; of a column that is settled, what it lost
         self._start, self._dim = 0, max(1, BLOCK // dim) * dim
 
     def settle(self, position: int, values: Tensor) -> None:
         """Fix the next column at ``values`` [B, O/B]; what that loses moves into the columns after it."""
         end = min(self._start + self._dim, len(self.open))
-        error = (self.open[position] - values) / self.upper[position, position][:, None]
-        self._errors[position] = error
+        lost = self._lost[position].sub_(values)
         self.open[position] = values
         if position + 1 < end:
-            self.open[position + 1 : end].addcmul_(self.upper[position, position + 1 : end, :, None], error, value=-1)
+            self.open[position + 1 : end].addcmul_(self._moves[position, position + 1 : end, :, None], lost)
         elif end < len(self.open):
             block = slice(self._start, end)
-            self.open[end:] -= torch.einsum("jib,jbr->ibr", self.upper[block, end:], self._errors[block])
+            for b in range(self.open.shape[1]):
+                self.open[end:, b].addmm_(self._moves[block, end:, b].T, self._lost[block, b])
             self._start = end
 
     def result(self) -> Tensor:
@@ -108,5 +119,6 @@ def round_levels(weight: Tensor, scales: Tensor, lowest: int, highest: int, metr
         value = (feedback.open[position] / steps).round_().clamp_(lowest, highest).mul_(steps)
         feedback.settle(position, value)
     levels = (feedback.result() / scales).round()
-    better = metric.error(levels * scales - weight) < metric.error(nearest * scales - weight)
-    return torch.where(better[:, None], levels, nearest).to(torch.int8)
+    return torch.where(metric.better(levels * scales - weight, nearest * scales - weight)[:, None], levels, nearest).to(
+        torch.int8
+    )
