@@ -72,8 +72,7 @@ def fold_batchnorm(model: nn.Module, norms: Mapping[str, str] | None = None) -> 
             before = before[-1]
         if isinstance(before, Foldable) and isinstance(after, Norms) and after.running_mean is not None:
             _fold(before, after)
-            parent, _, child = norm.rpartition(".")
-            setattr(folded.get_submodule(parent), child, nn.Identity())
+            folded.set_submodule(norm, nn.Identity())
     return folded
 
 

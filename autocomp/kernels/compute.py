@@ -7,7 +7,7 @@ whole tiles are computed on a padded domain and cropped in the write-back, so no
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -242,7 +242,7 @@ def dense(data: Any, weight: Any, spec: DenseSpec, dot: DotProduct | None = None
 def _rows_times_packed(
     data: Any, weight: Any, leading: tuple[int, ...], depth: int, out: int, lanes: int, dot: DotProduct | None
 ) -> Any:
-    from tvm import te, tirx
+    from tvm import te
 
     if dot:
         dot = dot.fit(depth)
@@ -250,18 +250,7 @@ def _rows_times_packed(
     rows, rows_padded, depth_padded = math.prod(leading), padded_rows(math.prod(leading)), round_up(depth, group)
     accumulate = "int32" if dot else "float32"
 
-    def row(m: Any, k: Any) -> Any:
-        return data[(*_unravel(m, leading), k)]
-
-    source = row
-    if rows_padded != rows or depth_padded != depth:
-        zero = tirx.const(0, data.dtype)
-        padded = te.compute(
-            (rows_padded, depth_padded),
-            lambda m, k: tirx.if_then_else(tirx.all(m < rows, k < depth), row(m, k), zero),
-            name="pad",
-        )
-        source = lambda m, k: padded[m, k]  # noqa: E731 - one of two ways to read a row
+    source = flat_rows(data, leading, depth, (rows_padded, depth_padded))
     if dot:
         ro, ri = te.reduce_axis((0, depth_padded // group), "ro"), te.reduce_axis((0, group), "ri")
 
@@ -282,6 +271,24 @@ def _rows_times_packed(
         attrs={TEMPLATE: "dense_int8" if dot else "dense", FLOPS: 2 * rows * depth * out},
     )
     return te.compute((*leading, out), lambda *i: anchor[_ravel(i[:-1], leading), i[-1]], name="crop")
+
+
+def flat_rows(data: Any, leading: tuple[int, ...], depth: int, shape: tuple[int, int]) -> Callable[[Any, Any], Any]:
+    """A function that reads (row, k) of ``data [*leading, depth]``; from there to ``shape``, whole tiles, are zeros."""
+    from tvm import te, tirx
+
+    rows = math.prod(leading)
+
+    def read(m: Any, k: Any) -> Any:
+        return data[(*_unravel(m, leading), k)]
+
+    if shape == (rows, depth):
+        return read
+    zero = tirx.const(0, data.dtype)
+    padded = te.compute(
+        shape, lambda m, k: tirx.if_then_else(tirx.all(m < rows, k < depth), read(m, k), zero), name="pad"
+    )
+    return lambda m, k: padded[m, k]
 
 
 def batch_matmul(a: Any, b: Any, lanes: int, *, transposed: bool = False) -> Any:

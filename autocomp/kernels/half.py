@@ -17,7 +17,7 @@ import numpy as np
 from autocomp.hardware import Profile
 from autocomp.kernels import compute, packing, templates
 from autocomp.kernels.compute import FLOPS, RUNS, TEMPLATE, ConvSpec, DenseSpec, padded_rows, round_up
-from autocomp.kernels.schedules import blocks_of, flatten_rows, inline_epilogue, vectorise_last, write_back
+from autocomp.kernels.schedules import blocks_of, flatten_rows, keep_in_registers, vectorise_last, write_back
 from autocomp.kernels.templates import Anchor, Tile
 
 _RUN = 192  # products summed in fp16, about
@@ -115,23 +115,11 @@ def dense(data: Any, weight: Any, spec: DenseSpec) -> Any:
 
 
 def _product(data: Any, weight: Any, leading: tuple[int, ...], depth: int, out: int, lanes: int) -> Any:
-    from tvm import te, tirx
+    from tvm import te
 
     rows = math.prod(leading)
     rows_padded, (runs, run) = padded_rows(rows), split_depth(depth)
-
-    def read(m: Any, k: Any) -> Any:
-        return data[(*compute._unravel(m, leading), k)]
-
-    source = read
-    if rows_padded != rows or runs * run != depth:
-        zero = tirx.const(0, "float16")
-        padded = te.compute(
-            (rows_padded, runs * run),
-            lambda m, k: tirx.if_then_else(tirx.all(m < rows, k < depth), read(m, k), zero),
-            name="pad",
-        )
-        source = lambda m, k: padded[m, k]  # noqa: E731 - one of two ways to read a row
+    source = compute.flat_rows(data, leading, depth, (rows_padded, runs * run))
 
     def product(at: Sequence[Any], outer: Sequence[Any], inner: Sequence[Any]) -> Any:
         (m, o), k = at, inner[0]
@@ -173,11 +161,7 @@ def tile_runs(schedule: Any, tile: Tile, anchor: Anchor, profile: Profile) -> No
     """Schedule, in place, a contraction whose runs float32 adds up: one tile of fp16 sums in registers, the totals beside it."""
     block, total = schedule.get_sblock("anchor"), schedule.get_sblock("total")
     lanes = templates.lanes_of(anchor, profile)
-    last = inline_epilogue(schedule, total, profile)
-    if last is None:
-        last = schedule.cache_write(total, 0, "local")
-    else:
-        schedule.set_scope(total, 0, "local")
+    last = keep_in_registers(schedule, total, profile)
     if len(anchor.spatial) == 2:
         flatten_rows(schedule, last)
     rank = len(anchor.spatial)

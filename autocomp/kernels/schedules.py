@@ -126,6 +126,15 @@ def inline_epilogue(schedule: Any, anchor: Any, profile: Profile) -> Any:
     return after[spread - 1] if spread else None
 
 
+def keep_in_registers(schedule: Any, anchor: Any, profile: Profile) -> Any:
+    """Give the anchor's result local memory and return the block that writes it out: the epilogue's last, or a copy of it."""
+    last = inline_epilogue(schedule, anchor, profile)
+    if last is None:
+        return schedule.cache_write(anchor, 0, "local")
+    schedule.set_scope(anchor, 0, "local")
+    return last
+
+
 def elements_of(schedule: Any, block: Any) -> int:
     """Elements that a block writes."""
     return math.prod(int(axis.dom.extent) for axis in schedule.get(block).iter_vars if axis.iter_type == 0)

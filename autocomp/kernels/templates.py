@@ -21,7 +21,7 @@ from autocomp.kernels.schedules import (
     blocks_named,
     blocks_of,
     flatten_rows,
-    inline_epilogue,
+    keep_in_registers,
     reductions,
     schedule_rowwise,
     vectorise_last,
@@ -199,12 +199,8 @@ def _short_indices(function: Any) -> Any:
 
 def _tile_contraction(schedule: Any, tile: Tile, anchor: Anchor, profile: Profile) -> None:
     block = _anchor_block(schedule)
-    last = inline_epilogue(schedule, block, profile)
+    last = keep_in_registers(schedule, block, profile)
     lanes = lanes_of(anchor, profile)
-    if last is None:
-        last = schedule.cache_write(block, 0, "local")
-    else:
-        schedule.set_scope(block, 0, "local")
     if len(anchor.spatial) == 2:
         flatten_rows(schedule, last)
     loops = schedule.get_loops(block)
