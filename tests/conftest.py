@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from autocomp.devices.local import LocalDevice
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,6 +24,19 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del os.environ["AUTOCOMP_CACHE"]
     else:
         os.environ["AUTOCOMP_CACHE"] = before
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> LocalDevice:
+    """This machine with an empty store and the first guess of every kernel: what is computed does not depend on the tile."""
+    from autocomp.devices.local import LocalDevice
+    from autocomp.hardware import load_profile
+    from autocomp.kernels.store import KernelStore
+
+    profile = load_profile("x86-host")
+    device = LocalDevice(profile, KernelStore.open(profile, tmp_path_factory.mktemp("store")))
+    device.tuner.budget = 1
+    return device
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -19,14 +19,6 @@ from autocomp.kernels.store import KernelStore
 from autocomp.verify import check_outputs, first_differing_layer, relative_error
 
 
-@pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> LocalDevice:
-    profile = load_profile("x86-host")
-    device = LocalDevice(profile, KernelStore.open(profile, tmp_path_factory.mktemp("store")))
-    device.tuner.budget = 1  # the first guess of every kernel: what is computed does not depend on the tile
-    return device
-
-
 class InvertedResidual(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -117,8 +109,7 @@ def quantise_all(model: nn.Module, x: Tensor) -> nn.Module:
     for handle in handles:
         handle.remove()
     for name, parameters in ranges.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, quantised(model.get_submodule(name), *parameters))
+        model.set_submodule(name, quantised(model.get_submodule(name), *parameters))
     return model
 
 

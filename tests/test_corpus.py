@@ -19,7 +19,6 @@ from autocomp.compress.fold import fold_batchnorm
 from autocomp.devices.local import LocalDevice
 from autocomp.errors import ExportError
 from autocomp.hardware import load_profile
-from autocomp.kernels.store import KernelStore
 from autocomp.verify import output_error, reference_outputs
 
 torch.set_num_threads(1)
@@ -35,14 +34,6 @@ PARAMETERS = {
     "whisper_tiny": 7_632_384,
     "conformer_s": 8_708_672,
 }
-
-
-@pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> LocalDevice:
-    profile = load_profile("x86-host")
-    device = LocalDevice(profile, KernelStore.open(profile, tmp_path_factory.mktemp("store")))
-    device.tuner.budget = 1  # what is computed does not depend on the tile
-    return device
 
 
 def error_of(model: nn.Module, inputs: tuple[Tensor, ...], device: LocalDevice) -> float:

@@ -19,21 +19,11 @@ from autocomp.compiler.build import CompiledModel
 from autocomp.devices.local import LocalDevice
 from autocomp.errors import AutocompError, BoardError
 from autocomp.export import MANIFEST, export_point, load_model
-from autocomp.hardware import load_profile
-from autocomp.kernels.store import KernelStore
 from autocomp.onnx_export import export_onnx, onnx_session, run_session
 from autocomp.records import Candidate, Evaluation, Latency
 from autocomp.verify import relative_error
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> LocalDevice:
-    profile = load_profile("x86-host")
-    device = LocalDevice(profile, KernelStore.open(profile, tmp_path_factory.mktemp("store")))
-    device.tuner.budget = 1
-    return device
 
 
 EVALUATION = Evaluation(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import nets
-import pytest
 import torch
 from test_compile import mobile
 from torch import Tensor, nn
@@ -16,18 +15,9 @@ from autocomp.compiler.layout import to_channels_last
 from autocomp.compress.fold import fold_batchnorm
 from autocomp.devices.local import LocalDevice
 from autocomp.hardware import load_profile
-from autocomp.kernels.store import KernelStore
 from autocomp.verify import check_outputs
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> LocalDevice:
-    profile = load_profile("x86-host")
-    device = LocalDevice(profile, KernelStore.open(profile, tmp_path_factory.mktemp("store")))
-    device.tuner.budget = 1
-    return device
 
 
 def transposes(model: nn.Module, x: Tensor, *, fold: bool = True) -> list[tuple[int, ...]]:

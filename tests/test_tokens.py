@@ -12,8 +12,6 @@ import torch
 from autocomp.compiler.build import build
 from autocomp.devices.local import LocalDevice
 from autocomp.errors import UsageError
-from autocomp.hardware import load_profile
-from autocomp.kernels.store import KernelStore
 from autocomp.task import evaluate_task
 from autocomp.tasks import stdlib_text, tokens
 
@@ -116,14 +114,11 @@ def test_model_is_of_the_size_stated_and_heads_can_go() -> None:
     assert model(zeros).shape == (2, stdlib_text.LENGTH, len(stdlib_text.ROLES))
 
 
-def test_an_index_outside_the_embedding_reads_no_foreign_memory(tmp_path: Path) -> None:
-    profile = load_profile("x86-host")
-    device = LocalDevice(profile, KernelStore.open(profile, tmp_path))
-    device.tuner.budget = 1
+def test_an_index_outside_the_embedding_reads_no_foreign_memory(device: LocalDevice) -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Embedding(10, 16)).eval()
     known = torch.tensor([[0, 9, 3]])
-    compiled = build(model, (known,), profile, device.tuner)
+    compiled = build(model, (known,), device.profile, device.tuner)
     expected = model(known).detach().numpy()
     np.testing.assert_array_equal(compiled.run(known), expected)
     np.testing.assert_array_equal(compiled.run(torch.tensor([[-5, 10**6, 3]])), expected)

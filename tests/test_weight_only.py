@@ -28,7 +28,6 @@ from autocomp.devices.local import LocalDevice
 from autocomp.hardware import Profile, load_profile
 from autocomp.kernels import templates
 from autocomp.kernels import weight_only as kernels
-from autocomp.kernels.store import KernelStore
 from autocomp.onnx_export import export_onnx, onnx_session, run_session
 from autocomp.verify import relative_error
 
@@ -41,14 +40,6 @@ TOLERANCE = 1e-5  # of the largest output: sums in another order
 @pytest.fixture(scope="module", params=["x86-host", "x86-64-v3"])
 def profile(request: pytest.FixtureRequest) -> Profile:
     return load_profile(request.param)
-
-
-@pytest.fixture
-def device(tmp_path: Path) -> LocalDevice:
-    profile = load_profile("x86-host")
-    device = LocalDevice(profile, KernelStore.open(profile, tmp_path))
-    device.tuner.budget = 1
-    return device
 
 
 # --- rounding ---
