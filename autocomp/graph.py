@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
+from autocomp.attention import kept_because
 from autocomp.compress.quantize import pair
 from autocomp.errors import ExportError
 from autocomp.groups import Group as Group
@@ -31,6 +32,10 @@ Kind = Literal["conv2d", "depthwise", "linear"]
 _COMPUTED = (
     "its weight is computed (weight_norm or another parametrisation): bake it in first, with "
     "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.remove_weight_norm"
+)
+_PACKED = (
+    "nn.MultiheadAttention holds its projections in one parameter and could not be written out: {}; "
+    "write the attention with an nn.Linear for each projection, and its heads can be removed"
 )
 
 
@@ -125,7 +130,7 @@ def export(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> torch.export
     """Run `torch.export`; ExportError names the operation it stumbled over and the line of the model."""
     try:
         with _quiet(), torch.no_grad():
-            return torch.export.export(model, example_inputs)
+            return _without_dead_code(torch.export.export(model, example_inputs))
     except Exception as error:  # torch.export lets any exception of the user's code through
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         hint = ""
@@ -134,6 +139,19 @@ def export(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> torch.export
         raise ExportError(
             f"the model cannot be exported: {_where(error)}torch.export says: {first} ({type(error).__name__}){hint}"
         ) from error
+
+
+def _without_dead_code(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Drop what nobody reads, such as attention's weights beside its output: compiling drops it too.
+
+    What reads a parameter stays, and so does all that leads to it: a layer runs, in torch, whether or not it is read.
+    """
+    signature = program.graph_signature
+    held = {*signature.inputs_to_parameters, *signature.inputs_to_buffers}
+    program.graph.eliminate_dead_code(
+        lambda node: node.is_impure() or any(source.name in held for source in node.all_input_nodes)
+    )
+    return program
 
 
 @contextlib.contextmanager
@@ -186,6 +204,10 @@ def _layers(program: torch.export.ExportedProgram, model: nn.Module) -> tuple[di
             skipped[name] = f"it is a {type(module).__name__}, or its weight is used outside of its own forward"
         else:
             layers[name] = _layer(name, module, node, program)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            skipped.pop(f"{name}.out_proj".removeprefix("."), None)
+            skipped[name] = _PACKED.format(kept_because(module, model) or "the model did not come in a Task")
     return {name: layer for name, layer in layers.items() if name not in skipped}, skipped
 
 

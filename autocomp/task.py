@@ -31,6 +31,9 @@ class Task:
     named ``metric/slice``. ``test`` does the same on data nothing else has seen: the final report calls it once for
     each front point. ``train`` yields ``(inputs, target)`` pairs, ``inputs`` a tuple of tensors, afresh each time it is
     iterated; ``loss(output, target)`` is the scalar to minimise.
+
+    A model with ``nn.MultiheadAttention`` is copied, and each that can be is written out as an `autocomp.attention.Attention`,
+    which computes the same: ``model``, and all that is made of it, then holds these in its place. The model given is left alone.
     """
 
     model: nn.Module
@@ -52,6 +55,8 @@ class Task:
         """Check every part that can be checked without running the model; UsageError names the part that is wrong."""
         from torch import nn
 
+        from autocomp.attention import unpacked
+
         if not isinstance(self.model, nn.Module):
             raise UsageError(f"Task.model must be a torch.nn.Module, got {_kind(self.model)}")
         self.example_inputs = _batch(self.example_inputs, "Task.example_inputs")
@@ -64,9 +69,13 @@ class Task:
             raise UsageError(f"Task.train must be an iterable of (inputs, target), got {_kind(self.train)}")
         if not isinstance(self.name, str) or not self.name:
             raise UsageError(f"Task.name must be a non-empty text, got {self.name!r}")
-        for kind, tensors in (("parameter", self.model.named_parameters()), ("buffer", self.model.named_buffers())):
-            for name, tensor in tensors:
-                _refuse_non_finite(tensor, f"{kind} {name!r} of Task.model", "a trained model has only finite weights")
+        rule = "a trained model has only finite weights"
+        for name, parameter in self.model.named_parameters():
+            _refuse_non_finite(parameter, f"parameter {name!r} of Task.model", rule)
+        for name, buffer in self.model.named_buffers():  # minus infinity is what a mask of attention is made of
+            finite = buffer.masked_fill(buffer == -math.inf, 0) if buffer.is_floating_point() else buffer
+            _refuse_non_finite(finite, f"buffer {name!r} of Task.model", rule)
+        self.model = unpacked(self.model)
 
     def _checked_calibration(self) -> list[tuple[Tensor, ...]]:
         if isinstance(self.calibration, str | bytes) or not isinstance(self.calibration, Sequence):

@@ -97,7 +97,7 @@ def on_layer(tracer: Tracer, node: fx.Node) -> Labels:
     made = Label(rows.view([-1 if i == axis else 1 for i in range(len(shape_of(node)))]))
     if name not in tracer.layers or label.soft:
         name = name or module_of(node)
-        why = _why_fixed(tracer, name, module_of(node))
+        why = tracer.skipped.get(name) or tracer.skipped.get(module_of(node)) or "its weights are no layer's of its own"
         for atoms in (label.atoms, rows):
             tracer.freeze(atoms, f"layer {name} cannot be changed: {why}")
         return made
@@ -109,15 +109,6 @@ def on_layer(tracer: Tracer, node: fx.Node) -> Labels:
         tracer.link(first, rows.view(groups, -1), name)
         tracer.link(first, columns.reshape(groups, -1), "its channels are the model's input, or of a fixed width")
     return made
-
-
-def _why_fixed(tracer: Tracer, name: str, owner: str) -> str:
-    if isinstance(tracer.model.get_submodule(owner), nn.MultiheadAttention):
-        return (
-            "nn.MultiheadAttention holds its projections in one parameter and reshapes by its full width; "
-            "write the attention with an nn.Linear for each projection, and its heads can be removed"
-        )
-    return tracer.skipped.get(name) or tracer.skipped.get(owner) or "its weights are no layer's of its own"
 
 
 def on_batch_norm(tracer: Tracer, node: fx.Node) -> Labels:

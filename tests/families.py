@@ -9,6 +9,8 @@ from nets import images, randomise
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autocomp.attention import unpacked
+
 HEADS, DIM, TOKENS = 4, 8, 6
 
 
@@ -65,6 +67,20 @@ class Biased(nn.Module):
         q, k, v = (y.unflatten(2, (self.n_head, -1)).transpose(1, 2) for y in (self.q(x), self.k(x), self.v(x)))
         scores = torch.einsum("bhid,bhjd->bhij", q + self.bias, k) * DIM**-0.5 + self.table
         return self.out(torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), v).transpose(1, 2).flatten(2))
+
+
+class Packed(nn.Module):
+    """torch's own attention, called as in a vision transformer or, with weights that nobody reads, as it is by default."""
+
+    def __init__(self, need_weights: bool, batch_first: bool) -> None:
+        super().__init__()
+        self.need_weights, self.batch_first = need_weights, batch_first
+        self.inner = nn.MultiheadAttention(24, HEADS, batch_first=batch_first)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.batch_first else x.transpose(0, 1)
+        y, _ = self.inner(x, x, x, need_weights=self.need_weights)
+        return y if self.batch_first else y.transpose(0, 1)
 
 
 class Gated(nn.Module):
@@ -181,6 +197,11 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(24, 64), nn.GELU(), nn.Linear(64, 24))
 
 
+def torch_encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(24, HEADS, 48, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
 # name: (net, the group it is about, units of that group)
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
     "ffn": (lambda: Encoder(Attention(), mlp()), "ffn.0", 64),
@@ -190,6 +211,10 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
     "fused, reshaped": (lambda: Encoder(Fused("reshape"), mlp()), "attention.qkv", HEADS),
     "fused, in chunks": (lambda: Encoder(Fused("chunk"), mlp()), "attention.qkv", HEADS),
     "heads with bare parameters": (lambda: Encoder(Biased(), mlp()), "attention.q", HEADS),
+    "torch's heads": (lambda: Encoder(Packed(False, True), mlp()), "attention.inner.q_proj", HEADS),
+    "torch's heads, weights unread": (lambda: Encoder(Packed(True, False), mlp()), "attention.inner.q_proj", HEADS),
+    "torch's encoder": (lambda: Encoder(torch_encoder(), mlp()), "attention.layers.1.self_attn.q_proj", HEADS),
+    "torch's encoder, ffn": (lambda: Encoder(torch_encoder(), mlp()), "attention.layers.0.linear1", 48),
     "halves gated": (lambda: Encoder(Attention(), Gated(True)), "ffn.up", 32),
     "two layers gated": (lambda: Encoder(Attention(), Gated(False)), "ffn.up", 32),
     "conformer": (lambda: Encoder(Attention(), Convolution()), "ffn.gated", 32),
@@ -201,14 +226,15 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
 }
 # Those that between them have every kind of unit.
 STRUCTURES = (
-    "fused, in chunks", "grouped heads", "heads with bare parameters", "conformer", "densenet", "chunks", "resnext",
+    "fused, in chunks", "grouped heads", "heads with bare parameters", "torch's encoder", "conformer", "densenet", "chunks",
+    "resnext",
 )  # fmt: skip
 
 
 def make(name: str) -> nn.Module:
-    """The net of a family with a fixed seed, in evaluation mode."""
+    """The net of a family with a fixed seed, in evaluation mode, torch's attention written out as a task does it."""
     torch.manual_seed(0)
-    return randomise(FAMILIES[name][0]())
+    return unpacked(randomise(FAMILIES[name][0]()))
 
 
 def samples(name: str, count: int = 64) -> Tensor:

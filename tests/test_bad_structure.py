@@ -169,11 +169,12 @@ def test_groups_of_one_unit_have_nothing_to_lose():
     assert "single" in reason_of(Net(nn.ReLU(), 1, 1))
 
 
-def test_multihead_attention_of_torch_is_refused_by_name():
+@pytest.mark.parametrize(("options", "why"), [({}, "did not come in a Task"), ({"add_bias_kv": True}, "add_bias_kv")])
+def test_multihead_attention_of_torch_that_is_not_written_out_is_refused_by_name(options, why):
     class Torch(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+            self.attention = nn.MultiheadAttention(16, 4, batch_first=True, **options)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.attention(x, x, x, need_weights=False)[0]
@@ -181,6 +182,8 @@ def test_multihead_attention_of_torch_is_refused_by_name():
     graph = analyse(Net(Torch()).eval(), (torch.randn(2, 5, 8),))
     assert "layer between.attention" in graph.groups["first"].reason
     assert "nn.MultiheadAttention holds its projections in one parameter" in graph.groups["first"].reason
+    assert why in graph.groups["first"].reason
+    assert why in graph.skipped["between.attention"]
     assert graph.groups["first"].prunable is False
 
 
