@@ -6,8 +6,8 @@ anywhere and resumed goes through the same stages, finds what is there, and does
 
 from __future__ import annotations
 
-import os
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from autocomp.costs import Costs
 from autocomp.devices.device import Device, open_device
 from autocomp.errors import AutocompError
 from autocomp.hardware import load_profile
+from autocomp.processes import Workers, cores, map_in_processes
 from autocomp.progress import Progress, Stage
 from autocomp.records import Candidate, Evaluation, Method, Precision, Source
 from autocomp.search.pareto import spaced
@@ -36,9 +37,12 @@ UNIFORM_KEEPS = (1.0, 0.75, 0.5, 0.25)  # the baselines: one ratio for every gro
 SOLVER_SEEDS = 40
 SEEDS_AGAIN = 12  # at most, after each round of measurement
 FITTED = 64  # candidates stitched to fit tier 0 before the solver is first asked, where the budget of trials is four times that
-DOMINATED = 3.0  # times the KL of a told candidate thought to be faster: on 64 samples, reason enough to look at no more of them
+DOMINATED = 1.5  # times the KL of a told candidate thought to be faster: on 64 samples, reason enough to look at no more of them
 MEASURE_ROUNDS = 4  # the budget of measurements is spent in rounds, each choosing by all that is known then
 CHECKED_SAMPLES = 4  # inputs on which a compiled module is compared with torch
+
+_Work = tuple[Candidate, float]  # and the KL above which it is not looked at any closer
+_Scored = tuple[float | None, str, float]  # KL, or None and why; seconds
 
 
 class Pipeline:
@@ -66,7 +70,7 @@ class Pipeline:
         with progress.stage("calibrating"):
             self.statistics = collect(task, self.graph, settings.calibration_samples, settings.seed)
         self.database = LayerDatabase(folder / "layers", task.model, self.graph, self.space, self.statistics)
-        self.database.build(progress, workers=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+        self.database.build(progress, workers=cores())
         self.space = self.space.without(self.database.dominated(profiles))
         self.costs = Costs(self.graph, self.space, self.database.tables(self.space), self.devices)
         self.inputs = check_inputs(task)
@@ -85,15 +89,19 @@ class Pipeline:
                 for candidate in solve_front(problem, -(-SOLVER_SEEDS // len(problems))):
                     self.search.enqueue(candidate, "solver")
         trials, budget = self.settings.trials, self.settings.measure
-        with self.progress.stage("searching", trials) as stage:
-            stage.advance(len(self.search.told))
-            for part in range(1, MEASURE_ROUNDS + 1):
-                if not self._tell_until(trials * part // MEASURE_ROUNDS, stage):
-                    break
-                self._measure_until(budget * part // MEASURE_ROUNDS)
-                for candidate in solve_front(self.costs.problem(), SEEDS_AGAIN) if part < MEASURE_ROUNDS else ():
-                    self.search.enqueue(candidate, "solver")
-            self._measure_until(budget)
+        scorers = Workers(self._score, cores())
+        try:
+            with self.progress.stage("searching", trials) as stage:
+                stage.advance(len(self.search.told))
+                for part in range(1, MEASURE_ROUNDS + 1):
+                    if not self._tell_until(trials * part // MEASURE_ROUNDS, stage, scorers):
+                        break
+                    self._measure_until(budget * part // MEASURE_ROUNDS)
+                    for candidate in solve_front(self.costs.problem(), SEEDS_AGAIN) if part < MEASURE_ROUNDS else ():
+                        self.search.enqueue(candidate, "solver")
+                self._measure_until(budget)
+        finally:
+            scorers.close()
         self.costs.fit(self.search.told)
         errors = self.costs.held_out_errors(self.search.told)
         for evaluation in self.search.told:  # the final model's predictions, to be held against what was measured
@@ -127,7 +135,6 @@ class Pipeline:
     def _fit_additive(self) -> None:
         """Fit tier 0 to the divergence of random candidates on few samples; a resumed run reads what was found before."""
         from autocomp.accuracy.additive import ENOUGH
-        from autocomp.accuracy.proxy import score_early
 
         count = min(FITTED, self.settings.trials // 4)
         if count < ENOUGH or self.space.size < count:
@@ -138,16 +145,20 @@ class Pipeline:
         if len(known) != count:
             known = []
             with self.progress.stage("fitting the additive model", count) as stage:
-                for candidate in drawn:
-                    try:
-                        known.append(score_early(self.task.model, self.graph, self.database, candidate))
-                    except (AutocompError, RuntimeError):
-                        known.append(-1.0)  # says nothing: the fit leaves it out
+                for value in map_in_processes(self._score_early, drawn, cores()):
+                    known.append(value if np.isfinite(value) else -1.0)  # -1 says nothing: the fit leaves it out
                     stage.advance()
-            known = [value if np.isfinite(value) else -1.0 for value in known]
             self.search.set_attr("tier0", known)
         self.costs.observe(drawn, known)
         self.costs.fit(self.search.told)
+
+    def _score_early(self, candidate: Candidate) -> float:
+        from autocomp.accuracy.proxy import score_early
+
+        try:
+            return score_early(self.task.model, self.graph, self.database, candidate)
+        except (AutocompError, RuntimeError):
+            return float("nan")
 
     def _baselines(self) -> None:
         """Tell and measure dense and the uniform compressions: they stand beside the front, and fit the latency models."""
@@ -159,6 +170,7 @@ class Pipeline:
         for candidate in uniform:
             self.search.enqueue(candidate, "uniform")
         missing = {candidate.id for candidate in (self.space.dense(), *uniform)}
+        alone = Workers(self._score, 1)
         with self.progress.stage("measuring baselines", len(missing)) as stage:
             for evaluation in self.search.told:  # what a stopped run left
                 missing.discard(evaluation.candidate.id)
@@ -168,45 +180,56 @@ class Pipeline:
                     stage.advance()
             while missing and (asked := self.search.ask()) is not None:
                 missing.discard(asked.candidate.id)
-                evaluation = self._tell(asked)
-                if _is_baseline(asked.source):
-                    self._measure(evaluation)
+                for evaluation in self._tell([asked], alone):
+                    if _is_baseline(asked.source):
+                        self._measure(evaluation)
                 stage.advance()
         self.dense()
         self.costs.fit(self.search.told)
 
-    def _tell_until(self, count: int, stage: Stage) -> bool:
-        """Tell trials up to a number; False when the time is up or the space exhausted."""
-        while len(self.search.told) < count:
-            asked = None if self._late() else self.search.ask()
-            if asked is None:
+    def _tell_until(self, count: int, stage: Stage, scorers: Workers[_Work, _Scored]) -> bool:
+        """Tell trials up to a number, as many at once as there are scorers; False when the time is up or the space exhausted."""
+        while (left := count - len(self.search.told)) > 0:
+            asked = self._ask(min(left, scorers.count))
+            for evaluation in self._tell(asked, scorers):
+                stage.advance(note=f"KL {evaluation.kl:.4f}" if evaluation.kl is not None else "failed")
+            if not asked:
                 return False
-            evaluation = self._tell(asked)
-            stage.advance(note=f"KL {evaluation.kl:.4f}" if evaluation.kl is not None else "failed")
         return True
 
-    def _tell(self, asked: Asked) -> Evaluation:
+    def _ask(self, count: int) -> list[Asked]:
+        found: list[Asked] = []
+        while len(found) < count and not self._late() and (asked := self.search.ask()) is not None:
+            found.append(asked)
+        return found
+
+    def _tell(self, asked: Sequence[Asked], scorers: Workers[_Work, _Scored]) -> Iterator[Evaluation]:
+        """Score trials and tell what came of them, in their order."""
+        thought = [self._thought(one) for one in asked]
+        work = [(e.candidate, np.inf if _is_baseline(e.source) else self._hopeless(e)) for e in thought]
+        for evaluation, (divergence, failure, seconds) in zip(thought, scorers.map(work), strict=True):
+            if divergence is None:
+                evaluation = replace(evaluation, state="failed", failure=failure)
+            else:
+                evaluation = replace(evaluation, kl=divergence, seconds_spent=seconds)
+            self.search.tell(evaluation.trial, evaluation)
+            yield evaluation
+
+    def _thought(self, asked: Asked) -> Evaluation:
+        """What is known of a trial before it is looked at."""
+        cost = self.costs.problem().cost(self.space.normalise(asked.candidate))
+        predicted = self.costs.predict(asked.candidate)
+        return Evaluation(asked.trial, asked.candidate, asked.source, "told", cost.error, cost.bytes, predicted)
+
+    def _score(self, work: _Work) -> _Scored:
         from autocomp.accuracy.proxy import stitch_and_score
 
         start = time.perf_counter()
-        cost = self.costs.problem().cost(self.space.normalise(asked.candidate))
-        evaluation = Evaluation(
-            asked.trial,
-            asked.candidate,
-            asked.source,
-            "told",
-            cost.error,
-            cost.bytes,
-            self.costs.predict(asked.candidate),
-        )
         try:
-            give_up = np.inf if _is_baseline(asked.source) else self._hopeless(evaluation)
-            _, divergence = stitch_and_score(self.task.model, self.graph, self.database, asked.candidate, give_up)
-            evaluation = replace(evaluation, kl=divergence, seconds_spent=time.perf_counter() - start)
+            divergence = stitch_and_score(self.task.model, self.graph, self.database, *work)[1]
         except (AutocompError, RuntimeError) as error:
-            evaluation = replace(evaluation, state="failed", failure=str(error))
-        self.search.tell(asked.trial, evaluation)
-        return evaluation
+            return None, str(error), time.perf_counter() - start
+        return divergence, "", time.perf_counter() - start
 
     def _hopeless(self, evaluation: Evaluation) -> float:
         """The KL above which a candidate is beaten for certain: by one that was told and is predicted no slower."""

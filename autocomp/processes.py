@@ -2,39 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Generic, TypeVar
+
+from autocomp.errors import AutocompError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_function: Callable[[Any], Any] | None = None  # what forked workers call: they inherit it
+
+class Workers(Generic[Item, Result]):
+    """Processes that compute ``function`` of items, on one torch thread each; forked at the first call and kept until ``close``.
+
+    They know what ``function`` refers to as it was when they were forked. With one worker, or where processes cannot be forked, everything
+    happens in this process.
+    """
+
+    def __init__(self, function: Callable[[Item], Result], workers: int) -> None:
+        import multiprocessing
+
+        self.function = function
+        self.count = workers if "fork" in multiprocessing.get_all_start_methods() else 1
+        self._pool: ProcessPoolExecutor | None = None
+        if self.count > 1:
+            context = multiprocessing.get_context("fork")
+            self._pool = ProcessPoolExecutor(self.count, context, initializer=_begin, initargs=(function, os.getpid()))
+
+    def map(self, items: Iterable[Item]) -> Iterator[Result]:
+        """Yield the result of each item, in order. What ``function`` raises is raised here; AutocompError if a process is killed."""
+        if self._pool is None:
+            yield from map(self.function, items)
+            return
+        try:
+            yield from self._pool.map(_call, items)
+        except BrokenProcessPool as error:
+            raise AutocompError(
+                "a worker process ended by itself, which is what happens when memory runs out; what was found is kept. "
+                "Free some memory and go on with --resume"
+            ) from error
+
+    def close(self) -> None:
+        """End the processes; what they have not begun is dropped."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
 
 def map_in_processes(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
-    """Yield ``function`` of each item, in order; in this process where one worker is enough or processes cannot be forked.
-
-    Each process computes on one torch thread. What ``function`` raises is raised here.
-    """
-    global _function
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
-    workers = min(workers, len(items))
-    if workers < 2 or "fork" not in multiprocessing.get_all_start_methods():
-        yield from map(function, items)
-        return
-    _function = function
+    """Yield ``function`` of each item, in order, from up to ``workers`` processes that are ended afterwards; see `Workers`."""
+    crew = Workers(function, min(workers, len(items)))
     try:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-            yield from pool.map(_call, items)
+        yield from crew.map(items)
     finally:
-        _function = None
+        crew.close()
+
+
+def cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_function: Callable[[Any], Any] | None = None  # of a worker process
+
+
+def _begin(function: Callable[[Any], Any], parent: int) -> None:
+    global _function
+    import torch
+
+    _function = function
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of them; the parent says what happens
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A parent that was killed closes nothing, and a worker would wait for its next item for ever."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _call(item: Any) -> Any:
-    import torch
-
-    torch.set_num_threads(1)
     assert _function is not None
     return _function(item)

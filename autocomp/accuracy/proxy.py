@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,9 +34,7 @@ def divergence(teacher: Tensor, student: Tensor) -> float:
     return max(0.0, value) if math.isfinite(value) else math.inf
 
 
-FIRST = (
-    64  # samples on which a candidate is judged first; on the built-in tasks their KL is within a fifth of that of 256
-)
+FIRST = 64  # samples a candidate is judged on first; on the built-in tasks their KL is within a fifth of that of 256
 
 
 def stitch_and_score(
@@ -45,32 +44,47 @@ def stitch_and_score(
 
     With ``give_up`` the first 64 samples are looked at alone: a divergence above it there is returned as it is, and saves the rest.
     """
-    from autocomp.compress.apply import stitch_and_answer
+    from autocomp.compress.apply import reestimate_batchnorm, stitch
 
-    if give_up < math.inf:
-        early = score_early(model, graph, database, candidate)
+    stitched = stitch(model, graph, database, candidate, reestimate=False)
+    if database.space.normalise(candidate) == database.space.dense():
+        return stitched, 0.0
+    statistics = database.statistics
+    if give_up < math.inf and len(statistics.logits) > FIRST:
+        early = _score(stitched, statistics.logits, _first(statistics.batches))
         if early > give_up:
-            return stitch_and_answer(model, graph, database, candidate, reestimate=False)[0], early
-    stitched, answers = stitch_and_answer(model, graph, database, candidate)
+            return stitched, early
+    answers = reestimate_batchnorm(stitched, statistics.batches)
     if answers is None:
-        return stitched, kl(stitched, database.statistics)
-    return stitched, divergence(database.statistics.logits, answers)
+        return stitched, kl(stitched, statistics)
+    return stitched, divergence(statistics.logits, answers)
 
 
 def score_early(model: nn.Module, graph: Graph, database: LayerDatabase, candidate: Candidate) -> float:
     """Return the divergence on the first 64 calibration samples, BatchNorm re-estimated on these: near the whole's, for a quarter."""
-    from autocomp.compress.apply import reestimate_batchnorm, stitch
+    from autocomp.compress.apply import stitch
 
-    batches, left = [], FIRST
-    for batch in database.statistics.batches:
-        if left > 0:
-            batches.append(tuple(tensor[:left] for tensor in batch))
-            left -= len(batch[0])
     if database.space.normalise(candidate) == database.space.dense():
         return 0.0
     stitched = stitch(model, graph, database, candidate, reestimate=False)
+    return _score(stitched, database.statistics.logits, _first(database.statistics.batches))
+
+
+def _first(batches: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    first, left = [], FIRST
+    for batch in batches:
+        if left > 0:
+            first.append(tuple(tensor[:left] for tensor in batch))
+            left -= len(batch[0])
+    return first
+
+
+def _score(stitched: nn.Module, logits: Tensor, batches: Sequence[tuple[Tensor, ...]]) -> float:
+    """Re-estimate BatchNorm on a part of the data, and return the divergence there."""
+    from autocomp.compress.apply import reestimate_batchnorm
+
     answers = reestimate_batchnorm(stitched, batches)
     if answers is None:
         with torch.no_grad():
             answers = torch.cat([logits_of(stitched(*batch)) for batch in batches])
-    return divergence(database.statistics.logits[: len(answers)], answers)
+    return divergence(logits[: len(answers)], answers)

@@ -29,17 +29,6 @@ def stitch(
     Tensors are really smaller, 8-bit layers are `QuantConv2d` or `QuantLinear`, factorised ones `nn.Sequential`. The
     result can be exported, copied and saved. ``reestimate`` makes a pass over the calibration batches for BatchNorm.
     """
-    return stitch_and_answer(model, graph, database, candidate, reestimate)[0]
-
-
-def stitch_and_answer(
-    model: nn.Module, graph: Graph, database: LayerDatabase, candidate: Candidate, reestimate: bool = True
-) -> tuple[nn.Module, Tensor | None]:
-    """Do as `stitch` does, and return the output of the re-estimation pass too, if one was made over all samples.
-
-    That output is the model's own on the calibration data (but for N against N - 1 in the variances): the proxy reads
-    it instead of running the model again.
-    """
     candidate = database.space.normalise(candidate)
     memo: dict[int, object] = {}
     for name, layer in graph.layers.items():
@@ -65,16 +54,17 @@ def stitch_and_answer(
     stitched: nn.Module = copy.deepcopy(model, memo).eval()
     for (owner, attribute), value in integers.items():
         setattr(stitched.get_submodule(owner), attribute, value)
-    if not (changed and reestimate):
-        return stitched, None
-    return stitched, reestimate_batchnorm(stitched, database.statistics.batches)
+    if changed and reestimate:
+        reestimate_batchnorm(stitched, database.statistics.batches)
+    return stitched
 
 
 def reestimate_batchnorm(model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> Tensor | None:
     """Replace the running statistics of every BatchNorm by those of ``batches``, in place.
 
     Everything else stays in evaluation mode. A single batch small enough is run at once: each BatchNorm then sees what
-    the re-estimated ones before it make, and the logits [N, classes] are returned. Several batches are averaged (None).
+    the re-estimated ones before it make, and the logits [N, classes] are returned: the model's own on this data (but for N
+    against N - 1 in the variances). Several batches are averaged (None).
     """
     from autocomp.accuracy.calibrate import logits_of
 
