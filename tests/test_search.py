@@ -1,4 +1,4 @@
-"""The main job end to end on real parts: a search of a tiny task, its run folder, and everything that may go wrong on the way."""
+"""The main job end to end on real parts: a search of a tiny task, its run folder, and what may go wrong on the way."""
 
 from __future__ import annotations
 
@@ -6,13 +6,7 @@ import copy
 import json
 import os
 import shutil
-import signal
-import sqlite3
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +15,7 @@ import pandas as pd
 import pytest
 import tiny_task
 import torch
-import yaml
+from studies import told
 from torch import nn
 
 import autocomp
@@ -31,40 +25,16 @@ from autocomp.cli import main
 from autocomp.compress.quantize import QuantConv2d
 from autocomp.config import read_settings
 from autocomp.devices import local
-from autocomp.errors import InfeasibleError, UsageError
+from autocomp.errors import InfeasibleError
 from autocomp.export import MANIFEST
 from autocomp.hardware import load_profile
 from autocomp.kernels.store import KernelStore
-from autocomp.kernels.tune import Tuner
 from autocomp.onnx_export import onnx_session, run_session
-from autocomp.report.data import FrontPoint
 from autocomp.verify import relative_error
 
 TRIALS, MEASURE = 12, 2
 TASK = "tiny_task:task"
-TESTS = Path(__file__).parent
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_tuning() -> Iterator[None]:
-    """One tile a kernel: what is tested here does not depend on how fast a kernel is."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(Tuner.__init__.__kwdefaults__, "budget", 1)
-        yield
-
-
-@pytest.fixture(scope="module")
-def spaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """``wide`` has two widths, ``full`` keeps all channels, so that a run has but two baselines.
-
-    The head stays fp32: with four outputs from a few inputs, one activation rounded the other way is a percent of them.
-    """
-    folder = tmp_path_factory.mktemp("spaces")
-    for name, keep in (("wide", [1.0, 0.5]), ("full", [1.0])):
-        rule = {"layers": "*", "keep": keep, "ranks": [0.25], "precisions": ["fp32", "w8a8"]}
-        rules = {"format_version": 1, "rules": [rule, {"layers": "head", "precisions": ["fp32"]}]}
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(rules))
-    return {name: str(folder / f"{name}.yaml") for name in ("wide", "full")}
+pytestmark = pytest.mark.usefixtures("short_tuning")
 
 
 @dataclass(frozen=True)
@@ -97,23 +67,6 @@ def another(finished: Finished, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished.folder, tmp_path / "another"))
 
 
-@pytest.fixture
-def without_exports(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the files of front points, half of the time of a run, where a test is about what goes before."""
-    monkeypatch.setattr(finish, "_point", lambda _pipeline, evaluation: FrontPoint(evaluation))
-
-
-@pytest.fixture
-def small(spaces: dict[str, str], tmp_path: Path) -> Callable[..., SearchResult]:
-    """Run a search of the ``full`` space with the fewest steps that have every stage."""
-
-    def run(task: autocomp.Task | str = TASK, **options: Any) -> SearchResult:
-        settings = {"trials": 4, "measure": 1, "out": tmp_path / "run", "space": spaces["full"], "references": False}
-        return autocomp.search(task=task, **settings | options)
-
-    return run
-
-
 def _mark_finish(patch: pytest.MonkeyPatch) -> None:
     real = finish.finish
 
@@ -122,21 +75,6 @@ def _mark_finish(patch: pytest.MonkeyPatch) -> None:
         return real(run)
 
     patch.setattr(finish, "finish", marked)
-
-
-def told(folder: Path) -> dict[int, dict[str, Any]]:
-    """Evaluations of a run's study as they were told, by trial, read from its file while it may be in use."""
-    if not (folder / "study.db").exists():
-        return {}
-    query = (
-        """select number, value_json from trials join trial_user_attributes using (trial_id) where key = 'evaluation'"""
-    )
-    try:
-        with closing(sqlite3.connect(f"file:{folder / 'study.db'}?mode=ro", uri=True, timeout=10)) as connection:
-            rows = connection.execute(query).fetchall()
-    except sqlite3.OperationalError:  # the tables are being made
-        return {}
-    return {number: json.loads(text) for number, text in rows}
 
 
 # --- a run that ends well ---------------------------------------------------------------------------------------------
@@ -378,90 +316,6 @@ def test_damaged_files_are_rebuilt_and_said_so(
     assert len(damaged.read_bytes()) == len(sound)
 
 
-# --- kills, interruptions, two at once --------------------------------------------------------------------------------
-
-
-def _take_sigint() -> None:
-    """A shell lets processes in the background ignore SIGINT, and their children after them."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-@pytest.fixture
-def process(spaces: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Start ``autocomp search`` in a process of its own and wait until it has told some trials."""
-    running: list[subprocess.Popen[str]] = []
-
-    def start(trials: int, at_least: int, **environment: str) -> tuple[subprocess.Popen[str], Path]:
-        out = tmp_path / "run"
-        command = [sys.executable, "-m", "autocomp.cli", "search", TASK, "--space", spaces["full"], "--out", str(out)]
-        child = subprocess.Popen(
-            [*command, "--trials", str(trials), "--measure", "2"],
-            cwd=TESTS,
-            env={**os.environ, "PYTHONPATH": str(TESTS.parent), "AUTOCOMP_REFERENCES": "no", **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=_take_sigint,
-        )
-        running.append(child)
-        end = time.monotonic() + 120
-        while len(told(out)) < at_least:
-            assert child.poll() is None, child.communicate()
-            assert time.monotonic() < end, "the search told nothing in two minutes"
-            time.sleep(0.005)
-        return child, out
-
-    yield start
-    for child in running:
-        child.kill()
-        child.communicate()
-
-
-@pytest.mark.usefixtures("without_exports")
-def test_kill_and_resume_lose_and_double_nothing(
-    process: Callable[..., Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    trials = 12
-    child, out = process(trials, at_least=4, TINY_SLEEP="0.3")  # slow metrics: the kill meets a search still at work
-    config = (out / "config.yaml").read_text()
-    assert main(["search", TASK, "--out", str(out)]) == 2
-    assert "holds a run already" in capsys.readouterr().err
-    assert main(["search", "--resume", "--out", str(out), "--trials", "99"]) == 2
-    assert f"another search is running in {out}" in capsys.readouterr().err
-    assert (out / "config.yaml").read_text() == config, "the refused search left the running one's settings alone"
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    before = told(out)
-    assert 4 <= len(before) < trials, "killed in mid-search"
-    assert not (out / "front.json").exists()
-    assert main(["search", "--resume", "--out", str(out)]) == 0
-    after = told(out)
-    assert len(after) == trials
-    assert {number: after[number] for number in before} == before
-    candidates = [json.dumps(evaluation["candidate"], sort_keys=True) for evaluation in after.values()]
-    assert len(set(candidates)) == trials
-    result = SearchResult(out)
-    assert result.run.summary.told == trials
-    assert len(pd.read_csv(out / "evaluations.csv")) == trials
-
-
-@pytest.mark.usefixtures("without_exports")
-def test_interrupt_is_one_line_and_can_be_resumed(process: Callable[..., Any]) -> None:
-    child, out = process(6, at_least=1, TINY_SLEEP="0.5")
-    child.send_signal(signal.SIGINT)
-    _, said = child.communicate(timeout=60)
-    assert child.returncode == 130
-    assert "Traceback" not in said
-    (line,) = [line for line in said.splitlines() if line.startswith("error:")]
-    assert line == f"error: stopped; every finished trial is kept: continue with --resume --out {out}"
-    before = told(out)
-    assert 1 <= len(before) < 6
-    assert main(["search", "--resume", "--out", str(out)]) == 0
-    after = told(out)
-    assert len(after) == 6
-    assert {number: after[number] for number in before} == before
-
-
 def test_resume_with_other_settings_is_refused(another: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (another / "config.yaml").read_text()
     assert main(["search", TASK, "--resume", "--out", str(another), "--seed", "5", "--space", "prune-only"]) == 2
@@ -469,29 +323,6 @@ def test_resume_with_other_settings_is_refused(another: Path, capsys: pytest.Cap
     assert "seed: 0 -> 5" in said
     assert "-> prune-only" in said
     assert (another / "config.yaml").read_text() == before
-
-
-# --- a full disk ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def little_room(tmp_path: Path) -> Iterator[Path]:
-    """A file system with little more room than a search asks for, where this machine lets us mount one."""
-    folder = tmp_path / "little"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting needs root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def test_disk_that_fills_up_ends_in_one_line(little_room: Path, small: Callable[..., SearchResult]) -> None:
-    with pytest.raises(UsageError, match="disk is full"):
-        small(out=little_room / "run", trials=2)
-    assert not (little_room / "run/report.html").exists()
 
 
 def test_study_that_cannot_grow_keeps_what_was_told(another: Path, capsys: pytest.CaptureFixture[str]) -> None:
