@@ -15,10 +15,7 @@ from autocomp.accuracy.calibrate import collect_from
 from autocomp.attention import Attention, kept_because, unpacked
 from autocomp.compress.apply import stitch
 from autocomp.compress.database import LayerDatabase
-from autocomp.devices.local import LocalDevice
 from autocomp.graph import analyse
-from autocomp.hardware import load_profile
-from autocomp.kernels.store import KernelStore
 from autocomp.space import build_space
 from autocomp.task import Task
 
@@ -246,6 +243,11 @@ def test_weights_that_nobody_reads_keep_no_head():
     assert "summed up at mean" in held["attention.q_proj"].reason
 
 
+def test_weights_that_are_read_compile_too(device):
+    x = torch.randn(1, LENGTH, WIDTH)
+    device.compile(task_of(settle(Reading(True)), x).model, [(x,)])  # compares with torch
+
+
 def test_a_layer_that_nobody_reads_still_follows_its_input():
     """It runs, in torch: without its columns the narrowed model would fail."""
 
@@ -266,15 +268,12 @@ def test_a_layer_that_nobody_reads_still_follows_its_input():
 
 @pytest.mark.slow  # kernels of four models are tuned and compiled
 @pytest.mark.parametrize("name", ["encoder", "causal", "padded", "vision"])
-def test_candidates_without_some_heads_compile_to_what_torch_computes(name, tmp_path):
+def test_candidates_without_some_heads_compile_to_what_torch_computes(name, tmp_path, device):
     model, given = made(name)
     inputs = tuple(tensor[:1] for tensor in given)
     model = task_of(model, *inputs).model
-    profile = load_profile("x86-host")
-    device = LocalDevice(profile, KernelStore.open(profile, tmp_path / "store"))
-    device.tuner.budget = 1
     graph = analyse(model, inputs)
-    space = build_space(graph, EVERYTHING, profile)
+    space = build_space(graph, EVERYTHING, device.profile)
     batch = (torch.randn(16, *given[0].shape[1:]), *(tensor[:1].expand(16, -1) for tensor in given[1:]))
     database = LayerDatabase(tmp_path / "layers", model, graph, space, collect_from(model, [batch], graph, 16))
     projection = {"vision": "blocks.0.self_attention.q_proj"}.get(name, "encoder.layers.0.self_attn.q_proj")
