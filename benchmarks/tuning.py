@@ -12,7 +12,7 @@ import argparse
 import contextlib
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from autocomp.compiler.build import CompiledModel, build
 from autocomp.devices.timing import interleaved, quiet_core
 from autocomp.hardware import Profile, load_profile
 from autocomp.kernels import timers, tune
-from autocomp.kernels.isolated import attempt_each
+from autocomp.kernels.isolated import attempt_alone
 from autocomp.kernels.store import KernelStore
 from autocomp.records import KernelTime
 
@@ -38,19 +38,23 @@ Inputs = tuple[Tensor, ...]
 
 
 class RecordingTuner(tune.Tuner):
-    """A tuner that keeps the seconds each new kernel took to tune, and the functions it saw."""
+    """A tuner that keeps the seconds that tuning took, and the functions it saw; ``apart``, it tunes one kernel after the other."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, *arguments: Any, apart: bool = False, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.seconds: list[float] = []
+        self.apart = apart
+        self.seconds: list[float] = []  # of every kernel that was new; not apart, of all that were asked for together
         self.functions: dict[str, Any] = {}
 
-    def tune(self, function: Any) -> tune.Tuned:
-        start = time.perf_counter()
-        tuned = super().tune(function)
-        if tuned.trials:
-            self.seconds.append(time.perf_counter() - start)
-        self.functions[tuned.record.key] = function
+    def tune_all(self, functions: Sequence[Any]) -> list[tune.Tuned]:
+        tuned: list[tune.Tuned] = []
+        for part in [[function] for function in functions] if self.apart else [functions]:
+            start = time.perf_counter()
+            new = super().tune_all(part)
+            if any(one.trials for one in new):
+                self.seconds.append(time.perf_counter() - start)
+            tuned += new
+        self.functions |= {one.record.key: function for one, function in zip(tuned, functions, strict=True)}
         return tuned
 
 
@@ -81,6 +85,7 @@ def measure(name: str, precision: str, profile: Profile, repeats: int, metasched
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         usual, tuner, seconds = _build(model, inputs, profile, folder / "usual")
+        _, apart, _ = _build(model, inputs, profile, folder / "apart", apart=True)
         _, again, again_seconds = _build(model, inputs, profile, folder / "usual")
         with _to_the_end():
             wide, wide_tuner, _ = _build(model, inputs, profile, folder / "wide", budget=tuner.budget * WIDE)
@@ -94,11 +99,14 @@ def measure(name: str, precision: str, profile: Profile, repeats: int, metasched
             work = partial(
                 _metaschedule, function=tuner.functions[kernel.key], target=tuner.target, folder=folder / kernel.key
             )
-            _, found, failure = next(attempt_each([kernel], work, timeout=3600))  # a crash of the search is not ours
+            alone = attempt_alone(
+                [kernel], lambda kernel: kernel, lambda kernel, _, work=work: work(kernel), timeout=3600
+            )
+            ((found, failure),) = alone  # a crash of the search is not ours
             compared.append(found or {"operator": kernel.operator, "failure": failure})
     return {
-        "model": name, "precision": precision, "kernels": len(tuner.seconds), "trials": tuner.trials,
-        "tuning_seconds": sum(tuner.seconds), "slowest_kernel_seconds": max(tuner.seconds), "build_seconds": seconds,
+        "model": name, "precision": precision, "kernels": len(apart.seconds), "trials": tuner.trials,
+        "tuning_seconds": sum(tuner.seconds), "slowest_kernel_seconds": max(apart.seconds), "build_seconds": seconds,
         "trials_again": again.trials, "build_again_seconds": again_seconds,
         "wide_trials": wide_tuner.trials, "wide_tuning_seconds": sum(wide_tuner.seconds), "samples": samples,
         "ratio_to_wide": ratio(samples["usual"], samples["wide"]),

@@ -1,42 +1,62 @@
-"""Work in a forked child: results come back, crashes and hangs cost one item each."""
+"""Work in forked children: results come back, crashes and hangs cost one item each, and what is measured is alone."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import time
+from itertools import pairwise
 
-from autocomp.kernels.isolated import attempt_each
+import pytest
+
+from autocomp.kernels.isolated import attempt_alone
 
 
-def test_results_errors_crashes_and_hangs_are_one_item_each() -> None:
-    def work(item: str) -> str:
-        if item == "raise":
-            raise ValueError("first line\nthe reason")
-        if item == "crash":
-            ctypes.string_at(0)
-        if item == "exit":
-            os._exit(3)
-        if item == "hang":
-            time.sleep(60)
-        return item.upper()
+def misbehave(item: str) -> str:
+    if item == "raise":
+        raise ValueError("first line\nthe reason")
+    if item == "crash":
+        ctypes.string_at(0)
+    if item == "exit":
+        os._exit(3)
+    if item == "hang":
+        time.sleep(60)
+    return item.upper()
 
-    found = list(attempt_each(["a", "raise", "crash", "b", "exit", "hang", "c"], work, timeout=1.0))
-    assert [item for item, _, _ in found] == ["a", "raise", "crash", "b", "exit", "hang", "c"]
-    assert [result for _, result, _ in found] == ["A", None, None, "B", None, None, "C"]
-    assert [failure for _, _, failure in found] == [
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("where", ["prepare", "measure"])
+def test_results_errors_crashes_and_hangs_are_one_item_each(where: str, workers: int) -> None:
+    items = ["a", "raise", "crash", "b", "exit", "hang", "c"]
+    if where == "prepare":
+        found = attempt_alone(items, misbehave, lambda _, prepared: prepared, workers, timeout=1.0)
+    else:
+        found = attempt_alone(items, lambda item: item, lambda item, _: misbehave(item), workers, timeout=1.0)
+    assert [result for result, _ in found] == ["A", None, None, "B", None, None, "C"]
+    assert [failure for _, failure in found] == [
         "", "the reason", "it crashed with SIGSEGV", "", "its process ended with exit code 3", "it did not answer in time", "",
     ]  # fmt: skip
 
 
-def test_closing_early_ends_the_child() -> None:
-    answers = attempt_each([1, 2, 3], lambda item: (os.getpid(), item))
-    _, (child, _), _ = next(answers)
-    assert child != os.getpid()
-    answers.close()
-    try:
+def test_all_is_prepared_side_by_side_before_anything_is_measured_alone() -> None:
+    def prepare(_: int) -> tuple[int, float]:
+        time.sleep(0.05)
+        return os.getpid(), time.monotonic()
+
+    def measure(_: int, prepared: tuple[int, float]) -> tuple[int, float, float, float]:
+        begun = time.monotonic()
+        time.sleep(0.02)
+        return *prepared, begun, time.monotonic()
+
+    found = [result for result, _ in attempt_alone(range(4), prepare, measure, 2)]
+    assert len({child for child, *_ in found}) == 2
+    assert os.getpid() not in {child for child, *_ in found}
+    assert max(prepared for _, prepared, _, _ in found) <= min(begun for _, _, begun, _ in found)
+    spans = sorted((begun, ended) for _, _, begun, ended in found)
+    assert all(before[1] <= after[0] for before, after in pairwise(spans))
+
+
+def test_the_children_have_ended() -> None:
+    ((child, _),) = attempt_alone([0], lambda _: None, lambda *_: os.getpid())
+    with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
-        alive = True
-    except ProcessLookupError:
-        alive = False
-    assert not alive

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from autocomp.devices.rpc import RemoteModel, RpcDevice, RpcTimer, _describe, _T
 from autocomp.errors import AutocompError, BoardError, MismatchError, UsageError
 from autocomp.hardware import Profile, Rpc, load_profile
 from autocomp.kernels.store import KernelStore
-from autocomp.kernels.timers import Timer
+from autocomp.kernels.timers import Job, Timer
 from autocomp.kernels.tune import Tuner
 from autocomp.kernels.workers import attempt_shared
 
@@ -82,8 +83,11 @@ def calling(name: str, *arguments: Any) -> Any:
 
 
 def time_each(timer: Timer, functions: list[Any]) -> list[tuple[float | None, str]]:
-    answers = timer.attempt(functions[0], functions, lambda function: function)
-    return [(seconds, failure) for _, seconds, failure in answers]
+    return timer.attempt([Job(function, partial(as_it_is, function)) for function in functions])
+
+
+def as_it_is(function: Any) -> Any:
+    return function
 
 
 def test_a_module_is_checked_and_timed_on_the_board(servers: Servers, device: RpcDevice) -> None:
@@ -117,18 +121,13 @@ def test_boards_work_side_by_side(profile: Profile) -> None:
         meeting.wait(20)
         return session.address
 
-    answers = list(attempt_shared([0, 1], job, 2, 40))
-    assert [failure for *_, failure in answers] == ["", ""]
-    assert len({address for _, address, _ in answers}) == 2
+    answers = attempt_shared([0, 1], job, 2, 40)
+    assert [failure for _, failure in answers] == ["", ""]
+    assert len({address for address, _ in answers}) == 2
 
 
-def test_the_caller_may_have_seen_enough(profile: Profile) -> None:
-    timer = RpcTimer(profile, LIMITS)
-    functions = [calling("getpid")] * 6
-    answers = timer.attempt(functions[0], functions, lambda function: function)
-    assert next(answers)[1] is not None
-    answers.close()
-    assert all(seconds for seconds, _ in time_each(timer, functions[:2]))
+def test_more_kernels_than_boards(profile: Profile) -> None:
+    assert all(seconds for seconds, _ in time_each(RpcTimer(profile, LIMITS), [calling("getpid")] * 5))
 
 
 def test_no_tracker() -> None:
@@ -164,15 +163,15 @@ def test_no_board_stated() -> None:
 
 
 def test_what_does_not_build_fails_alone(profile: Profile) -> None:
-    def build(item: int) -> Any:
-        if item == 1:
-            raise ValueError("no such tile")
-        return calling("getpid")
+    def refused() -> Any:
+        raise ValueError("no such tile")
 
-    answers = list(RpcTimer(profile, LIMITS).attempt(calling("getpid"), [0, 1, 2], build))
-    assert [failure for *_, failure in answers] == ["", "no such tile", ""]
-    assert answers[0][1] is not None
-    assert answers[2][1] is not None
+    function = calling("getpid")
+    good, bad = Job(function, partial(as_it_is, function)), Job(function, refused)
+    answers = RpcTimer(profile, LIMITS).attempt([good, bad, good])
+    assert [failure for _, failure in answers] == ["", "no such tile", ""]
+    assert answers[0][0] is not None
+    assert answers[2][0] is not None
 
 
 def test_a_kernel_that_hangs(servers: Servers, frail: Profile) -> None:

@@ -130,23 +130,20 @@ def schedule(
     program = export_program(decoded(fold_batchnorm(model), profile.precisions).eval(), example_inputs)
     mod = lower(to_channels_last(import_program(program, profile)), profile, tuner.target)
     calls = _kernel_calls(mod)
-    scheduled, records = {}, {}
-    for name, function in mod.functions.items():
-        if isinstance(function, tvm.tirx.PrimFunc):
-            tuned = tuner.tune(function)
-            scheduled[name] = tuned.function
-            records[name.name_hint] = tuned.record
-        else:
-            scheduled[name] = function
+    scheduled, records = dict(mod.functions.items()), {}
+    kernels = [name for name, function in scheduled.items() if isinstance(function, tvm.tirx.PrimFunc)]
+    for name, tuned in zip(kernels, tuner.tune_all([scheduled[name] for name in kernels]), strict=True):
+        scheduled[name] = tuned.function
+        records[name.name_hint] = tuned.record
     mod = tvm.IRModule(scheduled, attrs=mod.attrs, global_infos=mod.global_infos)
-    kernels = [
+    times = [
         KernelTime(
             name, records[name].key, records[name].operator, records[name].seconds, records[name].flops,
             tuner.timer.how, _peak_fraction(records[name], tuner),
         )
         for name in calls if name in records
     ]  # fmt: skip
-    return Scheduled(mod, tuple(kernels))
+    return Scheduled(mod, tuple(times))
 
 
 def build(

@@ -19,6 +19,7 @@ from typing import Any
 
 from autocomp.errors import AutocompError, BoardError, UsageError, suggest
 from autocomp.hardware import Rpc
+from autocomp.kernels.isolated import last_line
 
 _ANSWER = 5.0  # seconds in which a tracker answers anything but a request for a board
 _RESTART = 8.0  # seconds in which a server that a kernel has crashed comes back (a loop starts it again)
@@ -148,12 +149,6 @@ class Session:
             data = bytes(self.remote.download(path))
             return data.rstrip(b"\0").decode(errors="replace").strip()
         return ""
-
-
-def last_line(error: Exception) -> str:
-    """The line of an error that says what was wrong; TVM's are preceded by pages of trace."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
 
 
 def temporary_library(executable: Any, target: Any) -> bytes:

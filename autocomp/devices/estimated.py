@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from autocomp.devices.local import check_compiled
 from autocomp.errors import UsageError
 from autocomp.hardware import Profile
 from autocomp.kernels.store import KernelStore
-from autocomp.kernels.timers import signature
+from autocomp.kernels.timers import Job, signature
 from autocomp.kernels.tune import Tuner
 from autocomp.kernels.workers import attempt_shared
 from autocomp.records import How, Latency
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     import torch
 
     from autocomp.compiler.build import Scheduled
-
-T = TypeVar("T")
 
 _WORKERS = 2  # estimates do not disturb each other as measurements would
 _TIMEOUT = 60.0
@@ -49,17 +47,13 @@ class EstimateTimer:
         self.core = core_of(profile)
         self.target = Target(dict(profile.target))
 
-    def attempt(
-        self, function: Any, items: Sequence[T], build: Callable[[T], Any]
-    ) -> Generator[tuple[T, float | None, str]]:
+    def attempt(self, jobs: Sequence[Job]) -> list[tuple[float | None, str]]:
         from autocomp.estimate import compile_object, estimate_kernel
 
-        tensors = signature(function)
+        def estimate(job: Job) -> float:
+            return estimate_kernel(compile_object(job.build(), self.target), signature(job.function), self.core).seconds
 
-        def estimate(item: T) -> float:
-            return estimate_kernel(compile_object(build(item), self.target), tensors, self.core).seconds
-
-        return attempt_shared(items, estimate, min(_WORKERS, len(items)), _TIMEOUT)
+        return attempt_shared(jobs, estimate, min(_WORKERS, len(jobs)), _TIMEOUT)
 
 
 class EstimatedModel:

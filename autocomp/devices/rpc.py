@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from autocomp.devices.boards import Limits, Session, boards_of, last_line, temporary_library
+from autocomp.devices.boards import Limits, Session, boards_of, temporary_library
 from autocomp.devices.device import Compiled, latency_model, quieter
 from autocomp.devices.features import fit_to_board, read_board
 from autocomp.devices.local import check_compiled
 from autocomp.devices.timing import median_and_spread
 from autocomp.errors import BoardError, UsageError
 from autocomp.hardware import Profile, Rpc
+from autocomp.kernels.isolated import last_line
 from autocomp.kernels.store import KernelStore
-from autocomp.kernels.timers import random_arrays
+from autocomp.kernels.timers import Job, compile_function, random_arrays
 from autocomp.kernels.tune import Tuner
 from autocomp.kernels.workers import attempt_shared
 from autocomp.records import How, KernelTime, Latency
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-T = TypeVar("T")
 R = TypeVar("R")
 
 _LIVES = 2  # a session lasts so many time limits and is used for one: the job that starts last still ends in time
@@ -44,15 +44,13 @@ class RpcTimer:
         self.rpc = rpc_of(profile)
         self.limits = limits or Limits()
 
-    def attempt(
-        self, function: Any, items: Sequence[T], build: Callable[[T], Any]
-    ) -> Generator[tuple[T, float | None, str]]:
+    def attempt(self, jobs: Sequence[Job]) -> list[tuple[float | None, str]]:
         try:
             boards = len(boards_of(self.rpc))
         except UsageError:
             boards = 1  # which waits for one to come back, and reports the failure as a trial's
-        trial = _Trial(self.profile, self.limits, random_arrays(function, _LARGE), build)
-        return attempt_shared(items, trial, min(boards, len(items)), self._patience())
+        trial = _Trial(self.profile, self.limits)
+        return attempt_shared(jobs, trial, min(boards, len(jobs)), self._patience())
 
     def _patience(self) -> float:
         return self.limits.trial + self.limits.wait
@@ -82,39 +80,28 @@ class _Lent:
 class _Trial:
     """Build, upload and time one schedule after another; lives in a child process."""
 
-    def __init__(
-        self, profile: Profile, limits: Limits, arrays: Sequence[np.ndarray], build: Callable[[Any], Any]
-    ) -> None:
-        self.profile, self.arrays, self.build = profile, arrays, build
+    def __init__(self, profile: Profile, limits: Limits) -> None:
+        self.profile = profile
         self.lent = _Lent(rpc_of(profile), limits.trial, limits.wait, profile.cores)
-        self.kept: tuple[Session, list[Any]] | None = None
 
-    def __call__(self, item: Any) -> float:
-        import tvm
+    def __call__(self, job: Job) -> float:
         from tvm.target import Target
 
-        function = self.build(item).with_attr("global_symbol", "main")
-        executable = tvm.compile(tvm.IRModule({"main": function}), Target(dict(self.profile.target)))
+        executable = compile_function(job.build(), Target(dict(self.profile.target)))
         library = temporary_library(executable, self.profile.target)
-        return self.lent.use(lambda session: self._time(session, library))
+        return self.lent.use(lambda session: self._time(session, library, random_arrays(job.function, _LARGE)))
 
-    def _time(self, session: Session, library: bytes) -> float:
-        arguments = self._arguments(session)
+    def _time(self, session: Session, library: bytes, arrays: Sequence[np.ndarray]) -> float:
+        arguments = [
+            session.random_array(array.shape, str(array.dtype))
+            if array.nbytes > _LARGE and array.dtype.kind == "f"
+            else session.array(array)
+            for array in arrays
+        ]
         module = session.load(library)
         once = module.time_evaluator("main", session.device, number=1, repeat=2)(*arguments).results[-1]
         number = int(min(max(_SECONDS / max(once, 1e-8), 1), 10_000))
         return float(min(module.time_evaluator("main", session.device, number=number, repeat=3)(*arguments).results))
-
-    def _arguments(self, session: Session) -> list[Any]:
-        if self.kept is None or self.kept[0] is not session:
-            arrays = [
-                session.random_array(array.shape, str(array.dtype))
-                if array.nbytes > _LARGE and array.dtype.kind == "f"
-                else session.array(array)
-                for array in self.arrays
-            ]
-            self.kept = (session, arrays)
-        return self.kept[1]
 
 
 @dataclass(frozen=True)
@@ -252,11 +239,7 @@ def board_of(profile: Profile, limits: Limits | None = None) -> RpcDevice | None
 def on_a_board(rpc: Rpc, job: Callable[[Session], R], limits: Limits, threads: int = 1) -> R:
     """Run a job on a free board, in a child process with a time limit; another try if that board is lost. BoardError."""
     lent = _Lent(rpc, limits.module, limits.wait, threads)
-    answers = attempt_shared([job], lent.use, 1, limits.module + limits.wait)
-    try:
-        _, result, failure = next(answers)
-    finally:
-        answers.close()
+    ((result, failure),) = attempt_shared([job], lent.use, 1, limits.module + limits.wait)
     if failure:
         raise BoardError(failure)
     return result

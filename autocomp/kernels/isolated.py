@@ -9,61 +9,131 @@ import select
 import signal
 import struct
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+P = TypeVar("P")
 
 _HEADER = struct.Struct("<Q")
+_INDEX = struct.Struct("<q")
 _PART = 1 << 20  # bytes read at a time
 
 
-def attempt_each(items: Sequence[T], work: Callable[[T], Any], timeout: float = 60.0) -> Generator[tuple[T, Any, str]]:
-    """Yield ``(item, result, failure)`` for ``work(item)`` on each item, run in a child process; closing the iterator ends it.
+def attempt_alone(
+    items: Sequence[T],
+    prepare: Callable[[T], P],
+    measure: Callable[[T, P], Any],
+    workers: int = 1,
+    timeout: float = 60.0,
+) -> list[tuple[Any, str]]:
+    """Return ``(result, failure)`` of each item: ``measure(item, prepare(item))``, in forked children.
 
-    An exception becomes its last line in ``failure``; a crash or a silence of ``timeout`` seconds becomes a failure of that item, and
-    a new child goes on with the rest.
+    All that is prepared is prepared first, by so many children at once; then one item after the other is measured, with nothing else
+    at work. An exception becomes its last line in ``failure``; a crash or a silence of ``timeout`` seconds becomes a failure of that item,
+    and new children do what the lost one had left.
     """
-    position = 0
-    while position < len(items):
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(reader)
-            _serve(items[position:], work, writer)
-        os.close(writer)
-        cause = ""
+    results: dict[int, tuple[Any, str]] = {}
+    while left := [index for index in range(len(items)) if index not in results]:
+        shares = [left[k::workers] for k in range(min(workers, len(left)))]
+        children: list[_Child] = []
         try:
-            while position < len(items):
-                message = receive(reader, timeout)
-                if message is None:
-                    break
-                yield (items[position], *message)
-                position += 1
-        except GeneratorExit:  # the caller has seen enough
-            os.kill(child, signal.SIGKILL)
-            raise
+            children += (_start(items, share, prepare, measure) for share in shares)
+            ready = {index: child for child in children for index in _prepared(child, results, timeout)}
+            for index in sorted(ready):
+                child = ready[index]
+                if child.gone:
+                    continue
+                os.write(child.commands, _INDEX.pack(index))
+                answer = receive(child.answers, timeout)
+                results[index] = (None, child.end()) if answer is None else answer
         finally:
-            os.close(reader)
-            cause = end_child(child)
-        if position < len(items):
-            yield items[position], None, cause
-            position += 1
+            for child in children:
+                child.end()
+    return [results[index] for index in range(len(items))]
 
 
-def _serve(items: Sequence[T], work: Callable[[T], Any], writer: int) -> None:
-    """The child: answer for one item after the other, and never return into the parent's code."""
+@dataclass
+class _Child:
+    pid: int
+    share: list[int]
+    commands: int  # where indices to measure are written
+    answers: int
+    gone: bool = False
+
+    def end(self) -> str:
+        """Let it end, or end it; say how it ended."""
+        if self.gone:
+            return ""
+        self.gone = True
+        os.close(self.commands)
+        os.close(self.answers)
+        return end_child(self.pid)
+
+
+def _start(items: Sequence[T], share: list[int], prepare: Callable[[T], P], measure: Callable[[T, P], Any]) -> _Child:
+    commands, parents_commands = os.pipe()
+    parents_answers, answers = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(parents_commands)
+        os.close(parents_answers)
+        _serve(items, share, prepare, measure, commands, answers)
+    os.close(commands)
+    os.close(answers)
+    return _Child(pid, share, parents_commands, parents_answers)
+
+
+def _prepared(child: _Child, results: dict[int, tuple[Any, str]], timeout: float) -> list[int]:
+    """Wait until a child has prepared its share; note what failed, return what can be measured."""
+    ready = []
+    for index in child.share:
+        failure = receive(child.answers, timeout)
+        if failure is None:
+            results[index] = (None, child.end())
+            return []
+        if failure:
+            results[index] = (None, failure)
+        else:
+            ready.append(index)
+    return ready
+
+
+def _serve(
+    items: Sequence[T],
+    share: list[int],
+    prepare: Callable[[T], P],
+    measure: Callable[[T, P], Any],
+    commands: int,
+    answers: int,
+) -> None:
+    """The child: prepare its share, then measure what it is told to, and never return into the parent's code."""
     faulthandler.disable()  # a crash here is data, not news
     try:
-        for item in items:
+        prepared: dict[int, P] = {}
+        for index in share:
+            failure = ""
             try:
-                answer: tuple[Any, str] = (work(item), "")
+                prepared[index] = prepare(items[index])
             except Exception as error:
-                lines = str(error).strip().splitlines()
-                answer = (None, lines[-1] if lines else type(error).__name__)
-            send(writer, pickle.dumps(answer))
+                failure = last_line(error)
+            send(answers, pickle.dumps(failure))
+        while len(data := os.read(commands, _INDEX.size)) == _INDEX.size:
+            (index,) = _INDEX.unpack(data)
+            try:
+                answer: tuple[Any, str] = (measure(items[index], prepared.pop(index)), "")
+            except Exception as error:
+                answer = (None, last_line(error))
+            send(answers, pickle.dumps(answer))
     finally:
         os._exit(0)
+
+
+def last_line(error: Exception) -> str:
+    """The line of an error that says what was wrong; TVM's are preceded by pages of trace."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
 
 
 def send(writer: int, data: bytes) -> None:

@@ -129,7 +129,7 @@ def measure_bandwidth(profile: Profile, store: KernelStore, timer: Timer | None 
         import tvm
         from tvm.target import Target
 
-        from autocomp.kernels.timers import time_function
+        from autocomp.kernels.timers import Job, time_function
 
         blocks, width = 64 * profile.cores, _ACCUMULATORS * profile.lanes
         wanted = max(4 * profile.caches.get("l3", 0), 64 << 20)
@@ -137,9 +137,7 @@ def measure_bandwidth(profile: Profile, store: KernelStore, timer: Timer | None 
         depth = max(min(wanted, limit) // (blocks * width * 4), 1)
         stream = _stream(blocks, depth, width, profile)
         if timer is not None:
-            answers = timer.attempt(stream, [stream], lambda function: function)
-            _, timed, failure = next(answers)
-            answers.close()
+            ((timed, failure),) = timer.attempt([Job(stream, lambda: stream)])
             if timed is None:
                 raise AutocompError(f"the memory bandwidth could not be measured: {failure}")
             seconds = timed

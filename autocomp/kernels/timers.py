@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from autocomp.devices.timing import quiet_core
 from autocomp.hardware import Profile
-from autocomp.kernels.isolated import attempt_each
+from autocomp.kernels.isolated import attempt_alone, last_line
+from autocomp.processes import cores
 from autocomp.records import How
 
-T = TypeVar("T")
+
+class Job(NamedTuple):
+    """One trial: ``build`` makes a schedule of ``function``, the unscheduled PrimFunc, whose parameters tell what it is called with."""
+
+    function: Any
+    build: Callable[[], Any]
 
 
 class Timer(Protocol):
-    """Times schedules of one function on one target; ``how`` is what its seconds may be called."""
+    """Times schedules of kernels on one target; ``how`` is what its seconds may be called."""
 
     how: How
 
-    def attempt(
-        self, function: Any, items: Sequence[T], build: Callable[[T], Any]
-    ) -> Generator[tuple[T, float | None, str]]:
-        """Yield (item, seconds, "") for the schedule that ``build`` makes of each item, or (item, None, why it failed).
+    def attempt(self, jobs: Sequence[Job]) -> list[tuple[float | None, str]]:
+        """Return (seconds, "") of each job, or (None, why it failed).
 
-        ``function`` is the unscheduled PrimFunc: its parameters tell what the schedules are called with. A failure of one item, a
-        crash or a hang included, must not touch the others. The caller may stop early by closing the generator.
+        A failure of one job, a crash or a hang included, must not touch the others. What is measured is alone on its device; schedules may
+        be built, and estimated, side by side.
         """
         ...
 
 
 class LocalTimer:
-    """Measures on this machine: in a forked child, so that a crash is one trial lost; several threads in this process."""
+    """Measures on this machine: in forked children, so that a crash is one trial lost; several threads in this process."""
 
     how: How = "measured"
 
@@ -43,33 +47,43 @@ class LocalTimer:
         self.threads = profile.cores
         self.target = Target(dict(profile.target))
 
-    def attempt(
-        self, function: Any, items: Sequence[T], build: Callable[[T], Any]
-    ) -> Generator[tuple[T, float | None, str]]:
-        arguments = random_arguments(function)
+    def attempt(self, jobs: Sequence[Job]) -> list[tuple[float | None, str]]:
+        def compiled(job: Job) -> Any:
+            executable = compile_function(job.build(), self.target)
+            executable.jit()["main"]  # asking for it makes its machine code, here, while others build too
+            return executable
 
-        def measure(item: T) -> float:
-            return time_function(build(item), arguments, self.target, self.threads)
+        def measure(job: Job, executable: Any) -> float:
+            return time_executable(executable, random_arguments(job.function), self.threads)
 
-        # TVM's thread pool does not live through a fork: several threads are timed here
-        return attempt_each(items, measure) if self.threads == 1 else attempt_here(items, measure)
+        if self.threads == 1:
+            return attempt_alone(jobs, compiled, measure, cores())
+        # TVM's thread pool does not live through a fork: several threads are timed here, and a crash is everybody's
+        results: list[tuple[float | None, str]] = []
+        for job in jobs:
+            try:
+                results.append((measure(job, compiled(job)), ""))
+            except Exception as error:
+                results.append((None, last_line(error)))
+        return results
 
 
-def attempt_here(items: Sequence[T], work: Callable[[T], float]) -> Generator[tuple[T, float | None, str]]:
-    """``attempt_each`` in this process: an exception is one item's failure, a crash is everybody's."""
-    for item in items:
-        try:
-            yield item, work(item), ""
-        except Exception as error:
-            lines = str(error).strip().splitlines()
-            yield item, None, lines[-1] if lines else type(error).__name__
+def compile_function(function: Any, target: Any) -> Any:
+    """An executable whose ``main`` is a scheduled function."""
+    import tvm
+
+    return tvm.compile(tvm.IRModule({"main": function.with_attr("global_symbol", "main")}), target)
 
 
 def time_function(function: Any, arguments: list[Any], target: Any, threads: int = 1, *, repeats: int = 3) -> float:
     """Seconds one scheduled function takes alone, on this machine: the best of ``repeats`` means over about 2 ms each."""
+    return time_executable(compile_function(function, target), arguments, threads, repeats=repeats)
+
+
+def time_executable(executable: Any, arguments: list[Any], threads: int = 1, *, repeats: int = 3) -> float:
+    """Do as ``time_function`` does, for what ``compile_function`` made."""
     import tvm
 
-    executable = tvm.compile(tvm.IRModule({"main": function.with_attr("global_symbol", "main")}), target)
     device = tvm.cpu()
     with quiet_core(threads):
         executable(*arguments)
@@ -94,12 +108,13 @@ def random_arrays(function: Any, largest: int | None = None) -> list[np.ndarray]
     Float arrays of more than ``largest`` bytes are zeros that take no memory, for a caller that fills its own.
     """
     rng = np.random.default_rng(0)
+    normal = 0.1 * rng.standard_normal(1 << 16)  # repeated: drawing millions of them takes longer than timing a kernel
     arrays = []
     for dtype, shape in signature(function):
         if largest is not None and dtype.startswith("float") and math.prod(shape) * np.dtype(dtype).itemsize > largest:
             array = np.broadcast_to(np.zeros((), dtype), shape)
         elif dtype.startswith("float"):
-            array = np.asarray(0.1 * rng.standard_normal(shape), dtype)
+            array = np.resize(normal.astype(dtype), shape)
         elif dtype in ("int8", "uint8", "int16"):
             array = np.asarray(rng.integers(0, 4, shape), dtype)
         else:  # may be an index into another argument: zero is always inside

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from autocomp.hardware import Profile
 from autocomp.kernels import compute, half, packing, templates
 from autocomp.kernels.intrinsics import dot_product
 from autocomp.kernels.store import KernelRecord, KernelStore
-from autocomp.kernels.timers import LocalTimer, Timer
+from autocomp.kernels.timers import Job, LocalTimer, Timer
 
 _GOOD_ENOUGH = 0.92  # of the measured peak: what is left is within the noise of a short measurement
 _PATIENCE = 2  # trials without a gain of 1 % before giving up
@@ -25,6 +27,25 @@ class Tuned:
     function: Any
     record: KernelRecord
     trials: int  # made now; 0 for a hit in the store
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    function: Any
+    anchor: templates.Anchor
+    key: str
+
+    @property
+    def loops(self) -> tuple[Any, ...] | None:
+        """What the tile depends on; None where that is not known."""
+        return (self.anchor.template, self.anchor.spatial, self.anchor.reduction) if self.anchor.spatial else None
+
+
+@dataclass(frozen=True)
+class _Found:
+    seconds: float
+    tile: templates.Tile
+    trials: int
 
 
 class Tuner:
@@ -43,22 +64,58 @@ class Tuner:
 
     def tune(self, function: Any) -> Tuned:
         """Return the function scheduled with its best tile, from the store or by measuring. AutocompError if none builds."""
+        return self.tune_all([function])[0]
+
+    def tune_all(self, functions: Sequence[Any]) -> list[Tuned]:
+        """Do as ``tune`` does for all kernels of a module: their trials are built side by side, and timed one after the other.
+
+        AutocompError if a kernel has no schedule that builds; what was found for the others is kept.
+        """
+        kernels = [self._kernel(function) for function in functions]
+        missing = {kernel.key: kernel for kernel in kernels if self.store.get(kernel.key) is None}
+        first: dict[Any, str] = {}  # of the kernels with the same loops; the others take over its tile
+        for kernel in missing.values():
+            first.setdefault(kernel.loops or kernel.key, kernel.key)
+        leaders = set(first.values())
+        new: dict[str, int] = {}
+        for wave in (leaders, missing.keys() - leaders):
+            new |= self._race([kernel for key, kernel in missing.items() if key in wave])
+        return [self._tuned(kernel, new.pop(kernel.key, 0)) for kernel in kernels]
+
+    def _kernel(self, function: Any) -> _Kernel:
         from tvm_ffi import structural_hash
 
         anchor = templates.describe(function)
         key = f"{anchor.template}-{structural_hash(function) & (2**64 - 1):016x}-v{templates.VERSION}"
-        record = self.store.get(key)
-        if record is not None:
-            tile = templates.Tile(**record.tile)
-            return Tuned(templates.apply(function, tile, anchor, self.profile), record, 0)
-        best, trials = self._measure_tiles(function, anchor, self._tiles(anchor))
-        record = KernelRecord(
-            key, anchor.template, best[1].to_json(), best[0], anchor.flops, trials, anchor.spatial, anchor.reduction
-        )
-        self.store.add(record)
-        self.trials += trials
-        self.tuned += 1
-        return Tuned(templates.apply(function, best[1], anchor, self.profile), record, trials)
+        return _Kernel(function, anchor, key)
+
+    def _tuned(self, kernel: _Kernel, trials: int) -> Tuned:
+        record = self.store.get(kernel.key)
+        assert record is not None
+        tile = templates.Tile(**record.tile)
+        return Tuned(templates.apply(kernel.function, tile, kernel.anchor, self.profile), record, trials)
+
+    def _race(self, kernels: Sequence[_Kernel]) -> dict[str, int]:
+        """Find the best tiles of kernels that are in the store afterwards; their trials by key."""
+        failures = []
+        trials = {}
+        for kernel, found in zip(kernels, self._search(kernels), strict=True):
+            if isinstance(found, AutocompError):
+                failures.append(found)
+                continue
+            anchor = kernel.anchor
+            self.store.add(
+                KernelRecord(
+                    kernel.key, anchor.template, found.tile.to_json(), found.seconds, anchor.flops, found.trials,
+                    anchor.spatial, anchor.reduction,
+                )
+            )  # fmt: skip
+            trials[kernel.key] = found.trials
+            self.trials += found.trials
+            self.tuned += 1
+        if failures:
+            raise failures[0]
+        return trials
 
     def peak(self, template: str) -> float | None:
         """Operations a second that this machine reaches in a register-tiled product held in cache; None without arithmetic.
@@ -76,11 +133,13 @@ class Tuner:
         key = f"peak-{arithmetic}-v{templates.VERSION}"
         record = self.store.get(key)
         if record is None:
-            function = _reference_product(arithmetic, self.profile)
-            anchor = templates.describe(function)
-            tiles = templates.tiles(anchor, self.profile)[: self.budget]
-            best, trials = self._measure_tiles(function, anchor, tiles, stop_early=False)
-            record = KernelRecord(key, anchor.template, best[1].to_json(), best[0], anchor.flops, trials)
+            kernel = self._kernel(_reference_product(arithmetic, self.profile))
+            (found,) = self._search([kernel], stop_early=False)
+            if isinstance(found, AutocompError):
+                raise found
+            record = KernelRecord(
+                key, kernel.anchor.template, found.tile.to_json(), found.seconds, kernel.anchor.flops, found.trials
+            )
             self.store.add(record)
         return record.flops / record.seconds
 
@@ -90,33 +149,55 @@ class Tuner:
             return [templates.Tile(**sibling.tile)]
         return templates.tiles(anchor, self.profile)[: self.budget]
 
-    def _measure_tiles(
-        self, function: Any, anchor: templates.Anchor, tiles: list[templates.Tile], *, stop_early: bool = True
-    ) -> tuple[tuple[float, templates.Tile], int]:
+    def _search(self, kernels: Sequence[_Kernel], *, stop_early: bool = True) -> list[_Found | AutocompError]:
+        """Try tiles of all kernels in rounds, one of each that is not done yet; what each kernel's search ends with."""
+        searches = [self._tries(kernel.anchor, stop_early) for kernel in kernels]
+        ended: dict[int, _Found | AutocompError] = {}
+        answers: dict[int, tuple[float | None, str] | None] = dict.fromkeys(range(len(kernels)))
+        while answers:
+            wanted: dict[int, templates.Tile] = {}
+            for index, answer in answers.items():
+                try:
+                    wanted[index] = searches[index].send(answer)
+                except StopIteration as end:
+                    ended[index] = end.value
+            jobs = [
+                Job(
+                    kernels[index].function,
+                    partial(templates.apply, kernels[index].function, tile, kernels[index].anchor, self.profile),
+                )
+                for index, tile in wanted.items()
+            ]
+            answers = dict(zip(wanted, self.timer.attempt(jobs) if jobs else (), strict=True))
+        return [ended[index] for index in range(len(kernels))]
+
+    def _tries(
+        self, anchor: templates.Anchor, stop_early: bool
+    ) -> Generator[templates.Tile, tuple[float | None, str] | None, _Found | AutocompError]:
+        """One kernel's search: yields the tile to try next, is sent (seconds, "") or (None, why not), and returns what it found."""
         peak = self.peak(anchor.template) if stop_early else None
-        best: tuple[float, templates.Tile] | None = None
+        best: _Found | None = None
         since, trials, failure = 0, 0, ""
-        answers = self.timer.attempt(
-            function, tiles, lambda tile: templates.apply(function, tile, anchor, self.profile)
-        )
-        for tile, seconds, refused in answers:
+        for tile in self._tiles(anchor) if stop_early else templates.tiles(anchor, self.profile)[: self.budget]:
+            answer = yield tile
+            assert answer is not None
+            seconds, refused = answer
             trials += 1
             if seconds is None:  # a tile that TVM, LLVM or the machine refuses is one trial lost, not the kernel
                 failure = refused
                 continue
-            since = 0 if best is None or seconds < best[0] * 0.99 else since + 1
-            if best is None or seconds < best[0]:
-                best = (seconds, tile)
-            if peak and anchor.flops / best[0] > _GOOD_ENOUGH * peak:
+            since = 0 if best is None or seconds < best.seconds * 0.99 else since + 1
+            if best is None or seconds < best.seconds:
+                best = _Found(seconds, tile, trials)
+            if peak and anchor.flops / best.seconds > _GOOD_ENOUGH * peak:
                 break
             if stop_early and since >= _PATIENCE:
                 break
         if best is None:
-            raise AutocompError(
+            return AutocompError(
                 f"no schedule of a {anchor.template} kernel {_describe(anchor)} could be built: {failure}"
             )
-        answers.close()
-        return best, trials
+        return replace(best, trials=trials)
 
 
 def _reference_product(arithmetic: str, profile: Profile) -> Any:

@@ -10,12 +10,12 @@ import signal
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from autocomp.errors import BoardError
-from autocomp.kernels.isolated import end_child, receive, send
+from autocomp.kernels.isolated import end_child, last_line, receive, send
 
 T = TypeVar("T")
 
@@ -32,20 +32,16 @@ class _Worker:
     deadline: float = 0.0  # of the item in hand
 
 
-def attempt_shared(
-    items: Sequence[T], work: Callable[[T], Any], workers: int, timeout: float
-) -> Generator[tuple[T, Any, str]]:
-    """Yield ``(item, result, failure)`` for ``work(item)`` in the order of the items, with up to ``workers`` children at work.
+def attempt_shared(items: Sequence[T], work: Callable[[T], Any], workers: int, timeout: float) -> list[tuple[Any, str]]:
+    """Return ``(result, failure)`` of ``work(item)`` for each item, with up to ``workers`` children at work.
 
     Each child keeps what ``work`` opens (a session) from item to item. An exception becomes its last line in ``failure``. A
-    `BoardError`, a crash, and a silence of ``timeout`` seconds cost the item one of its two tries. Closing ends the children, each after
-    the item it has in hand.
+    `BoardError`, a crash, and a silence of ``timeout`` seconds cost the item one of its two tries.
     """
     _reap()
     waiting, tries = deque(range(len(items))), [0] * len(items)
     done: dict[int, tuple[Any, str]] = {}
     crew: list[_Worker] = []
-    position = 0
 
     def settle(index: int, result: Any, failure: str, lost: bool) -> None:
         tries[index] += 1
@@ -55,9 +51,8 @@ def attempt_shared(
             done[index] = (result, failure)
 
     try:
-        while position < len(items):
-            # no further ahead than there are workers: the caller may have seen enough at any answer
-            while waiting and waiting[0] < position + workers:
+        while len(done) < len(items):
+            while waiting:
                 worker = next((one for one in crew if one.index is None), None)
                 if worker is None and len(crew) < workers:
                     crew.append(worker := _hire(items, work))
@@ -80,9 +75,7 @@ def attempt_shared(
                     settle(index, None, _dismiss(worker), True)
                 else:
                     settle(index, *message)
-            while position in done:
-                yield (items[position], *done.pop(position))
-                position += 1
+        return [done[index] for index in range(len(items))]
     finally:
         for worker in crew:
             os.close(worker.tasks)
@@ -135,8 +128,7 @@ def _labour(items: Sequence[T], work: Callable[[T], Any], tasks: int, answers: i
             try:
                 answer: tuple[Any, str, bool] = (work(items[index]), "", False)
             except Exception as error:
-                lines = str(error).strip().splitlines()
-                answer = (None, lines[-1] if lines else type(error).__name__, isinstance(error, BoardError))
+                answer = (None, last_line(error), isinstance(error, BoardError))
             send(answers, pickle.dumps(answer))
     finally:
         os._exit(0)
