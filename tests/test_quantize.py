@@ -21,6 +21,7 @@ from autocomp.compress.quantize import (
     observe,
     quantise_weight,
     quantised,
+    sums_in_float32,
 )
 from autocomp.errors import UsageError
 
@@ -109,6 +110,24 @@ def test_sums_past_float32_stay_exact(groups):
     assert torch.equal(got, torch.full_like(got, float(exact)).float())
     wide = linear_w8a8(x[:, :, 0, 0], torch.full((1, channels), 127, dtype=torch.int8), one[:1], zero[:1], 1.0, 0)
     assert wide.item() == float(np.float32(255 * 127 * channels))
+
+
+def test_sums_in_float32_are_off_by_rounding_only_and_end_with_the_block():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 2048, 3, 3, generator=generator)
+    w = torch.randint(-127, 128, (4, 2048, 3, 3), dtype=torch.int8, generator=generator)
+    scale, bias = torch.rand(4, generator=generator), torch.zeros(4)
+
+    def convolved() -> torch.Tensor:
+        return conv2d_w8a8(x, w, scale, bias, 255.0, 0, [1, 1], [1, 1], [1, 1], 1)
+
+    exact = convolved()
+    with sums_in_float32():
+        close = convolved()
+    torch.testing.assert_close(close, exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+    with pytest.raises(ValueError, match="inside"), sums_in_float32():
+        raise ValueError("inside")
+    assert torch.equal(convolved(), exact)
 
 
 def test_a_single_channel_with_a_huge_kernel_stays_exact():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autocomp.accuracy.calibrate import logits_of
+from autocomp.compress.quantize import sums_in_float32
 
 if TYPE_CHECKING:
     from autocomp.accuracy.calibrate import Statistics
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 def kl(model: nn.Module, statistics: Statistics) -> float:
     """Return the mean KL(dense || model) over the calibration samples, in nats; infinite if it is not finite."""
-    with torch.no_grad():
+    with torch.no_grad(), sums_in_float32():
         answers = torch.cat([logits_of(model(*batch)) for batch in statistics.batches])
     return divergence(statistics.logits, answers)
 
@@ -54,7 +55,8 @@ def stitch_and_score(
         early = _score(stitched, statistics.logits, _first(statistics.batches))
         if early > give_up:
             return stitched, early
-    answers = reestimate_batchnorm(stitched, statistics.batches)
+    with sums_in_float32():
+        answers = reestimate_batchnorm(stitched, statistics.batches)
     if answers is None:
         return stitched, kl(stitched, statistics)
     return stitched, divergence(statistics.logits, answers)
@@ -83,8 +85,8 @@ def _score(stitched: nn.Module, logits: Tensor, batches: Sequence[tuple[Tensor, 
     """Re-estimate BatchNorm on a part of the data, and return the divergence there."""
     from autocomp.compress.apply import reestimate_batchnorm
 
-    answers = reestimate_batchnorm(stitched, batches)
-    if answers is None:
-        with torch.no_grad():
+    with sums_in_float32(), torch.no_grad():
+        answers = reestimate_batchnorm(stitched, batches)
+        if answers is None:
             answers = torch.cat([logits_of(stitched(*batch)) for batch in batches])
     return divergence(logits[: len(answers)], answers)

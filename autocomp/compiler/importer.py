@@ -50,6 +50,7 @@ def import_program(program: torch.export.ExportedProgram, profile: Profile) -> t
                 program,
                 keep_params_as_input=False,
                 unwrap_unit_return_tuple=True,
+                run_ep_decomposition=False,  # `decomposed` has done it: another pass takes longer than the translation
                 custom_convert_map={
                     "conv2d_w8a8.default": _QuantisedConverter(program, profile, convolution=True),
                     "linear_w8a8.default": _QuantisedConverter(program, profile, convolution=False),

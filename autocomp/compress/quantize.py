@@ -11,6 +11,7 @@ semantics; the compiler's lowering is held to them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -58,6 +59,20 @@ def _rescale(acc: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     return acc
 
 
+_exact = True
+
+
+@contextmanager
+def sums_in_float32() -> Iterator[None]:
+    """Let integer layers add up in float32, which takes a fraction of the time where sums may pass 2^24: off by rounding, enough to score by."""
+    global _exact
+    _exact = False
+    try:
+        yield
+    finally:
+        _exact = True
+
+
 @torch.library.custom_op(
     "autocomp::conv2d_w8a8",
     mutates_args=(),
@@ -80,7 +95,7 @@ def conv2d_w8a8(
     """Convolve float32 NCHW ``x`` with int8 OIHW ``w`` in integers; ``scale`` and ``bias`` are float32 [O]."""
     q = quantise_centred(x, inv_xs, zp)
     largest = _largest_sum(w, zp)
-    if largest < FLOAT32_EXACT:
+    if largest < FLOAT32_EXACT or not _exact:
         acc = functional.conv2d(q, w.float(), None, stride, padding, dilation, groups)
     elif groups == 1 and w.shape[1] > 1:
         # Each part of the input channels is summed exactly in float32, the parts in float64.
@@ -122,7 +137,7 @@ def _(
 def linear_w8a8(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor, inv_xs: float, zp: int) -> Tensor:
     """Multiply float32 ``x`` [..., K] by int8 ``w`` [N, K] in integers; ``scale`` and ``bias`` are float32 [N]."""
     q = quantise_centred(x, inv_xs, zp)
-    exact = torch.float32 if _largest_sum(w, zp) < FLOAT32_EXACT else torch.float64
+    exact = torch.float32 if _largest_sum(w, zp) < FLOAT32_EXACT or not _exact else torch.float64
     acc = functional.linear(q.to(exact), w.to(exact))
     return _rescale(acc.reshape(-1, w.shape[0], 1), scale, bias).view(acc.shape)
 
