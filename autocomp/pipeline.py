@@ -22,7 +22,7 @@ from autocomp.hardware import load_profile
 from autocomp.processes import Workers, cores, map_in_processes
 from autocomp.progress import Progress, Stage
 from autocomp.records import Candidate, Evaluation, Method, Precision, Source
-from autocomp.search.pareto import spaced
+from autocomp.search.pareto import promising
 from autocomp.search.solver import solve_front
 from autocomp.search.study import Asked, Search, Space, open_search
 from autocomp.space import build_space, load_space
@@ -38,6 +38,7 @@ SOLVER_SEEDS = 40
 SEEDS_AGAIN = 12  # at most, after each round of measurement
 FITTED = 64  # candidates stitched to fit tier 0 before the solver is first asked, where the budget of trials is four times that
 DOMINATED = 1.5  # times the KL of a told candidate thought to be faster: on 64 samples, reason enough to look at no more of them
+USEFUL = 0.25  # KL in nats: past it, a model answers so differently that its latency is measured only if there is nothing better
 MEASURE_ROUNDS = 4  # the budget of measurements is spent in rounds, each choosing by all that is known then
 CHECKED_SAMPLES = 4  # inputs on which a compiled module is compared with torch
 
@@ -248,13 +249,7 @@ class Pipeline:
             waiting = [e for e in searched if e.state == "told" and e.kl is not None and np.isfinite(e.kl)]
             if spent >= count or not waiting:
                 return
-            seconds = self.costs.relative([e.candidate for e in waiting])
-            chosen: list[int] = []
-            # each profile chooses its part of what is left to spend
-            for share, relative in enumerate(seconds.values(), 1):
-                points = np.array([(e.kl, its) for e, its in zip(waiting, relative, strict=True)])
-                want = (count - spent) * share // len(seconds) - len(chosen)
-                chosen += [index for index in spaced(points, want) if index not in chosen]
+            chosen = self._promising(waiting, count - spent)
             if not chosen:
                 return
             with self.progress.stage("measuring", len(chosen)) as stage:
@@ -264,6 +259,19 @@ class Pipeline:
                     self._measure(waiting[index])
                     stage.advance()
             self.costs.fit(self.search.told)
+
+    def _promising(self, waiting: Sequence[Evaluation], count: int) -> list[int]:
+        """Which told candidates to measure: those that would add most to what is measured, each profile choosing its part."""
+        measured = [e for e in self.search.told if e.state == "measured" and e.kl is not None]
+        dense, seconds = self.dense(), self.costs.relative([e.candidate for e in waiting])
+        chosen: list[int] = []
+        for share, (profile, relative) in enumerate(seconds.items(), 1):
+            points = np.array([(e.kl, np.log(its)) for e, its in zip(waiting, relative, strict=True)])
+            full = dense.latency[profile].seconds
+            known = np.array([(e.kl, np.log(e.latency[profile].seconds / full)) for e in measured])
+            want = count * share // len(seconds) - len(chosen)
+            chosen += [index for index in promising(points, known, want, (USEFUL, 0.0)) if index not in chosen]
+        return chosen
 
     def _measure(self, evaluation: Evaluation) -> None:
         """Compile, check and time a told candidate on every profile, then read its metric.

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from autocomp.search.pareto import hypervolume, hypervolume_history, knee, pareto_set, ranks, spaced
+from autocomp.search.pareto import gains, hypervolume, hypervolume_history, knee, pareto_set, promising, ranks, spaced
 
 points = hnp.arrays(np.float64, st.tuples(st.integers(1, 25), st.just(2)), elements=st.integers(0, 9).map(float))
 CORNER = (10.0, 10.0)
@@ -92,3 +92,28 @@ def test_values_that_are_not_finite_stand_aside() -> None:
     assert hypervolume(rows, (2.0, 2.0)) == 1.0
     assert hypervolume_history(rows, (2.0, 2.0)) == [0.0, 1.0, 1.0]
     assert hypervolume([], (1.0, 1.0)) == 0.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    points=st.lists(st.tuples(st.floats(0, 2), st.floats(-3, 1)), min_size=1, max_size=8),
+    front=st.lists(st.tuples(st.floats(0, 2), st.floats(-3, 1)), max_size=8),
+)
+def test_a_gain_is_the_difference_of_hypervolumes(points, front):
+    reference = (1.0, 0.0)
+    before = hypervolume(front, reference)
+    for point, gain in zip(points, gains(points, front, reference), strict=True):
+        assert gain == pytest.approx(hypervolume([*front, point], reference) - before, abs=1e-9)
+
+
+def test_promising_points_fill_the_gaps_of_what_is_known():
+    known = [(0.1, -1.0)]
+    points = [(0.1, -1.01), (0.3, -2.0), (0.05, -0.1), (5.0, -9.0), (np.nan, -9.0), (0.02, -0.5)]
+    assert promising(points, known, 2, (1.0, 0.0)) == [1, 5], "a near copy of a known point adds least"
+    assert promising(points, known, 9, (1.0, 0.0)) == [1, 5, 0, 3, 2], (
+        "what adds nothing comes last, what is not finite never"
+    )
+    assert promising([], known, 3, (1.0, 0.0)) == []
+    assert promising([(5.0, -1.0), (6.0, -2.0)], [], 1, (1.0, 0.0)) == [1], (
+        "where nothing is of use, the front is spread"
+    )

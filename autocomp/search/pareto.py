@@ -62,6 +62,42 @@ def spaced(points: npt.ArrayLike, count: int) -> list[int]:
     return chosen
 
 
+def gains(points: npt.ArrayLike, front: npt.ArrayLike, reference: tuple[float, float]) -> Floats:
+    """Hypervolume that each of ``points`` ``[n, 2]`` would add to that of ``front`` ``[m, 2]``, up to the reference corner."""
+    rows, corner = _rows(points), np.array([reference])
+    kept = _rows(front)
+    kept = kept[np.isfinite(kept).all(axis=1) & (kept[:, 1] < reference[1])]
+    kept = np.concatenate([kept[np.argsort(kept[:, 1])], corner])
+    # Steps of the front along the last axis: from each start to each end, what lies below ``height`` is free.
+    starts, ends = np.concatenate([[-np.inf], kept[:-1, 1]]), kept[:, 1]
+    height = np.minimum.accumulate(np.concatenate([[reference[0]], kept[:-1, 0]]))
+    x, y = rows[:, :1], rows[:, 1:]
+    with np.errstate(invalid="ignore"):
+        area = np.maximum(height - x, 0.0) * np.maximum(ends - np.maximum(starts, y), 0.0)
+    result: Floats = np.where(np.isfinite(rows).all(axis=1), area.sum(axis=1), 0.0)
+    return result
+
+
+def promising(points: npt.ArrayLike, known: npt.ArrayLike, count: int, reference: tuple[float, float]) -> list[int]:
+    """Choose ``count`` of ``points`` ``[n, 2]`` for a dear evaluation, given those ``known`` already.
+
+    Each next one adds the most hypervolume to the known and chosen ones; where none adds any, as `spaced` does. Points that are not
+    finite are never chosen.
+    """
+    rows, front = _rows(points), _rows(known)
+    chosen: list[int] = []
+    while len(chosen) < count:
+        area = gains(rows, front, reference)
+        area[chosen] = 0.0
+        if not len(rows) or area.max() <= 0:
+            break
+        best = int(area.argmax())
+        chosen.append(best)
+        front = np.concatenate([front, rows[[best]]])
+    left = [k for k in range(len(rows)) if k not in chosen]
+    return chosen + [left[k] for k in spaced(rows[left], count - len(chosen))]
+
+
 def knee(points: npt.ArrayLike) -> int | None:
     """Index of the front point farthest below the chord of the front's ends, points ``[n, 2]``; None for no points.
 
