@@ -100,7 +100,8 @@ def row(name: str, found: dict[str, Any]) -> list[str]:
     each = trials / max(1, found["told"] - 8)
     return [
         MODELS[name][2], str(found["layers"]), f"{seconds.get('layer database', 0.0):.0f}", f"{found['told']}", f"{each:.3f}",
-        f"{each * TRIALS:.0f}", f"{seconds.get('measuring', 0.0) + seconds.get('measuring baselines', 0.0):.0f}", f"{total:.0f}",
+        f"{each * TRIALS:.0f}", f"{found['measured']}", f"{seconds.get('measuring', 0.0) + seconds.get('measuring baselines', 0.0):.0f}",
+        f"{total:.0f}",
         f"{found['peak_bytes'] / 1e9:.2f} GB", f"<= {GOAL:.0f} s" if name == "resnet18" else "-",
     ]  # fmt: skip
 
@@ -121,8 +122,8 @@ def main() -> None:
     for name in options.model:
         data[name] = in_a_process(name, count(name), 1 if options.quick else options.measure)
     headings = [
-        "model", ">layers", ">database (s)", ">told", ">a trial (s)", ">1,000 trials (s)", ">measuring (s)", ">all (s)", ">peak memory",
-        ">goal (all)",
+        "model", ">layers", ">database (s)", ">told", ">a trial (s)", ">1,000 trials (s)", ">measured", ">measuring (s)", ">all (s)",
+        ">peak memory", ">goal (all)",
     ]  # fmt: skip
     notes = ["Calibration samples: " + ", ".join(f"{m[2]} {m[3]}" for m in MODELS.values()) + "."]
     rows = [row(name, found) for name, found in data.items()]
