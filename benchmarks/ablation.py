@@ -83,16 +83,22 @@ def quantised_first() -> Iterator[None]:
         kept, before, columns, channels = self.pruned, self.small, self.columns, self.channels
         everything = torch.arange(self.weight.shape[1])
         self.pruned, self.columns, self.channels = False, everything, torch.arange(self.layer.in_channels)
-        self.__dict__.pop("inputs", None)
+        forget(self)
         inputs: Inputs = self.inputs
         rounded = store(self.weight, method.precision, inputs, self.fisher, self.layer.kind == "linear").effective
         self.pruned, self.columns, self.channels = kept, columns, channels
-        self.__dict__.pop("inputs", None)
         self.small = rounded[:, columns]
+        forget(self)
         try:
             return original(self, method)
         finally:
             self.small = before
+            forget(self)
+
+    def forget(self: Any) -> None:
+        """What was worked out for other columns or weights."""
+        for name in ("inputs", "_blocks", "_pruning_alone"):
+            self.__dict__.pop(name, None)
 
     with patch.object(entries._Compression, "entry", entry):
         yield

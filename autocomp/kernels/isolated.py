@@ -34,6 +34,7 @@ def attempt_alone(
     at work. An exception becomes its last line in ``failure``; a crash or a silence of ``timeout`` seconds becomes a failure of that item,
     and new children do what the lost one had left.
     """
+    reap()
     results: dict[int, tuple[Any, str]] = {}
     while left := [index for index in range(len(items)) if index not in results]:
         shares = [left[k::workers] for k in range(min(workers, len(left)))]
@@ -50,7 +51,7 @@ def attempt_alone(
                 results[index] = (None, child.end()) if answer is None else answer
         finally:
             for child in children:
-                child.end()
+                child.leave()
     return [results[index] for index in range(len(items))]
 
 
@@ -64,12 +65,19 @@ class _Child:
 
     def end(self) -> str:
         """Let it end, or end it; say how it ended."""
-        if self.gone:
-            return ""
+        self._close()
+        return end_child(self.pid)
+
+    def leave(self) -> None:
+        """Let it end when it will, if it has not ended yet."""
+        if not self.gone:
+            self._close()
+            let_go(self.pid, time.monotonic())
+
+    def _close(self) -> None:
         self.gone = True
         os.close(self.commands)
         os.close(self.answers)
-        return end_child(self.pid)
 
 
 def _start(items: Sequence[T], share: list[int], prepare: Callable[[T], P], measure: Callable[[T, P], Any]) -> _Child:
@@ -176,3 +184,25 @@ def end_child(child: int) -> str:
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return "it did not answer in time"
+
+
+# Children that were told to end, by when they must. The end of a large process takes 50 ms, which nobody need wait for.
+_leaving: dict[int, float] = {}
+
+
+def let_go(child: int, deadline: float) -> None:
+    """Wait no longer for a child that was told to end; `reap` kills it where it has not ended a second after ``deadline`` (monotonic)."""
+    _leaving[child] = deadline
+    reap()
+
+
+def reap() -> None:
+    """Take note of the children let go that have ended, and end those that are late."""
+    for child, deadline in list(_leaving.items()):
+        ended, _ = os.waitpid(child, os.WNOHANG)
+        if not ended and time.monotonic() > deadline + 1.0:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            ended = child
+        if ended:
+            del _leaving[child]

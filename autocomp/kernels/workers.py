@@ -6,7 +6,6 @@ import faulthandler
 import os
 import pickle
 import select
-import signal
 import struct
 import time
 from collections import deque
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from autocomp.errors import BoardError
-from autocomp.kernels.isolated import end_child, last_line, receive, send
+from autocomp.kernels.isolated import end_child, last_line, let_go, reap, receive, send
 
 T = TypeVar("T")
 
@@ -38,7 +37,7 @@ def attempt_shared(items: Sequence[T], work: Callable[[T], Any], workers: int, t
     Each child keeps what ``work`` opens (a session) from item to item. An exception becomes its last line in ``failure``. A
     `BoardError`, a crash, and a silence of ``timeout`` seconds cost the item one of its two tries.
     """
-    _reap()
+    reap()
     waiting, tries = deque(range(len(items))), [0] * len(items)
     done: dict[int, tuple[Any, str]] = {}
     crew: list[_Worker] = []
@@ -80,24 +79,8 @@ def attempt_shared(items: Sequence[T], work: Callable[[T], Any], workers: int, t
         for worker in crew:
             os.close(worker.tasks)
             os.close(worker.answers)
-            _leaving[worker.child] = worker.deadline if worker.index is not None else time.monotonic()
-        _reap()
-
-
-# Children that were told to end, by when they must. Killed in the midst of asking for a board, one would leave that board taken
-# until its server notices, which takes 6 to 8 seconds.
-_leaving: dict[int, float] = {}
-
-
-def _reap() -> None:
-    for child, deadline in list(_leaving.items()):
-        ended, _ = os.waitpid(child, os.WNOHANG)
-        if not ended and time.monotonic() > deadline + 1.0:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            ended = child
-        if ended:
-            del _leaving[child]
+            # Killed in the midst of asking for a board, it would leave that board taken until its server notices, after 6 to 8 seconds.
+            let_go(worker.child, worker.deadline if worker.index is not None else time.monotonic())
 
 
 def _hire(items: Sequence[T], work: Callable[[T], Any]) -> _Worker:
