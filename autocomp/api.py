@@ -234,16 +234,17 @@ def check(settings: Settings, progress: Progress | None = None) -> dict[str, Any
 
 
 def sensitivity(
-    settings: Settings, out: Path | None = None, progress: Progress | None = None
+    settings: Settings, out: Path | None = None, progress: Progress | None = None, masked: bool = False
 ) -> tuple[str, list[Sensitivity]]:
     """Return a task's name and what each option of each of its layers and groups costs alone; nothing is compiled or measured.
 
-    The curves are also drawn into an HTML page at ``out``, if one is given. UsageError as ``search``.
+    With ``masked``, also what masks of single weights (unstructured, N:M) would cost and save; no candidate has any. The curves are also drawn
+    into an HTML page at ``out``, if one is given. UsageError as ``search``.
     """
     import tempfile
 
     from autocomp.accuracy.calibrate import collect
-    from autocomp.accuracy.sensitivity import curves
+    from autocomp.accuracy.sensitivity import curves, masks
     from autocomp.cache import write_atomically
     from autocomp.compress.database import LayerDatabase
     from autocomp.graph import analyse
@@ -265,6 +266,11 @@ def sensitivity(
         database = LayerDatabase(folder, task.model, graph, space, statistics)
         database.build(progress)
         rows = curves(database.tables())
+        if masked:
+            with progress.stage("masks of single weights", len(graph.layers)) as stage:
+                for found in masks(task.model, graph, statistics):
+                    rows += found
+                    stage.advance()
     if out is not None:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)

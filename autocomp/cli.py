@@ -188,9 +188,18 @@ def check(task_name: str | None, config: Path | None, task_option: str | None, a
 @cli.command()
 @_settings_options
 @click.option("--out", type=click.Path(path_type=Path), help="HTML page to write; sensitivity-TASK.html unless given.")
+@click.option(
+    "--masks", "masked", is_flag=True, help="Study masks of single weights too: accuracy and size, no speed; slow."
+)
 @common_options
 def sensitivity(
-    task_name: str | None, config: Path | None, task_option: str | None, as_json: bool, out: Path | None, **options: Any
+    task_name: str | None,
+    config: Path | None,
+    task_option: str | None,
+    as_json: bool,
+    out: Path | None,
+    masked: bool,
+    **options: Any,
 ) -> None:
     """Say what fewer channels, lower ranks and fewer bits cost each layer of TASK alone, and draw the curves."""
     settings = _resolve(task_name, task_option, config, options)
@@ -198,7 +207,7 @@ def sensitivity(
     from autocomp import api
 
     page = out or Path(f"sensitivity-{(settings.task or 'task').replace(':', '-')}.html")
-    name, rows = api.sensitivity(settings, page, _progress())
+    name, rows = api.sensitivity(settings, page, _progress(), masked)
     if as_json:
         click.echo(json.dumps({"task": name, "page": str(page), "rows": [asdict(row) for row in rows]}))
     else:

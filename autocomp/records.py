@@ -154,12 +154,12 @@ class Reference:
 class Sensitivity:
     """One point of a curve: what one option of one layer or group costs, all else dense.
 
-    ``kind`` is ``width`` (of a group), ``rank`` or ``precision`` (of a layer); ``error`` in nats a sample; ``share`` of the bytes that the
-    subject's weights (for a width: those of all layers that read the group) keep.
+    ``kind`` is ``width`` (of a group), ``rank``, ``precision`` or ``mask`` (of a layer); ``error`` in nats a sample; ``share`` of the bytes that
+    the subject's weights (for a width: those of all layers that read the group) keep.
     """
 
     subject: str
-    kind: Literal["width", "rank", "precision"]
+    kind: Literal["width", "rank", "precision", "mask"]
     option: str
     error: float
     share: float

@@ -310,18 +310,19 @@ def test_check_says_what_is_offered_and_what_not(run: Run, api: ModuleType) -> N
 def test_sensitivity_prints_a_table_and_names_its_page(run: Run, api: ModuleType) -> None:
     asked = {}
 
-    def sensitivity(settings, out, progress):
-        asked["task"], asked["out"] = settings.task, out
+    def sensitivity(settings, out, progress, masked):
+        asked["task"], asked["out"], asked["masked"] = settings.task, out, masked
         return "digits", [Sensitivity("stem", "width", "16", 0.25, 0.5), Sensitivity("stem", "width", "8", 0.5, 0.25)]
 
     api.sensitivity = sensitivity
     code, out, _ = run("sensitivity", "digits")
     assert code == 0
-    assert asked == {"task": "digits", "out": Path("sensitivity-digits.html")}
+    assert asked == {"task": "digits", "out": Path("sensitivity-digits.html"), "masked": False}
     assert "16: 0.25" in out
     assert "sensitivity-digits.html" in out
-    found = json.loads(run("sensitivity", "digits", "--out", "there.html", "--json")[1])
+    found = json.loads(run("sensitivity", "digits", "--out", "there.html", "--masks", "--json")[1])
     assert asked["out"] == Path("there.html")
+    assert asked["masked"]
     assert found["rows"][1] == {"subject": "stem", "kind": "width", "option": "8", "error": 0.5, "share": 0.25}
     assert run("sensitivity")[0] == 2  # no task
 

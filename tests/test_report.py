@@ -336,5 +336,9 @@ def test_curves_of_sensitivity_stand_in_the_report_and_on_a_page_of_their_own() 
     own = render_sensitivity("<task>", [*run.sensitivity, Sensitivity("free", "width", "8", 0.0, 0.5)])
     assert "&lt;task&gt;" in own
     assert "<task>" not in own
+    masked = sensitivity_figures(
+        [Sensitivity("stem", "mask", "2:4", 0.1, 0.5), Sensitivity("stem", "mask", "50%", 0.05, 0.6)]
+    )
+    assert masked["sensitivity-mask"]["data"][0]["mode"] == "markers"
     assert "free" in own  # in the table: a logarithm has no place for it
     assert json.loads(re.search(r'id="figures">(.*?)</script>', own)[1]).keys() == drawn.keys()

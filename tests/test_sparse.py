@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipeline import pipeline
 
+from autocomp.accuracy.sensitivity import masks
 from autocomp.compress.prune import damped, output_error
 from autocomp.compress.sparse import (
     bitmap_bytes,
@@ -92,3 +94,16 @@ def test_a_study_orders_as_it_should():
     assert half.bytes <= min(half.csr, half.bitmap)
     with pytest.raises(ValueError, match="one Hessian"):
         study("depthwise", weight, torch.zeros(8, 9, 9), torch.ones(8))
+
+
+def test_every_ungrouped_layer_of_a_model_is_studied():
+    made = pipeline()
+    rows = [row for found in masks(made.model, made.graph, made.statistics) for row in found]
+    studied = {name for name, layer in made.graph.layers.items() if layer.conv_groups == 1 and not layer.fixed}
+    assert {row.subject for row in rows} == studied
+    for name in studied:
+        by_option = {row.option: row for row in rows if row.subject == name}
+        assert {"75%", "50%", "25%", "2:4", "1:4", "4:8"} <= by_option.keys()
+        assert by_option["75%"].error <= by_option["50%"].error <= by_option["25%"].error
+        assert by_option["1:4"].share < by_option["2:4"].share < 1
+        assert {row.kind for row in by_option.values()} == {"mask"}

@@ -1,14 +1,20 @@
-"""Tier 0: what each option costs by itself, read off the layer database's tables."""
+"""Tier 0: what each option costs by itself, read off the layer database's tables, and what masks of single weights would."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from autocomp.records import Candidate, Sensitivity
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from autocomp.accuracy.calibrate import Statistics
     from autocomp.compress.database import LayerTable
+    from autocomp.graph import Graph
 
 
 def curves(tables: Iterable[LayerTable]) -> list[Sensitivity]:
@@ -37,6 +43,27 @@ def curves(tables: Iterable[LayerTable]) -> list[Sensitivity]:
         narrower = list(found.items())[1:]  # the first is all of it
         rows += [Sensitivity(group, "width", str(width), error, size / full) for width, (error, size) in narrower]
     return rows
+
+
+def masks(model: nn.Module, graph: Graph, statistics: Statistics) -> Iterator[list[Sensitivity]]:
+    """Yield of each ungrouped layer a row for each mask of single weights; ``share`` is of the bytes in the smallest form of its file.
+
+    A study of accuracy and size: no kernel skips single zeros, so no candidate is masked. It takes O K^3 operations a layer and mask.
+    """
+    from autocomp.compress.sparse import study
+
+    for name, layer in graph.layers.items():
+        if layer.conv_groups > 1 or layer.fixed:
+            continue
+        weight, seen = model.get_submodule(name).weight, statistics.layers[name]
+        assert isinstance(weight, Tensor)
+        points = study(name, weight.detach().flatten(1), seen.covariance, seen.fisher)
+        yield [
+            Sensitivity(
+                name, "mask", p.pattern if p.positions else f"{p.kept:.0%}", p.error, p.bytes / (4 * weight.numel())
+            )
+            for p in points
+        ]
 
 
 def additive_error(tables: Iterable[LayerTable], candidate: Candidate) -> float:

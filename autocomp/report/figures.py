@@ -268,11 +268,12 @@ def prediction_figure(evaluations: Sequence[Evaluation], profile: str) -> Figure
 
 
 def sensitivity_figures(rows: Sequence[Sensitivity]) -> dict[str, Figure]:
-    """Curves of error against the share of bytes kept, a line a layer or group: a figure for each of widths, ranks and precisions."""
+    """Curves of error against the share of bytes kept, a line a layer or group: a figure for each kind of option."""
     titles = {
         "width": "share of the readers' weights kept",
         "rank": "share of weights kept",
         "precision": "share of bytes kept",
+        "mask": "share of bytes kept",
     }
     drawn: dict[str, Figure] = {}
     for kind, title in titles.items():
@@ -289,7 +290,7 @@ def sensitivity_figures(rows: Sequence[Sensitivity]) -> dict[str, Figure]:
             named = place < NAMED
             traces.append(
                 {
-                    "type": "scatter", "mode": "lines+markers" if kind != "precision" else "markers", "name": html.escape(name),
+                    "type": "scatter", "mode": "lines+markers" if kind in ("width", "rank") else "markers", "name": html.escape(name),
                     "x": [row.share for row in points], "y": [row.error for row in points], "showlegend": named,
                     "text": [f"<b>{html.escape(name)}</b><br>{kind} {html.escape(row.option)}" for row in points],
                     "hovertemplate": "%{text}: %{y:.3g} nats, %{x:.0%} kept<extra></extra>",
