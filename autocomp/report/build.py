@@ -13,6 +13,7 @@ from autocomp.errors import CorruptError, InfeasibleError
 from autocomp.quantities import format_bytes
 from autocomp.records import Evaluation, Latency, Reference, Sensitivity
 from autocomp.report import figures
+from autocomp.report.curves import sensitivity_figures
 from autocomp.report.data import FrontPoint, Run, check_version, finite, read_evaluations, read_run
 from autocomp.report.figures import Metric, milliseconds
 from autocomp.report.targets import knee_of, targets
@@ -321,7 +322,7 @@ def _figures(
     for k, profile in enumerate(run.profiles):
         if scatter := figures.prediction_figure(evaluations, profile):
             drawn[f"prediction-{k}"] = (scatter, {"profile": profile})
-    drawn |= {name: (figure, {}) for name, figure in figures.sensitivity_figures(run.sensitivity).items()}
+    drawn |= {name: (figure, {}) for name, figure in sensitivity_figures(run.sensitivity).items()}
     return drawn
 
 
@@ -332,7 +333,7 @@ def render_sensitivity(task: str, rows: Sequence[Sensitivity]) -> str:
 
     here = Path(__file__).parent
     environment = Environment(loader=FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    drawn = figures.sensitivity_figures(rows)
+    drawn = sensitivity_figures(rows)
     return environment.get_template("sensitivity.html.j2").render(
         task=task,
         rows=rows,

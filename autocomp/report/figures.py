@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from autocomp.quantities import format_bytes
-from autocomp.records import Evaluation, Latency, Sensitivity
+from autocomp.records import Evaluation, Latency
 from autocomp.report.data import Run
 from autocomp.search.pareto import pareto_set
 
 Figure = dict[str, Any]
 
-NAMED = 6  # most sensitive layers of a figure that the legend names; the others are grey and named where they are pointed at
+LOST = 0.03  # share of the dense model's metric that a point may lose and still be within the frame, whatever the knee loses
+SLOWER = 1.3  # times the dense model's latency that the frame reaches to
 _MARKER_DIAMETER = 28  # pixels, of the largest model shown; areas are in proportion to bytes
 
 
@@ -151,9 +152,11 @@ def front_figure(
     y += [e.metrics[metric.name] for e in (*every, dense) if metric.name in e.metrics]
     y = _of_interest(metric, dense, [e.metrics[metric.name] for e in ringed], y)
     kinds = " or ".join(sorted(how)) or "measured"
-    layout = _layout(f"latency of one inference on {profile}, {kinds} (ms)", metric.title)
+    layout = layout_of(f"latency of one inference on {profile}, {kinds} (ms)", metric.title)
     layout["yaxis"] |= _framed([v * metric.scale for v in y])
-    layout["xaxis"]["rangemode"] = "tozero"
+    whole = dense.latency.get(profile)
+    limit = SLOWER * whole.seconds * 1e3 if whole else float("inf")
+    layout["xaxis"] |= _up_to(limit, [value for trace in traces for value in trace["x"]])
     layout["margin"]["r"] = 40  # the buttons' column
     shapes, notes = _goal_lines(metric, dense, goals)
     for e in every:
@@ -172,19 +175,26 @@ def front_figure(
 
 
 def _of_interest(metric: Metric, dense: Evaluation, at_knee: Sequence[float], values: Sequence[float]) -> list[float]:
-    """Those values that lose at most three times what the knee loses: a front's fast end is often of no use to anyone."""
+    """Those values that lose at most three times what the knee loses, or `LOST`: a front's fast end is often of no use to anyone."""
     full = dense.metrics.get(metric.name)
     if full is None or not at_knee:
         return list(values)
-    allowed = 3 * max(metric.loss(at_knee[0], full), 0.0)
+    allowed = max(3 * metric.loss(at_knee[0], full), LOST * abs(full))
     kept = [value for value in values if metric.loss(value, full) <= allowed]
     return kept if len(kept) > 2 else list(values)
 
 
 def outside_frame(figure: Figure) -> int:
-    """How many points of a front figure lie outside the range its metric axis opens with."""
-    low, high = figure["layout"]["yaxis"].get("range", (float("-inf"), float("inf")))
-    return sum(not low <= value <= high for trace in figure["data"] if trace["name"] != "knee" for value in trace["y"])
+    """How many points of a front figure lie outside the ranges its axes open with."""
+    everything = (float("-inf"), float("inf"))
+    (left, right), (low, high) = (figure["layout"][axis].get("range", everything) for axis in ("xaxis", "yaxis"))
+    points = [
+        point
+        for trace in figure["data"]
+        if trace["name"] != "knee"
+        for point in zip(trace["x"], trace["y"], strict=True)
+    ]
+    return sum(not (left <= x <= right and low <= y <= high) for x, y in points)
 
 
 def hypervolume_figure(run: Run, evaluations: Sequence[Evaluation]) -> Figure | None:
@@ -223,7 +233,7 @@ def hypervolume_figure(run: Run, evaluations: Sequence[Evaluation]) -> Figure | 
                     "y": [history[k] for k in at], "marker": {"color": colours[source], "size": 6}, "hoverinfo": "skip",
                 }
             )  # fmt: skip
-    layout = _layout("trials told", "dominated share")
+    layout = layout_of("trials told", "dominated share")
     layout["yaxis"] |= _framed(history[1:], upper=1.0)
     return {"data": traces, "layout": layout}
 
@@ -245,7 +255,7 @@ def proxy_figure(run: Run, evaluations: Sequence[Evaluation], proxy: str) -> Fig
         "marker": {"color": "@front", "size": 8, "opacity": 0.75},
         "hovertemplate": "%{text}: %{x:.3g}, %{y:.4g}<extra></extra>",
     }  # fmt: skip
-    layout = _layout(titles[proxy], metric.title)
+    layout = layout_of(titles[proxy], metric.title)
     layout["xaxis"] |= {"type": "log", "exponentformat": "power", "nticks": 5}
     return {"data": [trace], "layout": layout}
 
@@ -264,46 +274,7 @@ def prediction_figure(evaluations: Sequence[Evaluation], profile: str) -> Figure
     dots: Figure = {"type": "scatter", "mode": "markers", "x": x, "y": y, "showlegend": False}
     dots |= {"text": [f"trial {e.trial}" for e in kept], "marker": {"color": "@front", "size": 8, "opacity": 0.75}}
     dots["hovertemplate"] = "%{text}: measured %{x:.3f} ms, predicted %{y:.3f} ms<extra></extra>"
-    return {"data": [same, dots], "layout": _layout("measured (ms)", "predicted (ms)")}
-
-
-def sensitivity_figures(rows: Sequence[Sensitivity]) -> dict[str, Figure]:
-    """Curves of error against the share of bytes kept, a line a layer or group: a figure for each kind of option."""
-    titles = {
-        "width": "share of the readers' weights kept",
-        "rank": "share of weights kept",
-        "precision": "share of bytes kept",
-        "mask": "share of bytes kept",
-    }
-    drawn: dict[str, Figure] = {}
-    for kind, title in titles.items():
-        by_subject: dict[str, list[Sensitivity]] = {}
-        for row in rows:
-            if row.kind == kind and row.error > 0:  # a logarithm has no place for what costs nothing
-                by_subject.setdefault(row.subject, []).append(row)
-        if not by_subject:
-            continue
-        worst = sorted(by_subject, key=lambda name: -max(row.error for row in by_subject[name]))
-        traces = []
-        for place, name in enumerate(worst):
-            points = sorted(by_subject[name], key=lambda row: (row.share, row.error))
-            named = place < NAMED
-            traces.append(
-                {
-                    "type": "scatter", "mode": "lines+markers" if kind in ("width", "rank") else "markers", "name": html.escape(name),
-                    "x": [row.share for row in points], "y": [row.error for row in points], "showlegend": named,
-                    "text": [f"<b>{html.escape(name)}</b><br>{kind} {html.escape(row.option)}" for row in points],
-                    "hovertemplate": "%{text}: %{y:.3g} nats, %{x:.0%} kept<extra></extra>",
-                    "marker": {"size": 7, **({} if named else {"color": "@faint"})}, "opacity": 1 if named else 0.5,
-                    "line": {"width": 2 if named else 1, **({} if named else {"color": "@faint"})},
-                }
-            )  # fmt: skip
-        layout = _layout(title, "error alone (nats a sample)")
-        layout["yaxis"] |= {"type": "log", "exponentformat": "power", "nticks": 6}
-        layout["xaxis"] |= {"tickformat": ".0%", "rangemode": "tozero"}
-        layout["legend"] = {"font": {"size": 11}, "itemsizing": "constant"}
-        drawn[f"sensitivity-{kind}"] = {"data": traces[::-1], "layout": layout}
-    return drawn
+    return {"data": [same, dots], "layout": layout_of("measured (ms)", "predicted (ms)")}
 
 
 def choices_text(evaluation: Evaluation, dense: Evaluation) -> str:
@@ -355,6 +326,11 @@ def _framed(values: Sequence[float], upper: float | None = None) -> Figure:
     return {"range": [low - room, high + room if upper is None else min(high + room, upper)]}
 
 
+def _up_to(limit: float, values: Sequence[float]) -> Figure:
+    """An axis from zero that ends past ``limit``, so that one slow runtime does not squeeze the rest to the left."""
+    return {"rangemode": "tozero"} if max(values, default=0.0) <= limit else {"range": [0.0, limit]}
+
+
 def _goal_lines(
     metric: Metric, dense: Evaluation, goals: Mapping[str, float | None]
 ) -> tuple[list[Figure], list[Figure]]:
@@ -375,7 +351,7 @@ def _goal_lines(
     return shapes, notes
 
 
-def _layout(x: str, y: str) -> Figure:
+def layout_of(x: str, y: str) -> Figure:
     axis = {
         "gridcolor": "@grid", "linecolor": "@line", "zeroline": False, "ticks": "outside", "tickcolor": "@line",
         "ticklen": 4, "automargin": True,
