@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,8 @@ from autocomp.records import Candidate, Evaluation, Method, Precision, Source
 from autocomp.search.pareto import promising
 from autocomp.search.solver import solve_front
 from autocomp.search.study import Asked, Search, Space, open_search
-from autocomp.space import build_space, load_space
+from autocomp.space import build_space
+from autocomp.space_file import load_space
 from autocomp.task import Task, evaluate_task
 
 if TYPE_CHECKING:
@@ -90,19 +92,18 @@ class Pipeline:
                 for candidate in solve_front(problem, -(-SOLVER_SEEDS // len(problems))):
                     self.search.enqueue(candidate, "solver")
         trials, budget = self.settings.trials, self.settings.measure
-        scorers = Workers(self._score, cores())
-        try:
-            with self.progress.stage("searching", trials) as stage:
-                stage.advance(len(self.search.told))
-                for part in range(1, MEASURE_ROUNDS + 1):
-                    if not self._tell_until(trials * part // MEASURE_ROUNDS, stage, scorers):
-                        break
-                    self._measure_until(budget * part // MEASURE_ROUNDS)
-                    for candidate in solve_front(self.costs.problem(), SEEDS_AGAIN) if part < MEASURE_ROUNDS else ():
-                        self.search.enqueue(candidate, "solver")
-                self._measure_until(budget)
-        finally:
-            scorers.close()
+        with (
+            closing(Workers(self._score, cores())) as scorers,
+            self.progress.stage("searching", trials) as stage,
+        ):
+            stage.advance(len(self.search.told))
+            for part in range(1, MEASURE_ROUNDS + 1):
+                if not self._tell_until(trials * part // MEASURE_ROUNDS, stage, scorers):
+                    break
+                self._measure_until(budget * part // MEASURE_ROUNDS)
+                for candidate in solve_front(self.costs.problem(), SEEDS_AGAIN) if part < MEASURE_ROUNDS else ():
+                    self.search.enqueue(candidate, "solver")
+            self._measure_until(budget)
         self.costs.fit(self.search.told)
         errors = self.costs.held_out_errors(self.search.told)
         for evaluation in self.search.told:  # the final model's predictions, to be held against what was measured

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from typing import Any, Generic, TypeVar
 
 from autocomp.errors import AutocompError
@@ -55,11 +56,8 @@ class Workers(Generic[Item, Result]):
 
 def map_in_processes(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
     """Yield ``function`` of each item, in order, from up to ``workers`` processes that are ended afterwards; see `Workers`."""
-    crew = Workers(function, min(workers, len(items)))
-    try:
+    with closing(Workers(function, min(workers, len(items)))) as crew:
         yield from crew.map(items)
-    finally:
-        crew.close()
 
 
 def cores() -> int:

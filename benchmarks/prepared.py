@@ -19,7 +19,8 @@ from autocomp.compress.database import LayerDatabase
 from autocomp.graph import Graph, analyse
 from autocomp.hardware import load_profile
 from autocomp.records import Candidate
-from autocomp.space import Space, build_space, load_space
+from autocomp.space import Space, build_space
+from autocomp.space_file import load_space
 from autocomp.task import Task, evaluate_task, load_task
 
 TASKS = ("digits", "digits-mobile", "tokens")

@@ -9,7 +9,8 @@ from itertools import pairwise
 
 import pytest
 
-from autocomp.kernels.isolated import attempt_alone, reap
+from autocomp.kernels.children import reap
+from autocomp.kernels.isolated import attempt_alone
 
 
 def misbehave(item: str) -> str:

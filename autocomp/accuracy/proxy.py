@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 def kl(model: nn.Module, statistics: Statistics) -> float:
     """Return the mean KL(dense || model) over the calibration samples, in nats; infinite if it is not finite."""
     with torch.no_grad(), sums_in_float32():
-        answers = torch.cat([logits_of(model(*batch)) for batch in statistics.batches])
-    return divergence(statistics.logits, answers)
+        return divergence(statistics.logits, _answers(model, statistics.batches))
+
+
+def _answers(model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    return torch.cat([logits_of(model(*batch)) for batch in batches])
 
 
 def divergence(teacher: Tensor, student: Tensor) -> float:
@@ -45,7 +48,7 @@ def stitch_and_score(
 
     With ``give_up`` the first 64 samples are looked at alone: a divergence above it there is returned as it is, and saves the rest.
     """
-    from autocomp.compress.apply import reestimate_batchnorm, stitch
+    from autocomp.compress.apply import stitch
 
     stitched = stitch(model, graph, database, candidate, reestimate=False)
     if database.space.normalise(candidate) == database.space.dense():
@@ -55,11 +58,7 @@ def stitch_and_score(
         early = _score(stitched, statistics.logits, _first(statistics.batches))
         if early > give_up:
             return stitched, early
-    with sums_in_float32():
-        answers = reestimate_batchnorm(stitched, statistics.batches)
-    if answers is None:
-        return stitched, kl(stitched, statistics)
-    return stitched, divergence(statistics.logits, answers)
+    return stitched, _score(stitched, statistics.logits, statistics.batches)
 
 
 def score_early(model: nn.Module, graph: Graph, database: LayerDatabase, candidate: Candidate) -> float:
@@ -82,11 +81,11 @@ def _first(batches: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
 
 
 def _score(stitched: nn.Module, logits: Tensor, batches: Sequence[tuple[Tensor, ...]]) -> float:
-    """Re-estimate BatchNorm on a part of the data, and return the divergence there."""
+    """Re-estimate BatchNorm on the data or the first part of it, and return the divergence there."""
     from autocomp.compress.apply import reestimate_batchnorm
 
     with sums_in_float32(), torch.no_grad():
         answers = reestimate_batchnorm(stitched, batches)
         if answers is None:
-            answers = torch.cat([logits_of(stitched(*batch)) for batch in batches])
+            answers = _answers(stitched, batches)
     return divergence(logits[: len(answers)], answers)

@@ -18,7 +18,7 @@ from autocomp.compress.rounding import Metric
 from autocomp.compress.store import Inputs, Stored, store
 from autocomp.precisions import FORMATS
 from autocomp.records import Method, Precision
-from autocomp.space import factor_shapes
+from autocomp.shapes import factor_shapes
 
 if TYPE_CHECKING:
     from autocomp.accuracy.calibrate import LayerStatistics

@@ -19,7 +19,7 @@ from typing import Any
 
 from autocomp.errors import AutocompError, BoardError, UsageError, suggest
 from autocomp.hardware import Rpc
-from autocomp.kernels.isolated import last_line
+from autocomp.kernels.children import last_line
 
 _ANSWER = 5.0  # seconds in which a tracker answers anything but a request for a board
 _RESTART = 8.0  # seconds in which a server that a kernel has crashed comes back (a loop starts it again)

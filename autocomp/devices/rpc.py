@@ -14,7 +14,7 @@ from autocomp.devices.local import check_compiled
 from autocomp.devices.timing import median_and_spread
 from autocomp.errors import BoardError, UsageError
 from autocomp.hardware import Profile, Rpc
-from autocomp.kernels.isolated import last_line
+from autocomp.kernels.children import last_line
 from autocomp.kernels.store import KernelStore
 from autocomp.kernels.timers import Job, compile_function, random_arrays
 from autocomp.kernels.tune import Tuner

@@ -10,7 +10,8 @@ import numpy as np
 
 from autocomp.devices.timing import quiet_core
 from autocomp.hardware import Profile
-from autocomp.kernels.isolated import attempt_alone, last_line
+from autocomp.kernels.children import last_line
+from autocomp.kernels.isolated import attempt_alone
 from autocomp.processes import cores
 from autocomp.records import How
 

@@ -36,7 +36,7 @@ class _Kernel:
     key: str
 
     @property
-    def loops(self) -> tuple[Any, ...] | None:
+    def loops(self) -> tuple[str, tuple[int, ...], tuple[int, ...]] | None:
         """What the tile depends on; None where that is not known."""
         return (self.anchor.template, self.anchor.spatial, self.anchor.reduction) if self.anchor.spatial else None
 
@@ -143,15 +143,15 @@ class Tuner:
             self.store.add(record)
         return record.flops / record.seconds
 
-    def _tiles(self, anchor: templates.Anchor) -> list[templates.Tile]:
-        """The tiles worth measuring; only one where a kernel with the same loops and another epilogue was tuned before."""
-        if anchor.spatial and (sibling := self.store.find(anchor.template, anchor.spatial, anchor.reduction)):
+    def _tiles(self, kernel: _Kernel, stop_early: bool) -> list[templates.Tile]:
+        """The tiles to measure; only one where a kernel with the same loops and another epilogue was tuned before."""
+        if stop_early and kernel.loops and (sibling := self.store.find(*kernel.loops)):
             return [templates.Tile(**sibling.tile)]
-        return templates.tiles(anchor, self.profile)[: self.budget]
+        return templates.tiles(kernel.anchor, self.profile)[: self.budget]
 
     def _search(self, kernels: Sequence[_Kernel], *, stop_early: bool = True) -> list[_Found | AutocompError]:
         """Try tiles of all kernels in rounds, one of each that is not done yet; what each kernel's search ends with."""
-        searches = [self._tries(kernel.anchor, stop_early) for kernel in kernels]
+        searches = [self._tries(kernel, stop_early) for kernel in kernels]
         ended: dict[int, _Found | AutocompError] = {}
         answers: dict[int, tuple[float | None, str] | None] = dict.fromkeys(range(len(kernels)))
         while answers:
@@ -172,13 +172,14 @@ class Tuner:
         return [ended[index] for index in range(len(kernels))]
 
     def _tries(
-        self, anchor: templates.Anchor, stop_early: bool
+        self, kernel: _Kernel, stop_early: bool
     ) -> Generator[templates.Tile, tuple[float | None, str] | None, _Found | AutocompError]:
         """One kernel's search: yields the tile to try next, is sent (seconds, "") or (None, why not), and returns what it found."""
+        anchor = kernel.anchor
         peak = self.peak(anchor.template) if stop_early else None
         best: _Found | None = None
         since, trials, failure = 0, 0, ""
-        for tile in self._tiles(anchor) if stop_early else templates.tiles(anchor, self.profile)[: self.budget]:
+        for tile in self._tiles(kernel, stop_early):
             answer = yield tile
             assert answer is not None
             seconds, refused = answer

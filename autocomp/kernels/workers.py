@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import faulthandler
-import os
-import pickle
 import select
-import struct
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from autocomp.errors import BoardError
-from autocomp.kernels.isolated import end_child, last_line, let_go, reap, receive, send
+from autocomp.kernels.children import Child, answer_each, last_line, reap, receive
 
 T = TypeVar("T")
 
-_INDEX = struct.Struct("<q")
 _TRIES = 2  # of an item whose board was lost or silent: once more, perhaps on another board
 
 
 @dataclass
 class _Worker:
-    child: int
-    tasks: int  # where the indices of its items are written
-    answers: int
+    child: Child
     index: int | None = None
     deadline: float = 0.0  # of the item in hand
 
@@ -54,64 +48,40 @@ def attempt_shared(items: Sequence[T], work: Callable[[T], Any], workers: int, t
             while waiting:
                 worker = next((one for one in crew if one.index is None), None)
                 if worker is None and len(crew) < workers:
-                    crew.append(worker := _hire(items, work))
+                    crew.append(worker := _Worker(Child.start(partial(_labour, items, work))))
                 if worker is None:
                     break
                 worker.index, worker.deadline = waiting.popleft(), time.monotonic() + timeout
-                os.write(worker.tasks, _INDEX.pack(worker.index))
+                worker.child.ask(worker.index)
             busy = [one for one in crew if one.index is not None]
             patience = max(min(one.deadline for one in busy) - time.monotonic(), 0.0)
-            ready, _, _ = select.select([one.answers for one in busy], [], [], patience)
+            ready, _, _ = select.select([one.child.answers for one in busy], [], [], patience)
             for worker in busy:
                 late = time.monotonic() >= worker.deadline
-                if worker.answers not in ready and not late:
+                if worker.child.answers not in ready and not late:
                     continue
                 index, worker.index = worker.index, None
                 assert index is not None
-                message = receive(worker.answers, timeout) if worker.answers in ready else None
+                message = receive(worker.child.answers, timeout) if worker.child.answers in ready else None
                 if message is None:
                     crew.remove(worker)
-                    settle(index, None, _dismiss(worker), True)
+                    settle(index, None, worker.child.end(), True)
                 else:
                     settle(index, *message)
         return [done[index] for index in range(len(items))]
     finally:
         for worker in crew:
-            os.close(worker.tasks)
-            os.close(worker.answers)
             # Killed in the midst of asking for a board, it would leave that board taken until its server notices, after 6 to 8 seconds.
-            let_go(worker.child, worker.deadline if worker.index is not None else time.monotonic())
+            worker.child.leave(worker.deadline if worker.index is not None else None)
 
 
-def _hire(items: Sequence[T], work: Callable[[T], Any]) -> _Worker:
-    tasks, parents_tasks = os.pipe()
-    parents_answers, answers = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(parents_tasks)
-        os.close(parents_answers)
-        _labour(items, work, tasks, answers)
-    os.close(tasks)
-    os.close(answers)
-    return _Worker(child, parents_tasks, parents_answers)
+def _labour(items: Sequence[T], work: Callable[[T], Any], commands: int, answers: int) -> None:
+    """The child: work on each item that it is asked for."""
 
+    def answer(index: int) -> tuple[Any, str, bool]:
+        try:
+            return work(items[index]), "", False
+        except Exception as error:
+            return None, last_line(error), isinstance(error, BoardError)
 
-def _dismiss(worker: _Worker) -> str:
-    os.close(worker.tasks)
-    os.close(worker.answers)
-    return end_child(worker.child)
-
-
-def _labour(items: Sequence[T], work: Callable[[T], Any], tasks: int, answers: int) -> None:
-    """The child: answer for each index that comes, and never return into the parent's code."""
-    faulthandler.disable()  # a crash here is data, not news
-    try:
-        while len(data := os.read(tasks, _INDEX.size)) == _INDEX.size:
-            (index,) = _INDEX.unpack(data)
-            try:
-                answer: tuple[Any, str, bool] = (work(items[index]), "", False)
-            except Exception as error:
-                answer = (None, last_line(error), isinstance(error, BoardError))
-            send(answers, pickle.dumps(answer))
-    finally:
-        os._exit(0)
+    answer_each(commands, answers, answer)
