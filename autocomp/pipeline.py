@@ -7,19 +7,22 @@ anywhere and resumed goes through the same stages, finds what is there, and does
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from autocomp.config import Settings
 from autocomp.costs import Costs
 from autocomp.devices.device import Device, open_device
 from autocomp.errors import AutocompError
 from autocomp.hardware import load_profile
+from autocomp.measure import Measurer
 from autocomp.processes import Workers, cores, map_in_processes
 from autocomp.progress import Progress, Stage
 from autocomp.records import Candidate, Evaluation, Method, Precision, Source
@@ -28,7 +31,7 @@ from autocomp.search.solver import solve_front
 from autocomp.search.study import Asked, Search, Space, open_search
 from autocomp.space import build_space
 from autocomp.space_file import load_space
-from autocomp.task import Task, evaluate_task
+from autocomp.task import Task
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +43,9 @@ SOLVER_SEEDS = 40
 SEEDS_AGAIN = 12  # at most, after each round of measurement
 FITTED = 64  # candidates stitched to fit tier 0 before the solver is first asked, where the budget of trials is four times that
 DOMINATED = 1.25  # times the KL of a told candidate thought to be faster: on 64 samples, reason enough to look at no more of them
+# Share of that KL above which tier 0 makes the look at 64 samples worth its time: it is taken before 325 of the 360 that it ends, of 584
+# trials on digits and tokens; the rest are spared it.
+DOUBTFUL = 0.5
 USEFUL = 0.25  # KL in nats: past it, a model answers so differently that its latency is measured only if there is nothing better
 MEASURE_ROUNDS = 4  # the budget of measurements is spent in rounds, each choosing by all that is known then
 CHECKED_SAMPLES = 4  # inputs on which a compiled module is compared with torch
@@ -77,6 +83,8 @@ class Pipeline:
         self.space = self.space.without(self.database.dominated(profiles))
         self.costs = Costs(self.graph, self.space, self.database.tables(self.space), self.devices)
         self.inputs = check_inputs(task)
+        self.measurer = Measurer(task, self.devices, self.inputs, self.stitch)
+        self.scorers = Workers(self._score, cores())
         self.search = self._open_search(resume)
 
     def run(self) -> None:
@@ -84,26 +92,12 @@ class Pipeline:
 
         After each round the solver is asked again, at the coefficients and times fitted by then.
         """
-        self._fit_additive()
-        self._baselines()
-        with self.progress.stage("solving for seeds"):
-            problems = self.costs.problems()
-            for problem in problems:
-                for candidate in solve_front(problem, -(-SOLVER_SEEDS // len(problems))):
-                    self.search.enqueue(candidate, "solver")
-        trials, budget = self.settings.trials, self.settings.measure
-        with (
-            closing(Workers(self._score, cores())) as scorers,
-            self.progress.stage("searching", trials) as stage,
-        ):
-            stage.advance(len(self.search.told))
-            for part in range(1, MEASURE_ROUNDS + 1):
-                if not self._tell_until(trials * part // MEASURE_ROUNDS, stage, scorers):
-                    break
-                self._measure_until(budget * part // MEASURE_ROUNDS)
-                for candidate in solve_front(self.costs.problem(), SEEDS_AGAIN) if part < MEASURE_ROUNDS else ():
-                    self.search.enqueue(candidate, "solver")
-            self._measure_until(budget)
+        # Proposals are small products: on several threads, beside the scorers, they would wait for a core most of their time.
+        with closing(self.scorers), threadpool_limits(1, "blas"):
+            self._fit_additive()
+            self._baselines()
+            self._seed()
+            self._search()
         self.costs.fit(self.search.told)
         errors = self.costs.held_out_errors(self.search.told)
         for evaluation in self.search.told:  # the final model's predictions, to be held against what was measured
@@ -111,6 +105,25 @@ class Pipeline:
                 predicted = self.costs.predict(evaluation.candidate)
                 error = errors.get(evaluation.trial, evaluation.error)
                 self.search.update(evaluation.trial, replace(evaluation, predicted=predicted, error=error))
+
+    def _seed(self) -> None:
+        with self.progress.stage("solving for seeds"):
+            problems = self.costs.problems()
+            for problem in problems:
+                for candidate in solve_front(problem, -(-SOLVER_SEEDS // len(problems))):
+                    self.search.enqueue(candidate, "solver")
+
+    def _search(self) -> None:
+        trials, budget = self.settings.trials, self.settings.measure
+        with self.progress.stage("searching", trials) as stage:
+            stage.advance(len(self.search.told))
+            for part in range(1, MEASURE_ROUNDS + 1):
+                if not self._tell_until(trials * part // MEASURE_ROUNDS, stage):
+                    break
+                self._measure_until(budget * part // MEASURE_ROUNDS)
+                for candidate in solve_front(self.costs.problem(), SEEDS_AGAIN) if part < MEASURE_ROUNDS else ():
+                    self.search.enqueue(candidate, "solver")
+            self._measure_until(budget)
 
     def dense(self) -> Evaluation:
         """The evaluation of the untouched model. AutocompError if it was not measured."""
@@ -172,44 +185,49 @@ class Pipeline:
         for candidate in uniform:
             self.search.enqueue(candidate, "uniform")
         missing = {candidate.id for candidate in (self.space.dense(), *uniform)}
-        alone = Workers(self._score, 1)
-        with self.progress.stage("measuring baselines", len(missing)) as stage:
-            for evaluation in self.search.told:  # what a stopped run left
-                missing.discard(evaluation.candidate.id)
-                if _is_baseline(evaluation.source):
-                    if evaluation.state == "told":
-                        self._measure(evaluation)
-                    stage.advance()
-            while missing and (asked := self.search.ask()) is not None:
-                missing.discard(asked.candidate.id)
-                for evaluation in self._tell([asked], alone):
-                    if _is_baseline(asked.source):
-                        self._measure(evaluation)
-                stage.advance()
+        missing -= {evaluation.candidate.id for evaluation in self.search.told}  # by a run that was stopped
+        with self.progress.stage("measuring baselines", 1 + len(uniform)) as stage:
+            list(self._tell(self._ask_until(missing)))
+            baselines = [e for e in self.search.told if _is_baseline(e.source)]
+            stage.advance(1 + len(uniform) - len(baselines))  # some are the same
+            dense = next((e for e in baselines if e.source == "dense" and e.state == "told"), None)
+            if dense is not None:  # a failure here is the run's
+                self.search.update(dense.trial, self.measurer.measure(dense))
+            todo = [e for e in baselines if e.state == "told" and e is not dense]
+            stage.advance(len(baselines) - len(todo))
+            self._measure(todo, stage)
         self.dense()
         self.costs.fit(self.search.told)
 
-    def _tell_until(self, count: int, stage: Stage, scorers: Workers[_Work, _Scored]) -> bool:
+    def _tell_until(self, count: int, stage: Stage) -> bool:
         """Tell trials up to a number, as many at once as there are scorers; False when the time is up or the space exhausted."""
-        while (left := count - len(self.search.told)) > 0:
-            asked = self._ask(min(left, scorers.count))
-            for evaluation in self._tell(asked, scorers):
-                stage.advance(note=f"KL {evaluation.kl:.4f}" if evaluation.kl is not None else "failed")
-            if not asked:
-                return False
-        return True
+        for evaluation in self._tell(self._ask(count - len(self.search.told))):
+            stage.advance(note=f"KL {evaluation.kl:.4f}" if evaluation.kl is not None else "failed")
+        return len(self.search.told) >= count
 
-    def _ask(self, count: int) -> list[Asked]:
-        found: list[Asked] = []
-        while len(found) < count and not self._late() and (asked := self.search.ask()) is not None:
-            found.append(asked)
-        return found
+    def _ask_until(self, missing: set[str]) -> Iterator[Asked]:
+        """Trials, until all of these candidates were among them."""
+        while missing and (asked := self.search.ask()) is not None:
+            missing.discard(asked.candidate.id)
+            yield asked
 
-    def _tell(self, asked: Sequence[Asked], scorers: Workers[_Work, _Scored]) -> Iterator[Evaluation]:
-        """Score trials and tell what came of them, in their order."""
-        thought = [self._thought(one) for one in asked]
-        work = [(e.candidate, np.inf if _is_baseline(e.source) else self._hopeless(e)) for e in thought]
-        for evaluation, (divergence, failure, seconds) in zip(thought, scorers.map(work), strict=True):
+    def _ask(self, count: int) -> Iterator[Asked]:
+        for _ in range(count):
+            if self._late() or (asked := self.search.ask()) is None:
+                return
+            yield asked
+
+    def _tell(self, asked: Iterable[Asked]) -> Iterator[Evaluation]:
+        """Score trials and tell what came of them, in their order; what is asked next knows of all but the last few."""
+        begun: deque[Evaluation] = deque()
+
+        def work() -> Iterator[_Work]:
+            for one in asked:
+                begun.append(self._thought(one))
+                yield begun[-1].candidate, self._hopeless(begun[-1])
+
+        for divergence, failure, seconds in self.scorers.map(work()):
+            evaluation = begun.popleft()
             if divergence is None:
                 evaluation = replace(evaluation, state="failed", failure=failure)
             else:
@@ -235,12 +253,15 @@ class Pipeline:
 
     def _hopeless(self, evaluation: Evaluation) -> float:
         """The KL above which a candidate is beaten for certain: by one that was told and is predicted no slower."""
-        if len(self.devices) > 1:  # what is beaten on the whole may still be the best on one target
+        if (
+            _is_baseline(evaluation.source) or len(self.devices) > 1
+        ):  # one beaten on the whole may still be the best on one target
             return float(np.inf)
         told, seconds = self.search.told, next(iter(self.costs.relative([evaluation.candidate]).values()))[0]
         values = self.search.values()
         faster = [v for e, (v, s) in zip(told, values, strict=True) if e.state != "failed" and s <= seconds]
-        return DOMINATED * min(faster, default=np.inf)
+        bound = DOMINATED * min(faster, default=np.inf)
+        return bound if evaluation.error > DOUBTFUL * bound else float(np.inf)
 
     def _measure_until(self, count: int) -> None:
         """Measure told candidates, the most promising first, until ``count`` of them (baselines aside) are measured or failed."""
@@ -254,11 +275,7 @@ class Pipeline:
             if not chosen:
                 return
             with self.progress.stage("measuring", len(chosen)) as stage:
-                for index in chosen:
-                    if self._late():
-                        return
-                    self._measure(waiting[index])
-                    stage.advance()
+                self._measure([waiting[index] for index in chosen], stage)
             self.costs.fit(self.search.told)
 
     def _promising(self, waiting: Sequence[Evaluation], count: int) -> list[int]:
@@ -274,26 +291,17 @@ class Pipeline:
             chosen += [index for index in promising(points, known, want, (USEFUL, 0.0)) if index not in chosen]
         return chosen
 
-    def _measure(self, evaluation: Evaluation) -> None:
-        """Compile, check and time a told candidate on every profile, then read its metric.
-
-        A failure is recorded with the candidate and the search goes on; only for the dense model it is raised.
-        """
-        start = time.perf_counter()
-        try:
-            model = self.stitch(evaluation.candidate)
-            latency = {
-                name: device.time(device.compile(model, self.inputs), self.inputs[0])
-                for name, device in self.devices.items()
-            }
-            done = replace(evaluation, state="measured", latency=latency, metrics=evaluate_task(self.task, model))
-        except (AutocompError, RuntimeError) as error:
-            if evaluation.source == "dense":
-                raise
-            done = replace(evaluation, state="failed", failure=str(error))
-            self.progress.warn(f"candidate {evaluation.candidate.id} failed: {error}")
-        spent = evaluation.seconds_spent + time.perf_counter() - start
-        self.search.update(evaluation.trial, replace(done, seconds_spent=spent))
+    def _measure(self, evaluations: Sequence[Evaluation], stage: Stage) -> None:
+        """Measure told candidates until the time is up. A failure is recorded with its candidate, and the search goes on."""
+        together = self.measurer.together
+        for first in range(0, len(evaluations), together):
+            if self._late():
+                return
+            for done in self.measurer.measure_all(evaluations[first : first + together]):
+                if done.state == "failed":
+                    self.progress.warn(f"candidate {done.candidate.id} failed: {done.failure}")
+                self.search.update(done.trial, done)
+                stage.advance()
 
     def _late(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline

@@ -6,10 +6,12 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from autocomp.errors import AutocompError
@@ -30,18 +32,27 @@ class Workers(Generic[Item, Result]):
 
         self.function = function
         self.count = workers if "fork" in multiprocessing.get_all_start_methods() else 1
+        self.ahead = 2 * self.count if self.count > 1 else 1
         self._pool: ProcessPoolExecutor | None = None
         if self.count > 1:
             context = multiprocessing.get_context("fork")
             self._pool = ProcessPoolExecutor(self.count, context, initializer=_begin, initargs=(function, os.getpid()))
 
     def map(self, items: Iterable[Item]) -> Iterator[Result]:
-        """Yield the result of each item, in order. What ``function`` raises is raised here; AutocompError if a process is killed."""
+        """Yield the result of each item, in order. What ``function`` raises is raised here; AutocompError if a process is killed.
+
+        Items are drawn when they are needed, at most ``ahead`` before their results: each may depend on the results before those.
+        """
         if self._pool is None:
             yield from map(self.function, items)
             return
+        drawn, begun = iter(items), deque[Future[Result]]()
         try:
-            yield from self._pool.map(_call, items)
+            while True:
+                begun += (self._pool.submit(_call, item) for item in islice(drawn, self.ahead - len(begun)))
+                if not begun:
+                    return
+                yield begun.popleft().result()
         except BrokenProcessPool as error:
             raise AutocompError(
                 "a worker process ended by itself, which is what happens when memory runs out; what was found is kept. "

@@ -1,4 +1,4 @@
-"""Forked children that are asked things by number: how they are started, asked, heard and ended."""
+"""Forked children that are asked things: how they are started, asked, heard and ended."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import signal
 import struct
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 _HEADER = struct.Struct("<Q")
-_INDEX = struct.Struct("<q")
 _PART = 1 << 20  # bytes read at a time
 
 
 @dataclass(eq=False)
 class Child:
-    """A child process: the end of a pipe that takes the numbers it is asked, and that of one that gives its answers."""
+    """A child process: the end of a pipe that takes what it is asked, and that of one that gives its answers."""
 
     pid: int
     commands: int
@@ -45,9 +45,10 @@ class Child:
         os.close(answers)
         return cls(pid, parents_commands, parents_answers)
 
-    def ask(self, index: int) -> None:
-        """Ask it for one answer, which `answer_each` gives there."""
-        os.write(self.commands, _INDEX.pack(index))
+    def ask(self, question: Any) -> None:
+        """Send it something; that it is gone already shows when its answer is read."""
+        with suppress(BrokenPipeError):
+            send(self.commands, question)
 
     def end(self) -> str:
         """Let it end, or end it; say how it ended."""
@@ -67,10 +68,10 @@ class Child:
         os.close(self.answers)
 
 
-def answer_each(commands: int, answers: int, answer: Callable[[int], Any]) -> None:
-    """In the child: answer for each index that comes, until the parent closes its end."""
-    while len(data := os.read(commands, _INDEX.size)) == _INDEX.size:
-        send(answers, answer(*_INDEX.unpack(data)))
+def answer_each(commands: int, answers: int, answer: Callable[[Any], Any]) -> None:
+    """In the child: answer each question that comes, until the parent closes its end."""
+    while (question := receive(commands)) is not None:
+        send(answers, answer(question))
 
 
 def last_line(error: Exception) -> str:
@@ -79,17 +80,17 @@ def last_line(error: Exception) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def send(writer: int, answer: Any) -> None:
-    """Pickle one answer and write it whole: a pipe takes a large one (the outputs of a model) in parts."""
-    data = pickle.dumps(answer)
+def send(writer: int, message: Any) -> None:
+    """Pickle one message and write it whole: a pipe takes a large one (the outputs of a model) in parts."""
+    data = pickle.dumps(message)
     left = memoryview(_HEADER.pack(len(data)) + data)
     while left:
         left = left[os.write(writer, left) :]
 
 
-def receive(reader: int, timeout: float) -> Any:
-    """One answer, unpickled; None if the child is gone or silent."""
-    deadline = time.monotonic() + timeout
+def receive(reader: int, timeout: float | None = None) -> Any:
+    """One message, unpickled; None if the other side is gone, or silent for ``timeout`` seconds."""
+    deadline = None if timeout is None else time.monotonic() + timeout
     header = _read(reader, _HEADER.size, deadline)
     data = _read(reader, _HEADER.unpack(header)[0], deadline) if header else None
     if data is None:
@@ -97,10 +98,11 @@ def receive(reader: int, timeout: float) -> Any:
     return pickle.loads(data)
 
 
-def _read(reader: int, count: int, deadline: float) -> bytes | None:
+def _read(reader: int, count: int, deadline: float | None) -> bytes | None:
     data = b""
     while len(data) < count:
-        ready, _, _ = select.select([reader], [], [], max(deadline - time.monotonic(), 0.0))
+        left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+        ready, _, _ = select.select([reader], [], [], left)
         part = os.read(reader, min(count - len(data), _PART)) if ready else b""
         if not part:
             return None

@@ -98,6 +98,10 @@ class KernelStore:
     def records(self) -> list[KernelRecord]:
         return list(self._records.values())
 
+    def reload(self) -> None:
+        """Take note of what other processes have added."""
+        self._load()
+
     def add(self, record: KernelRecord) -> None:
         """Append one record; it is on disk when this returns."""
         with self._lock:

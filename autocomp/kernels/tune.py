@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -49,7 +49,10 @@ class _Found:
 
 
 class Tuner:
-    """Tunes fused functions for one profile, through its kernel store, by the times a ``timer`` takes (None: on this machine)."""
+    """Tunes fused functions for one profile, through its kernel store, by the times a ``timer`` takes (None: on this machine).
+
+    Where ``elsewhere`` is set (in a process that may disturb what others time), it is asked first to have functions tuned.
+    """
 
     def __init__(self, profile: Profile, store: KernelStore, timer: Timer | None = None, *, budget: int = 8) -> None:
         from tvm.target import Target
@@ -59,6 +62,7 @@ class Tuner:
         self.timer: Timer = timer or LocalTimer(profile)
         self.budget = budget
         self.target = Target(dict(profile.target))
+        self.elsewhere: Callable[[Sequence[Any]], object] | None = None
         self.trials = 0
         self.tuned = 0
 
@@ -72,7 +76,22 @@ class Tuner:
         AutocompError if a kernel has no schedule that builds; what was found for the others is kept.
         """
         kernels = [self._kernel(function) for function in functions]
-        missing = {kernel.key: kernel for kernel in kernels if self.store.get(kernel.key) is None}
+        if self.elsewhere is not None and (missing := self._missing(kernels)):
+            self.elsewhere([kernel.function for kernel in missing.values()])
+            self.store.reload()
+        new = self._fill(kernels)
+        return [self._tuned(kernel, new.pop(kernel.key, 0)) for kernel in kernels]
+
+    def fill(self, functions: Sequence[Any]) -> None:
+        """See to it that the store has a record of every function. AutocompError as ``tune_all``."""
+        self._fill([self._kernel(function) for function in functions])
+
+    def _missing(self, kernels: Sequence[_Kernel]) -> dict[str, _Kernel]:
+        return {kernel.key: kernel for kernel in kernels if self.store.get(kernel.key) is None}
+
+    def _fill(self, kernels: Sequence[_Kernel]) -> dict[str, int]:
+        """Tune what the store lacks; trials by key."""
+        missing = self._missing(kernels)
         first: dict[Any, str] = {}  # of the kernels with the same loops; the others take over its tile
         for kernel in missing.values():
             first.setdefault(kernel.loops or kernel.key, kernel.key)
@@ -80,7 +99,7 @@ class Tuner:
         new: dict[str, int] = {}
         for wave in (leaders, missing.keys() - leaders):
             new |= self._race([kernel for key, kernel in missing.items() if key in wave])
-        return [self._tuned(kernel, new.pop(kernel.key, 0)) for kernel in kernels]
+        return new
 
     def _kernel(self, function: Any) -> _Kernel:
         from tvm_ffi import structural_hash

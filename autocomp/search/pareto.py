@@ -18,6 +18,9 @@ def pareto_set(points: npt.ArrayLike) -> Indices:
     finite = np.flatnonzero(np.isfinite(rows).all(axis=1))
     # Sorted so that a point can only be dominated by an earlier one.
     order = finite[np.lexsort((finite, *rows[finite].T))]
+    if rows.shape[1] == 2:
+        error = rows[order, 0]
+        return order[error < np.concatenate([[np.inf], np.minimum.accumulate(error)[:-1]])] if len(order) else order
     kept: list[int] = []
     for k in order:
         if not (rows[kept] <= rows[k]).all(axis=1).any():

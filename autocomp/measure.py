@@ -1,0 +1,87 @@
+"""Told candidates → measured ones: compiled, checked and timed on every target, and their metric read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from autocomp.devices.device import Device
+from autocomp.errors import AutocompError
+from autocomp.processes import cores
+from autocomp.records import Candidate, Evaluation, Latency
+from autocomp.side_by_side import side_by_side
+from autocomp.task import Task, evaluate_task
+
+if TYPE_CHECKING:
+    import torch
+
+    Stitch = Callable[[Candidate], torch.nn.Module]
+
+
+class Measurer:
+    """Measures candidates of one task on its targets; ``stitch`` makes their models.
+
+    ``together`` is how many are measured side by side: each on a core of its own, but for the timing. Several threads cannot be timed in
+    forked processes, so where a target of this machine has them it is one.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        devices: Mapping[str, Device],
+        inputs: Sequence[tuple[torch.Tensor, ...]],
+        stitch: Stitch,
+    ) -> None:
+        self.task, self.devices, self.inputs, self.stitch = task, devices, inputs, stitch
+        threaded = any(d.profile.how == "local" and d.profile.cores > 1 for d in devices.values())
+        self.together = 1 if threaded else cores()
+
+    def measure(self, evaluation: Evaluation) -> Evaluation:
+        """Measure one candidate in this process. AutocompError if it cannot be compiled, differs from torch, or has no metric."""
+        start = time.perf_counter()
+        latency = self._time(evaluation.candidate, lambda: None)
+        metrics = evaluate_task(self.task, self.stitch(evaluation.candidate))
+        spent = evaluation.seconds_spent + time.perf_counter() - start
+        return replace(evaluation, state="measured", latency=latency, metrics=metrics, seconds_spent=spent)
+
+    def measure_all(self, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+        """Measure up to ``together`` candidates; a failure is recorded with its candidate."""
+        if len(evaluations) == 1 or self.together == 1:
+            return [self._tried(evaluation) for evaluation in evaluations]
+        start = time.perf_counter()
+        metrics: list[Mapping[str, float] | str] = []
+
+        def read_metrics() -> None:  # here, not in the forked processes: what evaluates may not bear that
+            metrics.extend(self._metrics(evaluation.candidate) for evaluation in evaluations)
+
+        tuners = {name: device.tuner for name, device in self.devices.items()}
+        timed = side_by_side([e.candidate for e in evaluations], self._time, tuners, read_metrics)
+        spent = (time.perf_counter() - start) / len(evaluations)
+        done = []
+        for evaluation, (latency, failure), read in zip(evaluations, timed, metrics, strict=True):
+            evaluation = replace(evaluation, seconds_spent=evaluation.seconds_spent + spent)
+            if latency is None or isinstance(read, str):
+                done.append(replace(evaluation, state="failed", failure=failure or str(read)))
+            else:
+                done.append(replace(evaluation, state="measured", latency=latency, metrics=read))
+        return done
+
+    def _tried(self, evaluation: Evaluation) -> Evaluation:
+        try:
+            return self.measure(evaluation)
+        except (AutocompError, RuntimeError) as error:
+            return replace(evaluation, state="failed", failure=str(error))
+
+    def _metrics(self, candidate: Candidate) -> Mapping[str, float] | str:
+        try:
+            return evaluate_task(self.task, self.stitch(candidate))
+        except (AutocompError, RuntimeError) as error:
+            return str(error)
+
+    def _time(self, candidate: Candidate, alone: Callable[[], None]) -> dict[str, Latency]:
+        model = self.stitch(candidate)
+        compiled = {name: device.compile(model, self.inputs) for name, device in self.devices.items()}
+        alone()
+        return {name: device.time(compiled[name], self.inputs[0]) for name, device in self.devices.items()}
