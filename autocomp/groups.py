@@ -180,8 +180,13 @@ def _group(
     order = dict.fromkeys(c for name in makers for c in ties.outputs[name].tolist() if c in member)
     order |= dict.fromkeys(c for c in components if c not in order)
     number = {component: unit for unit, component in enumerate(order)}
-    units = lambda atoms: tuple(number.get(c, -1) for c in atoms.flatten().tolist())  # noqa: E731
-    within = lambda atoms: bool(member.intersection(atoms.unique().tolist()))  # noqa: E731
+
+    def units(atoms: Tensor) -> tuple[int, ...]:
+        return tuple(number.get(c, -1) for c in atoms.flatten().tolist())
+
+    def within(atoms: Tensor) -> bool:
+        return bool(member.intersection(atoms.unique().tolist()))
+
     readers = [name for name in layers if name in ties.inputs and within(ties.inputs[name])]
     norms = [name for name, atoms in ties.norms.items() if within(atoms)]
     rows = {name: units(ties.outputs[name]) for name in makers}
@@ -243,7 +248,8 @@ class Changes:
         for path, tensor in self.tensors.items():
             owner, _, name = path.rpartition(".")
             holder = model.get_submodule(owner)
-            (holder._parameters if name in holder._parameters else holder._buffers)[name] = tensor  # type: ignore[assignment]
+            tensors: dict[str, Any] = holder._parameters if name in holder._parameters else holder._buffers
+            tensors[name] = tensor
         for (owner, name), value in self.integers.items():
             setattr(model.get_submodule(owner), name, value)
 
@@ -277,7 +283,8 @@ def masked(model: nn.Module, group: Group, kept: Tensor) -> Changes:
     for name in group.consumers:
         ignoring = copy.deepcopy(model.get_submodule(name))
         columns = group.columns_kept(name, kept)
-        old: Tensor = ignoring.weight.detach()  # type: ignore[operator]
+        assert isinstance(ignoring.weight, Tensor)
+        old = ignoring.weight.detach()
         weight = torch.zeros_like(old)
         weight[:, columns] = old[:, columns]
         ignoring.weight = nn.Parameter(weight)

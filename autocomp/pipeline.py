@@ -43,9 +43,6 @@ SOLVER_SEEDS = 40
 SEEDS_AGAIN = 12  # at most, after each round of measurement
 FITTED = 64  # candidates stitched to fit tier 0 before the solver is first asked, where the budget of trials is four times that
 DOMINATED = 1.25  # times the KL of a told candidate thought to be faster: on 64 samples, reason enough to look at no more of them
-# Share of that KL above which tier 0 makes the look at 64 samples worth its time: it is taken before 325 of the 360 that it ends, of 584
-# trials on digits and tokens; the rest are spared it.
-DOUBTFUL = 0.5
 USEFUL = 0.25  # KL in nats: past it, a model answers so differently that its latency is measured only if there is nothing better
 MEASURE_ROUNDS = 4  # the budget of measurements is spent in rounds, each choosing by all that is known then
 CHECKED_SAMPLES = 4  # inputs on which a compiled module is compared with torch
@@ -260,8 +257,7 @@ class Pipeline:
         told, seconds = self.search.told, next(iter(self.costs.relative([evaluation.candidate]).values()))[0]
         values = self.search.values()
         faster = [v for e, (v, s) in zip(told, values, strict=True) if e.state != "failed" and s <= seconds]
-        bound = DOMINATED * min(faster, default=np.inf)
-        return bound if evaluation.error > DOUBTFUL * bound else float(np.inf)
+        return DOMINATED * min(faster, default=np.inf)
 
     def _measure_until(self, count: int) -> None:
         """Measure told candidates, the most promising first, until ``count`` of them (baselines aside) are measured or failed."""

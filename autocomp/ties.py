@@ -208,8 +208,10 @@ class Tracer:
 
         if "getitem" in str(node.target) and not str(node.target).startswith("aten"):
             source, index = node.args
-            found = self.labels[source]  # type: ignore[index]
-            return found if isinstance(found, Label) else found[index]  # type: ignore[index]
+            assert isinstance(source, fx.Node)
+            assert isinstance(index, int)
+            found = self.labels[source]
+            return found if isinstance(found, Label) else found[index]
         name = str(node.target).removeprefix("aten.").split(".")[0]
         name = name.removesuffix("_") if not name.startswith("__") else name
         if name in RULES:

@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +117,9 @@ def main() -> None:
         print(json.dumps(search(name, int(trials), int(measure), Path(folder))))
         return
     data = {} if options.quick else earlier("cost", "models")
-    count: Callable[[str], int] = lambda name: 12 if options.quick else MODELS[name][4]  # noqa: E731
     for name in options.model:
-        data[name] = in_a_process(name, count(name), 1 if options.quick else options.measure)
+        trials, measure = (12, 1) if options.quick else (MODELS[name][4], options.measure)
+        data[name] = in_a_process(name, trials, measure)
     headings = [
         "model", ">layers", ">database (s)", ">told", ">a trial (s)", ">1,000 trials (s)", ">measured", ">measuring (s)", ">all (s)",
         ">peak memory", ">goal (all)",

@@ -3,7 +3,8 @@
     python benchmarks/memory.py [--model vit_base] [--samples 64] [--depth 12] [--blocks 1]
 
 Weights are random, which costs as much as trained ones. All layers are calibrated; of the database, the layers of the last ``--blocks``
-blocks are built at every width, as memory does not grow with the number of layers. ``--depth`` takes fewer blocks than the model has.
+blocks are built at every width, as memory does not grow with the number of layers. ``--depth`` takes fewer blocks than the model has, and writes
+nothing. Memory is the peak of the process and of its largest worker, added up.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import argparse
 import resource
 import tempfile
 import time
+from typing import Any
 
 import torch
+from common import earlier, publish
 from zoo.inputs import settle, smooth_noise
 from zoo.sequence import _Conformer
 from zoo.vision import _ViT
@@ -45,6 +48,45 @@ def peak() -> float:
     return (own + children) / 2**20
 
 
+def measure(name: str, samples: int, depth: int | None, blocks: int) -> dict[str, Any]:
+    """Read, calibrate, and build the last blocks' part of the database: seconds, and the peak of memory after each."""
+    model, data = globals()[name](samples, depth)
+    found: dict[str, Any] = {"samples": samples, "blocks": blocks, "seconds": [], "peaks": []}
+
+    def note(start: float) -> None:
+        found["seconds"].append(time.perf_counter() - start)
+        found["peaks"].append(peak())
+
+    start = time.perf_counter()
+    graph = analyse(model, (data[:1],))
+    note(start)
+    start = time.perf_counter()
+    statistics = collect_from(model, [(data,)], graph, samples)
+    note(start)
+    space = build_space(graph, "default", load_profile("x86-64-v3"))
+    with tempfile.TemporaryDirectory() as folder:
+        database = LayerDatabase(folder, model, graph, space, statistics)
+        names = [layer for layer in graph.layers if layer.startswith("blocks.")]
+        numbers = sorted({int(layer.split(".")[1]) for layer in names})
+        last = numbers[max(0, len(numbers) - blocks) :]
+        chosen = [layer for layer in names if int(layer.split(".")[1]) in last]
+        start = time.perf_counter()
+        for layer in chosen:
+            for width in database.widths_in(layer):
+                database.compute(layer, width)
+        note(start)
+    return found | {
+        "layers": len(graph.layers),
+        "compressed": len(chosen),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def row(name: str, found: dict[str, Any]) -> list[str]:
+    cells = [f"{s:.0f} s, {p:.2f} GB" for s, p in zip(found["seconds"], found["peaks"], strict=True)]
+    return [name, f"{found['parameters'] / 1e6:.1f} M", *cells, f"{max(found['peaks']):.2f} GB", f"<= {LIMIT:g} GB"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["vit_base", "conformer_medium"], default="vit_base")
@@ -54,26 +96,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model, data = globals()[options.model](options.samples, options.depth)
-    start = time.perf_counter()
-    graph = analyse(model, (data[:1],))
-    print(f"{options.model}: {len(graph.layers)} layers read in {time.perf_counter() - start:.0f} s; {peak():.2f} GB")
-    start = time.perf_counter()
-    statistics = collect_from(model, [(data,)], graph, options.samples)
-    print(f"calibrated on {options.samples} samples in {time.perf_counter() - start:.0f} s; {peak():.2f} GB")
-    space = build_space(graph, "default", load_profile("x86-64-v3"))
-    with tempfile.TemporaryDirectory() as folder:
-        database = LayerDatabase(folder, model, graph, space, statistics)
-        names = [name for name in graph.layers if name.startswith("blocks.")]
-        numbers = sorted({int(name.split(".")[1]) for name in names})
-        last = numbers[max(0, len(numbers) - options.blocks) :]
-        chosen = [name for name in names if int(name.split(".")[1]) in last]
-        start = time.perf_counter()
-        for name in chosen:
-            for width in database.widths_in(name):
-                database.compute(name, width)
-        print(f"{len(chosen)} layers compressed in {time.perf_counter() - start:.0f} s, one process; {peak():.2f} GB")
-    print(f"peak {peak():.2f} GB of {LIMIT:g}: {'fits' if peak() <= LIMIT else 'does NOT fit'}")
+    found = measure(options.model, options.samples, options.depth, options.blocks)
+    whole = options.depth is None
+    data = {**(earlier("memory", "models") if whole else {}), options.model: found}
+    headings = ["model", ">parameters", ">reading", ">calibrating", ">a block's layers", ">peak memory", ">goal"]
+    notes = [
+        f"{name}: {one['layers']} layers, calibrated on {one['samples']} samples; {one['compressed']} layers of its last "
+        f"{one['blocks']} block(s) compressed at every width, in one process."
+        for name, one in data.items()
+    ]
+    rows = [row(name, one) for name, one in data.items()]
+    publish("memory", headings, rows, {"models": data}, load_profile("x86-host"), notes, write=whole)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def classics(task: str, folder: Path, keeps: Sequence[float]) -> dict[str, dict]
     for classic in models:
         latency = device.time(device.compile(classic.model, inputs), inputs[0])
         found[classic.name.partition(",")[0]].append((dense.seconds / latency.seconds, prepared.metric(classic.model)))
-    references = {r.name: r for r in measure_references(prepared.task, compiled, 256)}  # type: ignore[arg-type]
+    references = {r.name: r for r in measure_references(prepared.task, compiled, 256)}  # type: ignore[arg-type]  # it is a CompiledModel on x86-host
     objective = next(iter(evaluate_task(prepared.task, prepared.task.model)))
     sign = 1 if prepared.task.higher_is_better else -1
     ratio = references[OURS].latency.seconds / references[INT8].latency.seconds

@@ -39,7 +39,9 @@ def settle(model: nn.Module, seed: int = 0) -> nn.Module:
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**31))
 def test_equals_torchs_module_whatever_it_is_asked(data, seed):
-    flag = lambda name: data.draw(st.booleans(), name)  # noqa: E731
+    def flag(name):
+        return data.draw(st.booleans(), name)
+
     torch.manual_seed(seed)
     heads = data.draw(st.sampled_from([1, 2, 4]), "heads")
     first, batched, batch, others = flag("batch_first"), flag("batched"), data.draw(st.integers(1, 3)), LENGTH

@@ -32,8 +32,8 @@ def _answers(model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> Tensor:
 
 def divergence(teacher: Tensor, student: Tensor) -> float:
     """Return the mean KL(teacher || student) of logits [N, classes], in nats; infinite if not finite."""
-    expected = functional.log_softmax(teacher.double(), dim=-1)
-    actual = functional.log_softmax(student.double(), dim=-1)
+    expected = functional.log_softmax(teacher.detach().double(), dim=-1)
+    actual = functional.log_softmax(student.detach().double(), dim=-1)
     value = float(functional.kl_div(actual, expected, reduction="batchmean", log_target=True))
     return max(0.0, value) if math.isfinite(value) else math.inf
 

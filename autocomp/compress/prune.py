@@ -49,7 +49,7 @@ def with_weights(module: AnyLayer, weight: Tensor, bias: Tensor | None) -> AnyLa
         small = type(module)(
             weight.shape[1] * groups,
             weight.shape[0],
-            module.kernel_size,  # type: ignore[arg-type]  # torch types it as a tuple of any length
+            module.kernel_size,  # type: ignore[arg-type]  # torch types these four as tuples of any length
             module.stride,  # type: ignore[arg-type]
             module.padding,  # type: ignore[arg-type]
             module.dilation,  # type: ignore[arg-type]

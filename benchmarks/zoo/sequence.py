@@ -131,7 +131,10 @@ class _Conformer(nn.Module):
     def __init__(self, mels: int, frames: int, dim: int, heads: int, depth: int, kernel: int, tokens: int) -> None:
         super().__init__()
         self.subsample = nn.Sequential(nn.Conv2d(1, dim, 3, 2), nn.ReLU(), nn.Conv2d(dim, dim, 3, 2), nn.ReLU())
-        shrunk = lambda size: ((size - 1) // 2 - 1) // 2  # noqa: E731 - two convolutions of 3 and stride 2
+
+        def shrunk(size: int) -> int:  # by two convolutions of 3 and stride 2
+            return ((size - 1) // 2 - 1) // 2
+
         self.project = nn.Linear(dim * shrunk(mels), dim)
         self.blocks = nn.Sequential(*(_ConformerBlock(dim, heads, shrunk(frames), kernel) for _ in range(depth)))
         self.head = nn.Linear(dim, tokens)
