@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     Stitch = Callable[[Candidate], torch.nn.Module]
 
 
+TOGETHER = 4  # at most, each of which holds a model and its module in memory
+
+
 class Measurer:
     """Measures candidates of one task on its targets; ``stitch`` makes their models.
 
-    ``together`` is how many are measured side by side: each on a core of its own, but for the timing. Several threads cannot be timed in
-    forked processes, so where a target of this machine has them it is one.
+    ``together`` is how many are measured side by side: each in a process of its own on a core of its own, but for the timing. TVM's threads
+    do not live through a fork, so where a target of this machine has several it is one, measured in this process.
     """
 
     def __init__(
@@ -35,8 +38,8 @@ class Measurer:
         stitch: Stitch,
     ) -> None:
         self.task, self.devices, self.inputs, self.stitch = task, devices, inputs, stitch
-        threaded = any(d.profile.how == "local" and d.profile.cores > 1 for d in devices.values())
-        self.together = 1 if threaded else cores()
+        self._here = any(d.profile.how == "local" and d.profile.cores > 1 for d in devices.values())
+        self.together = 1 if self._here else min(cores(), TOGETHER)
 
     def measure(self, evaluation: Evaluation) -> Evaluation:
         """Measure one candidate in this process. AutocompError if it cannot be compiled, differs from torch, or has no metric."""
@@ -48,7 +51,7 @@ class Measurer:
 
     def measure_all(self, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
         """Measure up to ``together`` candidates; a failure is recorded with its candidate."""
-        if len(evaluations) == 1 or self.together == 1:
+        if self._here:
             return [self._tried(evaluation) for evaluation in evaluations]
         start = time.perf_counter()
         metrics: list[Mapping[str, float] | str] = []

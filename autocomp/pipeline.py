@@ -254,10 +254,9 @@ class Pipeline:
             _is_baseline(evaluation.source) or len(self.devices) > 1
         ):  # one beaten on the whole may still be the best on one target
             return float(np.inf)
-        told, seconds = self.search.told, next(iter(self.costs.relative([evaluation.candidate]).values()))[0]
-        values = self.search.values()
-        faster = [v for e, (v, s) in zip(told, values, strict=True) if e.state != "failed" and s <= seconds]
-        return DOMINATED * min(faster, default=np.inf)
+        seconds = next(iter(self.costs.relative([evaluation.candidate]).values()))[0]
+        values = self.search.values()  # NaN for what failed
+        return DOMINATED * float(values[values[:, 1] <= seconds, 0].min(initial=np.inf))
 
     def _measure_until(self, count: int) -> None:
         """Measure told candidates, the most promising first, until ``count`` of them (baselines aside) are measured or failed."""

@@ -107,9 +107,9 @@ def _with_feedback(vectors: Tensor, metric: Metric, codebook: Tensor) -> Tensor:
     indices = torch.zeros(rows, stages, width // dim, dtype=torch.long)
     for start in range(0, width, dim):
         run = slice(start, start + dim)
-        saliency = feedback.scale[run].T.square()  # [B, d]
+        saliency = feedback.scale[run].T.double().square()  # [B, d]
         weights = saliency[:, None, :].expand(-1, rows // len(metric.blocks), -1).flatten(0, 1)
-        left = feedback.open[run].permute(1, 2, 0).flatten(0, 1)
+        left = feedback.open[run].permute(1, 2, 0).flatten(0, 1).double()
         value = torch.zeros_like(left)
         for stage in range(stages):
             chosen = _assign(left - value, weights, codebook[stage])

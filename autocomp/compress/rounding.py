@@ -52,7 +52,8 @@ class Metric:
     def factor(self, dim: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the order of the columns, in runs of ``dim`` (K must be a multiple), and in that order how an error moves.
 
-        That is L_pq / L_qq as [K, K, B] (p settled before q), and the diagonal of L as [K, B].
+        That is L_pq / L_qq as [K, K, B] (p settled before q), and the diagonal of L as [K, B]. In float32: H is damped, and what is moved
+        is rounded to far coarser steps in the end.
         """
         if dim not in self._factors:
             diagonal = self.diagonal().mean(0).view(-1, dim).mean(1)
@@ -60,7 +61,7 @@ class Metric:
             order = (runs[:, None] * dim + torch.arange(dim)).flatten()
             # Cholesky of the columns in reverse: its lower triangle, turned round, is the upper one wanted.
             backwards = order.flip(0)
-            lower = torch.linalg.cholesky(damped(self.blocks)[:, backwards][:, :, backwards])
+            lower = torch.linalg.cholesky(damped(self.blocks).float()[:, backwards][:, :, backwards])
             scale = lower.diagonal(dim1=1, dim2=2)
             moves = (lower / scale[:, None, :]).flip(1, 2).permute(1, 2, 0).contiguous()
             self._factors[dim] = order, moves, scale.flip(1).T.contiguous()
@@ -82,7 +83,7 @@ class Feedback:
 
     def __init__(self, weight: Tensor, metric: Metric, dim: int = 1) -> None:
         self.order, self._moves, self.scale = metric.factor(dim)
-        rows = weight.unflatten(0, (len(metric.blocks), -1))
+        rows = weight.float().unflatten(0, (len(metric.blocks), -1))
         self.open = rows.permute(2, 0, 1)[self.order].contiguous()  # [K, B, O/B]
         self._lost = self.open.clone()  # the weight itself; of a column that is settled, what it lost
         self._start, self._dim = 0, max(1, BLOCK // dim) * dim
@@ -101,10 +102,10 @@ class Feedback:
             self._start = end
 
     def result(self) -> Tensor:
-        """The settled weight [O, K], columns in their own order."""
+        """The settled weight [O, K], columns in their own order, in float64."""
         settled = torch.empty_like(self.open)
         settled[self.order] = self.open
-        return settled.permute(1, 2, 0).flatten(0, 1)
+        return settled.permute(1, 2, 0).flatten(0, 1).double()
 
 
 def round_levels(weight: Tensor, scales: Tensor, lowest: int, highest: int, metric: Metric) -> Tensor:
