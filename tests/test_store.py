@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from autocomp.devices.local import LocalDevice
 from autocomp.errors import UsageError
+from autocomp.hardware import load_profile
 from autocomp.kernels.store import KernelRecord, KernelStore
 
 IDENTITY = {"target": "one"}
@@ -66,3 +68,12 @@ def test_two_processes_append_at_once(tmp_path: Path) -> None:
     store = KernelStore(tmp_path, IDENTITY)
     assert len(store) == 50
     assert store.corrupt == 0
+
+
+def test_a_device_keeps_the_empty_store_it_is_given(tmp_path: Path) -> None:
+    profile = load_profile("x86-64-v3")
+    store = KernelStore.open(profile, tmp_path)
+    assert not len(store)
+    device = LocalDevice(profile, store)  # which measures its peaks
+    assert device.store is device.tuner.store is store
+    assert len(store)

@@ -147,7 +147,7 @@ class EstimatedDevice:
         timer = EstimateTimer(profile)
         self.profile = profile
         self.notes: tuple[str, ...] = ()
-        self.store = store or KernelStore.open(profile)
+        self.store = KernelStore.open(profile) if store is None else store  # an empty one is falsy
         self.tuner = Tuner(profile, self.store, timer)
         self.model = latency_model(profile, self.tuner)
 

@@ -29,7 +29,7 @@ class LocalDevice:
                 f"profile {profile.name!r} is reached by {profile.how!r}, not on this machine (how: local): open it with open_device"
             )
         self.profile = profile
-        self.store = store or KernelStore.open(profile)
+        self.store = KernelStore.open(profile) if store is None else store  # an empty one is falsy
         self.tuner = Tuner(profile, self.store)
         self.model = latency_model(profile, self.tuner)
 

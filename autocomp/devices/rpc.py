@@ -200,7 +200,7 @@ class RpcDevice:
         self.limits = limits or Limits()
         facts = on_a_board(rpc, lambda session: read_board(session, profile), self.limits)
         self.profile, self.notes = fit_to_board(profile, facts)
-        self.store = store or KernelStore.open(self.profile)
+        self.store = KernelStore.open(self.profile) if store is None else store  # an empty one is falsy
         self.tuner = Tuner(self.profile, self.store, RpcTimer(self.profile, self.limits))
         self.model = latency_model(self.profile, self.tuner)
 
