@@ -15,6 +15,7 @@ from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from autocomp.errors import AutocompError
+from autocomp.kernels.children import uninterrupted
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -49,7 +50,9 @@ class Workers(Generic[Item, Result]):
         drawn, begun = iter(items), deque[Future[Result]]()
         try:
             while True:
-                begun += (self._pool.submit(_call, item) for item in islice(drawn, self.ahead - len(begun)))
+                for item in islice(drawn, self.ahead - len(begun)):
+                    with uninterrupted():  # the first one forks
+                        begun.append(self._pool.submit(_call, item))
                 if not begun:
                     return
                 yield begun.popleft().result()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import time
 from itertools import pairwise
 
@@ -71,3 +72,22 @@ def alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def test_ctrl_c_during_a_fork_is_not_lost() -> None:
+    """The hooks that run after a fork swallow exceptions; a signal that arrives meanwhile waits until they are through."""
+    raised_in_hook = []
+    armed = True
+
+    def hook() -> None:
+        if armed:
+            os.kill(os.getpid(), signal.SIGINT)
+            raised_in_hook.append(signal.SIGINT in signal.sigpending())
+
+    os.register_at_fork(after_in_parent=hook)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            attempt_alone([0], lambda _: None, lambda *_: None)
+    finally:
+        armed = False
+    assert raised_in_hook == [True]

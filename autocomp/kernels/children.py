@@ -9,8 +9,8 @@ import select
 import signal
 import struct
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,8 @@ class Child:
         """Fork a child that runs ``serve`` (with its own ends of both pipes), ends, and never returns into the parent's code."""
         commands, parents_commands = os.pipe()
         parents_answers, answers = os.pipe()
-        pid = os.fork()
+        with uninterrupted():
+            pid = os.fork()
         if pid == 0:
             faulthandler.disable()  # a crash here is data, not news
             os.close(parents_commands)
@@ -66,6 +67,16 @@ class Child:
         self.gone = True
         os.close(self.commands)
         os.close(self.answers)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Keep Ctrl-C waiting while processes are forked: Python ignores what it would raise in the hooks that run after a fork."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def answer_each(commands: int, answers: int, answer: Callable[[Any], Any]) -> None:
