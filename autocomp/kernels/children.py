@@ -8,6 +8,7 @@ import pickle
 import select
 import signal
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -72,11 +73,17 @@ class Child:
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Keep Ctrl-C waiting while processes are forked: Python ignores what it would raise in the hooks that run after a fork."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    if threading.current_thread() is not threading.main_thread():  # where no signal is ever handled
+        yield
+        return
+    parent, came = os.getpid(), threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: came.set())
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+        if came.is_set() and os.getpid() == parent:
+            signal.raise_signal(signal.SIGINT)
 
 
 def answer_each(commands: int, answers: int, answer: Callable[[Any], Any]) -> None:
