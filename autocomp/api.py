@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,22 +11,28 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from autocomp import interrupt
+from autocomp.cache import cache_dir
+from autocomp.chatter import LOG, caught
 from autocomp.config import Goals, Settings, load_settings
-from autocomp.errors import InfeasibleError, Interrupted, UsageError
+from autocomp.errors import ExportError, InfeasibleError, Interrupted, ModelWarning, UsageError
 from autocomp.hardware import Profile, load_profile
 from autocomp.progress import Progress
 from autocomp.records import Candidate, Evaluation, Latency, Sensitivity
-from autocomp.report.data import FrontPoint, Run, read_run
-from autocomp.runfolder import check_run_folder, open_run_folder, unwritable_reason
+from autocomp.report.data import FrontPoint, Run, read_run, speedup
+from autocomp.runfolder import abandon_run_folder, check_run_folder, open_run_folder, probe, unwritable_reason
 from autocomp.search import goals as goal_rules
 from autocomp.space_file import SpaceFile, load_space
-from autocomp.task import Task, load_task
+from autocomp.task import Task, checked_batch, load_task, within
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
 
     from autocomp.devices.device import Compiled
+
+
+CHECK_SECONDS = 900.0  # that `check` may take
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,7 @@ class SearchResult:
             for profile, latency in point.latency.items():
                 row[f"seconds:{profile}"] = latency.seconds
                 row[f"how:{profile}"] = latency.how
-                row[f"speedup:{profile}"] = self.dense.latency[profile].seconds / latency.seconds
+                row[f"speedup:{profile}"] = speedup(point.record.evaluation, self.run.dense.evaluation, profile)
             row["bytes"] = point.bytes
             row["drop"] = goal_rules.drop(
                 point.record.evaluation, self.run.dense.evaluation, task.objective, task.higher_is_better
@@ -141,28 +149,43 @@ def search(
         settings = _settings(task, profiles, trials, out, seed, options)
     check_run_folder(settings, resume)
     _check_names(settings)
+    probe(cache_dir(), "cache", "set AUTOCOMP_CACHE to a folder of yours with room")
+    if settings.storage is not None:
+        from autocomp.search.storage import check_storage
+
+        check_storage(settings.storage)
     if not isinstance(task, Task):
         if settings.task is None:
             raise UsageError("no task: give one, such as autocomp.search(task='digits')")
-        task = load_task(settings.task, progress)
+        with interrupt.remembered():
+            task = load_task(settings.task, progress)
+    for note in task.converted:
+        progress.warn(note)
+    if settings.evaluate_timeout is not None:
+        task = within(task, settings.evaluate_timeout)
     folder = Path(settings.out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
-            open_run_folder(
-                settings, resume
-            )  # under the lock: a search that is refused leaves the settings as they are
-            return _run(settings, task, folder, resume, progress)
+        with interrupt.remembered(), FileLock(folder / ".lock", timeout=0):
+            # under the lock: a search that is refused leaves the settings as they are
+            known = open_run_folder(settings, resume)
+            with caught(folder / LOG, progress.console):
+                return _run(settings, task, folder, known, progress)
     except Timeout as error:
         raise UsageError(f"another search is running in {folder}; wait for it, or choose another --out") from error
     except KeyboardInterrupt as error:
-        raise Interrupted(f"stopped; every finished trial is kept: continue with --resume --out {folder}") from error
+        stopped = Interrupted(f"stopped; every finished trial is kept: continue with --resume --out {folder}")
+        stopped.exit_code = getattr(error, "exit_code", stopped.exit_code)
+        raise stopped from error
     except OSError as error:
         reason = unwritable_reason(error)
         if reason is None:
             raise
+        where = f"the run folder {folder}"
+        if error.filename and cache_dir() in Path(error.filename).absolute().parents:
+            where = f"the cache {cache_dir()} (AUTOCOMP_CACHE)"
         raise UsageError(
-            f"the run folder {folder} cannot be written: {reason}; what was told is kept, continue with --resume once there is room"
+            f"{where} cannot be written: {reason}; what was told is kept, continue with --resume once there is room"
         ) from error
 
 
@@ -182,10 +205,12 @@ def measure(
 
     ``.seconds`` is the median, ``.spread`` its relative interquartile range, ``.how`` how it was obtained, ``.kernels`` each
     kernel's own time.
-    ExportError if the model cannot be compiled, MismatchError if it computes something else than torch.
+    ExportError if the model cannot be compiled (also: it is random, it keeps a state), MismatchError if it computes something else than
+    torch, on the example inputs, on others like them, or on a second call. Warns of a model whose outputs depend on no input.
     """
     device, compiled = _compiled(model, example_inputs, profile)
-    latency: Latency = device.time(compiled, example_inputs)
+    with caught(None):
+        latency: Latency = device.time(compiled, example_inputs)
     return latency
 
 
@@ -197,26 +222,45 @@ def compile(
 
 
 def check(settings: Settings, progress: Progress | None = None) -> dict[str, Any]:
-    """Say what a search would do: layers, groups, the choices offered, and what is not offered and why. Nothing is measured."""
+    """Say what a search would do: outputs compared, layers, groups, the choices offered, and what is not offered and why.
+
+    Nothing is measured.
+    """
+    from autocomp.accuracy.guess import describe
     from autocomp.graph import analyse
     from autocomp.space import build_space
 
     if settings.task is None:
         raise UsageError("no task: name one, such as `autocomp check digits`")
     profiles, rules = _check_names(settings)
-    task = load_task(settings.task, progress)
-    graph = analyse(task.model, task.example_inputs)
-    space = build_space(graph, rules, profiles)
+    try:
+        with interrupt.remembered(), interrupt.limited(CHECK_SECONDS):
+            task = load_task(settings.task, progress)
+            with caught(None, progress.console if progress else None):
+                graph = analyse(task.model, task.example_inputs)
+                refuse_unsupported(task, profiles[0])
+                space = build_space(graph, rules, profiles)
+                outputs = describe(task.model.eval(), task.calibration, task.batch_axes, task.outputs)
+    except interrupt.OutOfTime as error:
+        raise UsageError(
+            f"task {settings.task!r} was {error}: does its function, or its model's forward, ever return?"
+        ) from error
     return {
         "task": task.name,
+        "converted": list(task.converted),
         "profiles": list(settings.profiles),
         "candidates": space.size,
+        "outputs": [
+            {"output": o.name, "shape": list(o.shape), "samples": o.samples, "compared": str(o), "why": o.why}
+            for o in outputs
+        ],
         "groups": [
             {
                 "group": name,
                 "width": group.width,
+                "approximate": group.approximate,
                 "offered": list(space.widths[name]),
-                "layers": [*group.producers, *group.consumers],
+                "layers": list(dict.fromkeys((*group.producers, *group.consumers))),
             }
             for name, group in graph.groups.items()
         ],
@@ -224,7 +268,7 @@ def check(settings: Settings, progress: Progress | None = None) -> dict[str, Any
             {
                 "layer": name,
                 "kind": layer.kind,
-                "macs": layer.macs,
+                "macs": layer.macs * layer.calls,
                 "methods": [str(method) for method in space.methods[name]],
             }
             for name, layer in graph.layers.items()
@@ -257,7 +301,7 @@ def sensitivity(
     profiles, rules = _check_names(settings)
     progress = progress or Progress()
     task = load_task(settings.task, progress)
-    with one_thread(), tempfile.TemporaryDirectory() as folder:
+    with one_thread(), tempfile.TemporaryDirectory() as folder, caught(None, progress.console):
         task.model.eval()
         graph = analyse(task.model, task.example_inputs)
         space = build_space(graph, rules, profiles)
@@ -280,12 +324,24 @@ def sensitivity(
     return task.name, rows
 
 
+def refuse_unsupported(task: Task, profile: Profile) -> None:
+    """ExportError naming every operation of the task's model that would not be compiled."""
+    from autocomp.compiler.importer import export_program, unsupported
+
+    task.model.eval()
+    faults = unsupported(export_program(task.model, task.example_inputs), profile)
+    if faults:
+        raise ExportError("\n".join(faults))
+
+
 def _check_names(settings: Settings) -> tuple[list[Profile], SpaceFile]:
     """Load the profiles and the search space, so that a wrong name is refused before a task is trained or a folder made."""
     return [load_profile(name) for name in settings.profiles], load_space(settings.space)
 
 
-def _run(settings: Settings, task: Task, folder: Path, resume: bool, progress: Progress) -> SearchResult:
+def _run(
+    settings: Settings, task: Task, folder: Path, known: Mapping[str, Any] | None, progress: Progress
+) -> SearchResult:
     import torch
 
     from autocomp.finish import finish
@@ -294,19 +350,37 @@ def _run(settings: Settings, task: Task, folder: Path, resume: bool, progress: P
 
     with one_thread():  # on a busy machine a second thread makes these small layers many times slower
         torch.manual_seed(settings.seed)
-        pipeline = Pipeline(settings, task, folder, resume, progress)
+        try:
+            pipeline = Pipeline(settings, task, folder, known, progress)
+        except Exception:
+            if known is None:  # nothing is told yet
+                abandon_run_folder(folder)
+            raise
         try:
             pipeline.run()
             try:
                 finish(pipeline)
             except InfeasibleError:
-                rebuild_report(folder)
+                _report(folder, progress)
                 raise
         finally:
             pipeline.search.close()
     with progress.stage("writing the report"):
-        rebuild_report(folder)
+        _report(folder, progress)
     return SearchResult(folder)
+
+
+def _report(folder: Path, progress: Progress) -> None:
+    """The page of a finished run. What it is made of is written: a page that fails can be made again, and costs nobody the run."""
+    try:
+        rebuild_report(folder)
+    except OSError:
+        raise
+    except Exception as error:
+        traceback.print_exc()  # into the run's log
+        progress.warn(
+            f"report.html was not written ({type(error).__name__}: {error}): `autocomp report {folder}` tries again"
+        )
 
 
 def _settings(
@@ -330,7 +404,18 @@ def _settings(
 
 
 def _compiled(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...], profile: str | Profile) -> Any:
+    """The device and the module, compared with torch on the example, on inputs made up beside it, and on a second call."""
     from autocomp.devices.device import open_device
+    from autocomp.handover import checked_inputs, describe_outputs
+    from autocomp.plain import plain
 
-    device = open_device(profile if isinstance(profile, Profile) else load_profile(profile))
-    return device, device.compile(model.eval(), [tuple(example_inputs)])
+    found = profile if isinstance(profile, Profile) else load_profile(profile)
+    model, given, _ = plain(model, checked_batch(example_inputs, "example_inputs"), "the model", "example_inputs")
+    with caught(None):
+        device = open_device(found)
+        inputs = checked_inputs(model.eval(), given)
+        said = describe_outputs(model, inputs)
+        compiled = device.compile(model, inputs)
+    if said:
+        warnings.warn(said, ModelWarning, stacklevel=3)
+    return device, compiled

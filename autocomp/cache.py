@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import time
 import uuid
 from pathlib import Path
 
 from autocomp.errors import UsageError
+
+# Seconds after which a file half written is nobody's: until then another machine's process may be writing it.
+_FORGOTTEN = 86_400.0
 
 
 def cache_dir() -> Path:
@@ -28,15 +33,33 @@ def cache_dir() -> Path:
     return folder.absolute()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a kill at any moment, sees the old content or the new, never a part of it."""
+def write_atomically(path: Path, data: bytes, private: bool = False) -> None:
+    """Write a file so that a reader, or a kill at any moment, sees the old content or the new, never a part of it.
+
+    A ``private`` one can be read by its owner alone.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
     try:
         with temporary.open("wb") as file:
+            if private:
+                os.fchmod(file.fileno(), 0o600)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Take away what writers that were killed left in a folder."""
+    for path in folder.glob(".*.*"):
+        made = re.fullmatch(r"\..+\.(\d+)\.[0-9a-f]{8}", path.name)
+        if made is None:
+            continue
+        try:
+            if not Path(f"/proc/{made[1]}").exists() or time.time() - path.stat().st_mtime > _FORGOTTEN:
+                path.unlink()
+        except OSError:  # another process was faster, or it is not ours
+            continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -14,19 +15,20 @@ from typing import Any
 
 import click
 
-from autocomp import terminal
+from autocomp import interrupt, terminal
 from autocomp.commands import Commands, F, common_options
 from autocomp.config import Settings, load_settings, read_mapping, settings_schema
 from autocomp.device_cli import device
-from autocomp.errors import AutocompError, UsageError
+from autocomp.errors import AutocompError, ModelWarning, UsageError, cut, shown
 from autocomp.hardware import profile_schema
 from autocomp.kernels_cli import kernels
 from autocomp.progress import Progress
 from autocomp.quantities import parse_bytes, parse_seconds
 from autocomp.report.data import FRONT
 from autocomp.resources import shipped_files
-from autocomp.runfolder import CONFIG, check_run_folder, unwritable_reason
+from autocomp.runfolder import CONFIG, check_run_folder, no_run, unwritable_reason
 
+MESSAGE_LINES = 10
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -71,9 +73,17 @@ def cli() -> None:
 @_settings_options
 @click.option("--trials", type=int, help="Candidates told to the study.")
 @click.option("--measure", type=int, help="Candidates compiled and timed as whole modules.")
-@click.option("--minutes", type=float, help="Stop searching after this many minutes.")
+@click.option("--minutes", type=float, help="Minutes of the whole run, the files of its end included.")
 @click.option("--out", help="Run folder; runs/NAME OF THE TASK unless given.")
 @click.option("--resume", is_flag=True, help="Continue the run in the run folder.")
+@click.option(
+    "--evaluate-timeout",
+    type=Quantity("duration", parse_seconds),
+    help="Longest that evaluate and test may take for one model, such as 90s.",
+)
+@click.option(
+    "--deterministic", is_flag=True, default=None, help="Same seed, settings and stored kernel times: same trials."
+)
 @click.option("--max-drop", type=float, help="Largest loss of the objective against dense, in its own units.")
 @click.option(
     "--max-latency", type=Quantity("duration", parse_seconds), help="Largest latency, such as 0.5ms or 300us."
@@ -89,7 +99,9 @@ def search(
     """
     if resume and config is None and task_name is None and task_option is None:
         stored = Path(options["out"] or "") / CONFIG
-        config = stored if options["out"] and stored.exists() else None
+        if options["out"] and not stored.exists():
+            raise no_run(Path(options["out"]))
+        config = stored if options["out"] else None
     settings = _resolve(task_name, task_option, config, options)
     folder = check_run_folder(settings, resume)  # before torch is even imported
 
@@ -108,8 +120,8 @@ def search(
 @common_options
 def report(run: Path, as_json: bool) -> None:
     """Build the report of the run folder RUN again from its files."""
-    if not run.is_dir():
-        raise UsageError(f"there is no run folder {run}")
+    if not os.path.isdir(run):  # unlike Path's, false for a name that no file system takes
+        raise UsageError(f"there is no run folder {cut(str(run))}")
     from autocomp import api
 
     page = api.rebuild_report(run)
@@ -135,7 +147,11 @@ def measure(model: str, profiles: tuple[str, ...], kernels: int, as_json: bool) 
 
     from autocomp import api
 
-    latencies = {name: api.measure(module, example_inputs, profile=name) for name in profiles}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ModelWarning)
+        latencies = {name: api.measure(module, example_inputs, profile=name) for name in profiles}
+    for text in dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, ModelWarning)):
+        click.echo(f"warning: {text}", err=True)
     if as_json:
         click.echo(json.dumps({name: latency_to_json(latency) for name, latency in latencies.items()}))
         return
@@ -234,14 +250,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 ok, 1 failure, 2 usage, 3 nothing feasible, 130 interrupted."""
     state: dict[str, bool] = {}
     try:
-        cli.main(args=None if argv is None else list(argv), prog_name="autocomp", standalone_mode=False, obj=state)
+        with interrupt.remembered():
+            cli.main(args=None if argv is None else list(argv), prog_name="autocomp", standalone_mode=False, obj=state)
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
-        error.show()
+        said = io.StringIO()
+        error.show(file=said)
+        click.echo(_in_bounds(said.getvalue().rstrip("\n")), err=True)
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        return _fail("interrupted", INTERRUPTED, state)
+    except (click.Abort, KeyboardInterrupt) as error:  # click makes the one of the other
+        return _fail("interrupted", getattr(error.__cause__ or error, "exit_code", INTERRUPTED), state)
     except AutocompError as error:
         return _fail(str(error), error.exit_code, state)
     except BrokenPipeError:  # the reader of our output left; Python would complain again at exit
@@ -277,8 +296,8 @@ def _load_model(name: str) -> tuple[Any, tuple[Any, ...]]:
 
         task = load_task(name, _progress())
         return task.model, task.example_inputs
-    if not Path(name).is_file():
-        raise UsageError(f"there is no file {name}")
+    if not os.path.isfile(name):
+        raise UsageError(f"there is no file {cut(name)}")
     import torch
 
     try:
@@ -286,7 +305,7 @@ def _load_model(name: str) -> tuple[Any, tuple[Any, ...]]:
             warnings.simplefilter("ignore")  # torch reads its own files by a way it deprecates
             program = torch.export.load(name)
     except Exception as error:  # a file of another kind makes torch raise whatever its reader meets first
-        raise UsageError(f"{name} is not a torch.export file: {type(error).__name__}: {error}") from error
+        raise UsageError(f"{name} is not a torch.export file: {type(error).__name__}: {shown(error)}") from error
     if program.example_inputs is None:
         raise UsageError(
             f"{name} holds no example inputs: save it as torch.export.export(model, example_inputs) gave it"
@@ -294,10 +313,7 @@ def _load_model(name: str) -> tuple[Any, tuple[Any, ...]]:
     positional, keywords = program.example_inputs
     if keywords:
         raise UsageError(f"{name} takes keyword inputs ({', '.join(keywords)}): export it with positional ones")
-    module = program.module()
-    for name in ("train", "eval"):  # refused by torch on such modules; their mode was settled when they were exported
-        module.__dict__.pop(name, None)
-    return module, tuple(positional)
+    return program.module(), tuple(positional)
 
 
 def _progress() -> Progress:
@@ -313,8 +329,17 @@ def _unexpected(error: BaseException) -> str:
 def _fail(message: str, code: int, state: dict[str, bool]) -> int:
     if state.get("debug"):
         traceback.print_exc()
-    click.echo(f"error: {message}", err=True)
+    click.echo(f"error: {_in_bounds(message)}", err=True)
     return code
+
+
+def _in_bounds(message: str) -> str:
+    """A message of at most ten lines, of which none is a page long or steers the terminal: much of it may be what others wrote."""
+    lines = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in message.split("\n")]
+    lines = [line if len(line) <= 2000 else f"{line[:1000]}…{line[-500:]}" for line in lines]
+    if len(lines) > MESSAGE_LINES:
+        lines = [*lines[: MESSAGE_LINES - 1], f"… ({len(lines) - MESSAGE_LINES + 1} more lines)"]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

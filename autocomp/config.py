@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from autocomp.errors import UsageError, suggest
-from autocomp.quantities import parse_bytes, parse_seconds
+from autocomp.errors import UsageError, cut, shown, suggest
+from autocomp.quantities import LARGEST, parse_bytes, parse_seconds
+from autocomp.reading import read_toml, read_yaml
 
 M = TypeVar("M", bound=BaseModel)
 
 FORMAT_VERSION = 1
+MOST = 10_000_000  # trials, samples, minutes: more than any run has
+LONGEST = 2000  # characters of a name, a path or an address
+MOST_FAULTS = 8  # of one file in one message
 ENV_PREFIX = "AUTOCOMP_"
 # Variables of autocomp that are no settings of a run.
 ENV_RESERVED = {"AUTOCOMP_CACHE"}
 # What a resumed run may change: how much more to do, and where its folder now lies.
-BUDGET_KEYS = {"trials", "measure", "minutes", "out"}
+BUDGET_KEYS = {"trials", "measure", "minutes", "out", "evaluate_timeout"}
 
 
 def _seconds(value: Any) -> Any:
@@ -45,6 +48,15 @@ def _is_number(text: str) -> bool:
     return True
 
 
+def _printable(text: str) -> str:
+    if not text.isprintable() or len(text) > LONGEST:
+        raise ValueError(f"must be one line of at most {LONGEST} printable characters")
+    return text
+
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(_printable)]
+
+
 class Goals(BaseModel):
     """What a candidate must meet to count as feasible; None: no limit."""
 
@@ -54,10 +66,10 @@ class Goals(BaseModel):
         default=None, ge=0, description="largest loss of the objective against dense, in its own units"
     )
     max_latency: Annotated[float | None, BeforeValidator(_seconds)] = Field(
-        default=None, gt=0, description="seconds on every profile; text with a unit (0.5ms) is read too"
+        default=None, gt=0, le=LARGEST, description="seconds on every profile; text with a unit (0.5ms) is read too"
     )
     max_bytes: Annotated[int | None, BeforeValidator(_bytes)] = Field(
-        default=None, gt=0, description="bytes of stored weights; text with a unit (500KB) is read too"
+        default=None, gt=0, le=int(LARGEST), description="bytes of stored weights; text with a unit (500KB) is read too"
     )
 
 
@@ -66,19 +78,32 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    task: str | None = Field(default=None, min_length=1, description="a built-in task, or package.module:function")
-    profiles: list[str] = Field(
-        default=["x86-host"], min_length=1, description="hardware profiles, names or YAML files"
+    task: Text | None = Field(default=None, description="a built-in task, or package.module:function")
+    profiles: list[Text] = Field(
+        default=["x86-host"], min_length=1, max_length=16, description="hardware profiles, names or YAML files"
     )
-    space: str = Field(default="default", min_length=1, description="search space, a name or a YAML file")
-    trials: int = Field(default=300, ge=1, description="candidates told to the study")
-    measure: int = Field(default=24, ge=1, description="candidates compiled and timed as whole modules")
-    minutes: float | None = Field(default=None, gt=0, description="stop searching after this many minutes")
+    space: Text = Field(default="default", description="search space, a name or a YAML file")
+    trials: int = Field(default=300, ge=1, le=MOST, description="candidates told to the study")
+    measure: int = Field(default=24, ge=1, le=MOST, description="candidates compiled and timed as whole modules")
+    minutes: float | None = Field(
+        default=None, gt=0, le=MOST, description="minutes of the whole run, the files of its end included"
+    )
     seed: int = Field(default=0, ge=0, lt=2**32, description="seed of calibration, search and sampling")
-    out: str = Field(default="runs/task", min_length=1, description="run folder; runs/NAME OF THE TASK unless given")
-    storage: str | None = Field(default=None, description="Optuna storage URL; study.db in the run folder unless given")
-    calibration_samples: int = Field(default=256, ge=1, description="samples of the calibration data to use")
+    out: Text = Field(default="runs/task", description="run folder; runs/NAME OF THE TASK unless given")
+    storage: Text | None = Field(
+        default=None, description="Optuna storage URL; study.db in the run folder unless given"
+    )
+    calibration_samples: int = Field(default=256, ge=1, le=MOST, description="samples of the calibration data to use")
     references: bool = Field(default=True, description="measure ONNX Runtime on the same model as reference points")
+    evaluate_timeout: Annotated[float | None, BeforeValidator(_seconds)] = Field(
+        default=None,
+        gt=0,
+        le=LARGEST,
+        description="seconds that evaluate and test may take for one model each; text with a unit (90s) is read",
+    )
+    deterministic: bool = Field(
+        default=False, description="let no time that this run measures decide what is searched: same seed, same trials"
+    )
     goals: Goals = Field(default=Goals(), description="limits a candidate must meet to be feasible")
 
     @model_validator(mode="before")
@@ -89,9 +114,17 @@ class Settings(BaseModel):
         return data
 
     @model_validator(mode="after")
+    def _no_clock(self) -> Settings:
+        if self.deterministic and self.minutes is not None:
+            raise ValueError(
+                "minutes end a search by the clock, so it cannot be deterministic: leave one of the two out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _distinct_profiles(self) -> Settings:
         if len(set(self.profiles)) < len(self.profiles):
-            raise ValueError(f"profiles must differ from each other, got {', '.join(self.profiles)}")
+            raise ValueError(f"profiles must differ from each other, got {cut(', '.join(self.profiles))}")
         return self
 
 
@@ -145,16 +178,9 @@ def differences(old: Settings, new: Settings) -> list[str]:
 def read_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML or TOML file that holds a mapping; UsageError with the place if it does not."""
     try:
-        text = path.read_text(encoding="utf-8")
+        data = read_toml(path) if path.suffix == ".toml" else read_yaml(path)
     except FileNotFoundError:
         raise UsageError(f"there is no file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
-    try:
-        data = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
-    except (yaml.YAMLError, tomllib.TOMLDecodeError) as error:
-        kind = "TOML" if path.suffix == ".toml" else "YAML"
-        raise UsageError(f"{path} is not valid {kind}: {' '.join(str(error).split())}") from error
     if data is None:
         return {}
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
@@ -171,11 +197,14 @@ def validated(model: type[M], data: Mapping[str, Any], origins: Mapping[str, str
         return model.model_validate(dict(data))
     except ValidationError as error:
         lines = []
-        for fault in error.errors():
+        faults = error.errors(include_url=False)
+        for fault in faults[:MOST_FAULTS]:
             place = fault["loc"]
             origin = origins if isinstance(origins, str) else _origin_of(place, origins)
-            key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+            key = "".join(f"[{part}]" if isinstance(part, int) else f".{cut(str(part))}" for part in place).lstrip(".")
             lines.append(f"{origin}{key + ': ' if key else ''}{_explain(model, fault)}")
+        if len(faults) > MOST_FAULTS:
+            lines.append(f"and {len(faults) - MOST_FAULTS} more")
         raise UsageError("\n".join(lines)) from None
 
 
@@ -203,25 +232,25 @@ def _explain(model: type[BaseModel], fault: Any) -> str:
     if kind == "extra_forbidden":
         known = _keys_at(model, place[:-1])
         if model is Settings and place[-1] in Goals.model_fields:
-            return "this key stands under goals: (goals: {" + f"{place[-1]}: {value}" + "})"
+            return "this key stands under goals: (goals: {" + f"{place[-1]}: {shown(value)}" + "})"
         return f"there is no such key.{suggest(str(place[-1]), known)} Known keys: {', '.join(sorted(known))}"
     if kind == "missing":
         return "this key must be given"
     if kind in ("int_type", "float_type") and isinstance(value, str):
         hint = ""
         if _is_number(value) and "e" in value.lower():
-            hint = f"; YAML reads {value} as text, write {_with_point(value)}"
+            hint = f"; YAML reads {cut(value)} as text, write {_with_point(value)}"
         elif _is_number(value):
             hint = "; leave out the quotes"
-        return f"must be a number, got the text {value!r}{hint}"
+        return f"must be a number, got the text {shown(value)}{hint}"
     if kind == "int_type" and isinstance(value, float):
-        return f"must be a whole number, got {value!r}"
+        return f"must be a whole number, got {shown(value)}"
     if kind in _RULES:
-        return f"must be {_RULES[kind]}, got {value!r}"
-    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        return f"must be {_RULES[kind]}, got {shown(value)}"
+    message = cut(fault["msg"].removeprefix("Value error, ").removeprefix("Input should be "))
     if message.startswith(("must", "profiles must")):
-        return message if repr(value) in message or not place else f"{message}, got {value!r}"
-    return f"must be {message}, got {value!r}"
+        return message if shown(value) in message or not place else f"{message}, got {shown(value)}"
+    return f"must be {message}, got {shown(value)}"
 
 
 def _with_point(text: str) -> str:
@@ -250,7 +279,7 @@ def _check_version(data: dict[str, Any], path: Path) -> None:
     version = data.pop("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise UsageError(
-            f"{path}: format_version is {version!r}, this autocomp reads {FORMAT_VERSION}: "
+            f"{path}: format_version is {shown(version)}, this autocomp reads {FORMAT_VERSION}: "
             "install the autocomp that wrote it"
         )
 
@@ -292,7 +321,7 @@ def _typed(name: str, text: str) -> Any:
         return [part.strip() for part in text.split(",") if part.strip()]
     if name in ("task", "space", "out", "storage"):
         return text
-    if name == "references":
+    if name in ("references", "deterministic"):
         return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}.get(text.lower(), text)
     for kind in (int, float):
         try:

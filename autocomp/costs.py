@@ -20,9 +20,20 @@ if TYPE_CHECKING:
 
 
 class Costs:
-    """The layer tables joined with the devices' latency models; both sides are refitted to what was told and measured."""
+    """The layer tables joined with the devices' latency models; both sides are refitted to what was told and measured.
 
-    def __init__(self, graph: Graph, space: Space, tables: Sequence[LayerTable], devices: Mapping[str, Device]) -> None:
+    With ``settled`` the latency models stay as they are: what is predicted then does not follow what this run measures.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        space: Space,
+        tables: Sequence[LayerTable],
+        devices: Mapping[str, Device],
+        settled: bool = False,
+    ) -> None:
+        self.settled = settled
         self.graph, self.space, self.tables, self.devices = graph, space, list(tables), devices
         self.additive = additive_model(self.tables)
         self._stitched: list[tuple[Candidate, float]] = []
@@ -74,7 +85,7 @@ class Costs:
         pairs = [*self._stitched, *((self.space.normalise(e.candidate), e.kl) for e in told if e.kl is not None)]
         self.additive = self.additive.fitted([candidate for candidate, _ in pairs], [kl for _, kl in pairs])
         measured = [evaluation for evaluation in told if evaluation.state == "measured"]
-        for name, device in self.devices.items():
+        for name, device in () if self.settled else self.devices.items():
             device.model.fit_kernels(device.store.records())
             sums = [self._kernel_sum(device, evaluation.candidate) for evaluation in measured]
             device.model.fit_modules(sums, [evaluation.latency[name].seconds for evaluation in measured])

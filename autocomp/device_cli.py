@@ -14,8 +14,8 @@ import click
 
 from autocomp import terminal
 from autocomp.commands import Commands, common_options
-from autocomp.errors import UsageError
-from autocomp.hardware import Profile, load_profile
+from autocomp.errors import UsageError, shown
+from autocomp.hardware import Profile, is_address, is_board_key, load_profile
 
 PORT = 9190  # TVM's usual port of a tracker
 _TRACKER = click.option(
@@ -98,7 +98,7 @@ def probe(profile: str, tracker: str | None, key: str | None, as_json: bool) -> 
 @common_options
 def setup(tracker: str | None, key: str, as_json: bool) -> None:
     """Print the commands that set up a board, a tracker, and a profile that uses them."""
-    steps = setup_steps(_address(tracker or f"{socket.gethostname()}:{PORT}"), key)
+    steps = setup_steps(_address(tracker or f"{socket.gethostname()}:{PORT}"), _key(key))
     if as_json:
         click.echo(json.dumps(steps))
         return
@@ -149,14 +149,22 @@ def _with_rpc(profile: Profile, tracker: str | None, key: str | None) -> Profile
     stated = profile.rpc
     if stated is None and (tracker is None or key is None):
         raise UsageError(f"profile {profile.name!r} states no board (rpc): give --tracker HOST:PORT and --key KEY")
-    rpc = Rpc(_address(tracker) if tracker else stated.tracker if stated else "", key or (stated.key if stated else ""))
+    rpc = Rpc(
+        _address(tracker) if tracker else stated.tracker if stated else "",
+        _key(key) if key else (stated.key if stated else ""),
+    )
     return replace(profile, rpc=rpc)
 
 
 def _address(text: str) -> str:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise UsageError(f"--tracker must be HOST:PORT (192.168.1.10:{PORT}), got {text!r}")
+    if not is_address(text):
+        raise UsageError(f"--tracker must be HOST:PORT (192.168.1.10:{PORT}), got {shown(text)}")
+    return text
+
+
+def _key(text: str) -> str:
+    if not is_board_key(text):  # it is printed into commands and YAML, and sent to trackers
+        raise UsageError(f"--key must be letters, digits and . _ - (pi5), 64 at most, got {shown(text)}")
     return text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -45,12 +46,47 @@ class InfeasibleError(AutocompError):
 
 
 class Interrupted(AutocompError):
-    """The user stopped the run; what was told is kept. Exit code 130."""
+    """The run was stopped; what was told is kept. Exit code 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
 
     exit_code = 130
 
 
+def shown(value: object, limit: int = 200) -> str:
+    """A value as a message echoes it, of any size and nesting: at most about ``limit`` characters, on one line.
+
+    Texts are quoted; what an exception says stands as it is.
+    """
+    if isinstance(value, BaseException):
+        text = " ".join(str(value).split())
+    elif isinstance(value, str):
+        text = repr(value[: limit + 1])
+    else:
+        brief = reprlib.Repr()
+        brief.maxlevel, brief.maxlist, brief.maxdict, brief.maxtuple, brief.maxset = 3, 6, 6, 6, 6
+        brief.maxstring = brief.maxlong = brief.maxother = limit
+        try:
+            text = " ".join(brief.repr(value).split())
+        except ValueError:  # a whole number of more digits than Python writes
+            text = f"a {type(value).__name__} too long to show"
+    return cut(text, limit + 2)
+
+
+def cut(text: str, limit: int = 200) -> str:
+    """A text of at most ``limit`` characters, and a sign where the rest is left out."""
+    return text if len(text) <= limit else text[:limit] + "…"
+
+
+class ModelWarning(UserWarning):
+    """What must be said of a model that was compiled all the same."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest known name, or an empty string."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(name[:200], list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def last_line(error: BaseException) -> str:
+    """The line of an error that says what was wrong; TVM's are preceded by pages of trace."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return cut(lines[-1].strip(), 1000) if lines else type(error).__name__

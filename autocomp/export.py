@@ -6,17 +6,20 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocomp.cache import write_atomically
-from autocomp.errors import AutocompError, BoardError
+from autocomp.errors import AutocompError, MismatchError, last_line
 from autocomp.onnx_export import export_onnx, onnx_session, run_session
 from autocomp.records import FORMAT_VERSION, Evaluation, latency_to_json
 from autocomp.report.data import Verified
-from autocomp.verify import check_outputs
+from autocomp.runfolder import unwritable_reason
+from autocomp.verify import compare
 
 if TYPE_CHECKING:
     import torch
@@ -25,35 +28,57 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.pt"
+ONNX = "model.onnx"
+_NAME_LENGTH = 100  # of a profile's path in a file's name, which may have 255 bytes on most file systems
 
 
 def export_point(
     evaluation: Evaluation,
     model: torch.nn.Module,
-    compiled: Mapping[str, Compiled | BoardError],
+    compiled: Mapping[str, Compiled | Exception],
     inputs: Sequence[tuple[torch.Tensor, ...]],
     folder: Path,
 ) -> dict[str, Verified]:
     """Write one candidate's files into ``folder`` and return what reading each of them back found.
 
-    ``compiled`` has for each profile its module, or why its board could not be reached; ``inputs`` some input tuples to compare on. Keys
-    are ``so`` (of the first profile; ``so:NAME`` for others) and ``onnx``. A file that fails is reported as failed, never raised.
+    ``compiled`` has for each profile its module, or why there is none (its board is gone, it does not compile any more); ``inputs`` some input
+    tuples to compare on. Keys are ``so`` (of the first profile; ``so:NAME`` for others), ``onnx``, and ``weights`` where these could not be
+    written. A file that fails, whatever its failure, is reported, never raised, and taken away. OSError where nothing can be written.
     """
-    import torch
-
     folder.mkdir(parents=True, exist_ok=True)
-    verified: dict[str, Verified] = {}
-    for profile, module in compiled.items():
-        first = not verified
-        # a profile of the user's own is named by the path of its file
-        path = folder / ("model.so" if first else f"model.{profile.removesuffix('.yaml').replace('/', '_')}.so")
-        verified["so" if first else f"so:{profile}"] = _library(module, path, model, inputs)
-    verified["onnx"] = _onnx(model, folder / "model.onnx", inputs)
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    write_atomically(folder / WEIGHTS, buffer.getvalue())
+    libraries = _libraries(list(compiled))
+    verified: dict[str, Verified] = {
+        kind: _tried(folder / name, partial(_library, module, model, inputs))
+        for (kind, name), module in zip(libraries.items(), compiled.values(), strict=True)
+    }
+    verified["onnx"] = _tried(folder / ONNX, partial(_onnx, model, inputs))
+    weights = _tried(folder / WEIGHTS, partial(_weights, model))
+    if not weights.ok:
+        verified["weights"] = weights
     _write_manifest(folder, evaluation, inputs[0], verified)
     return verified
+
+
+def files_of(profiles: Sequence[str]) -> dict[str, str]:
+    """The files of a point by kind (``manifest``, ``weights``, ``so`` and ``so:NAME``, ``onnx``), as `export_point` names them."""
+    return {"manifest": MANIFEST, "weights": WEIGHTS, **_libraries(profiles), "onnx": ONNX}
+
+
+def library_of(profile: str, profiles: Sequence[str]) -> str:
+    """The file of the library for one of a run's profiles."""
+    return list(_libraries(profiles).values())[list(profiles).index(profile)]
+
+
+def _libraries(profiles: Sequence[str]) -> dict[str, str]:
+    """The kind of a library and its file for each profile. A profile of the user's own is named by the path of its file."""
+    found: dict[str, str] = {}
+    for profile in profiles:
+        name = profile.removesuffix(".yaml").replace("/", "_")[-_NAME_LENGTH:]
+        file = f"model.{name}.so" if found else "model.so"
+        if file in found.values():  # two paths that are written alike
+            file = f"model.{name}.{len(found)}.so"
+        found[f"so:{profile}" if found else "so"] = file
+    return found
 
 
 def load_model(folder: Path) -> torch.nn.Module:
@@ -66,29 +91,44 @@ def load_model(folder: Path) -> torch.nn.Module:
     return model.eval()
 
 
+def _tried(path: Path, write: Callable[[Path], Verified]) -> Verified:
+    """What ``write`` found; a file that failed is not left for anyone to use."""
+    try:
+        return write(path)
+    except Exception as error:
+        if isinstance(error, OSError) and unwritable_reason(error):
+            raise
+        path.unlink(missing_ok=True)
+        if isinstance(error, AutocompError):
+            return Verified(False, note=str(error), wrong=isinstance(error, MismatchError))
+        traceback.print_exc()  # into the run's log
+        return Verified(False, note=f"{type(error).__name__}: {last_line(error)}")
+
+
 def _library(
-    module: Compiled | BoardError, path: Path, model: torch.nn.Module, inputs: Sequence[tuple[torch.Tensor, ...]]
+    module: Compiled | Exception, model: torch.nn.Module, inputs: Sequence[tuple[torch.Tensor, ...]], path: Path
 ) -> Verified:
-    if isinstance(module, BoardError):
-        return Verified(False, note=str(module))
-    try:
-        module.save(path)
-        loaded = module.reload(path)
-        error = check_outputs(model, loaded.run, inputs[: module.checked_inputs], path.name)
-        return Verified(True, error, loaded.time(*inputs[0]).seconds)
-    except AutocompError as failure:
-        return Verified(False, note=str(failure))
+    if isinstance(module, Exception):
+        raise module
+    module.save(path)
+    found = compare(model, module.reload(path).run, inputs[: module.checked_inputs], path.name)
+    return Verified(True, found.errors.worst, note=found.note)
 
 
-def _onnx(model: torch.nn.Module, path: Path, inputs: Sequence[tuple[torch.Tensor, ...]]) -> Verified:
-    try:
-        export_onnx(model, inputs[0], path)
-        session = onnx_session(path)
-        return Verified(
-            True, check_outputs(model, lambda *arguments: run_session(session, *arguments), inputs, path.name)
-        )
-    except AutocompError as failure:
-        return Verified(False, note=str(failure))
+def _onnx(model: torch.nn.Module, inputs: Sequence[tuple[torch.Tensor, ...]], path: Path) -> Verified:
+    export_onnx(model, inputs[0], path)
+    session = onnx_session(path)
+    found = compare(model, lambda *arguments: run_session(session, *arguments), inputs, path.name)
+    return Verified(True, found.errors.worst, note=found.note)
+
+
+def _weights(model: torch.nn.Module, path: Path) -> Verified:
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    write_atomically(path, buffer.getvalue())
+    return Verified(True)
 
 
 def _write_manifest(

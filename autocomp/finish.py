@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +19,10 @@ import numpy as np
 
 from autocomp.accuracy.sensitivity import curves
 from autocomp.cache import write_atomically
-from autocomp.errors import AutocompError, BoardError, InfeasibleError
-from autocomp.export import MANIFEST, WEIGHTS, export_point
+from autocomp.errors import InfeasibleError
+from autocomp.measurer import reason_of
 from autocomp.pipeline import Pipeline
+from autocomp.points import timed_in_turn, write_points
 from autocomp.records import FORMAT_VERSION, Evaluation, Reference, reference_from_json, reference_to_json
 from autocomp.remeasure import remeasured
 from autocomp.report.data import FrontPoint, LayerInfo, Run, Summary, TaskInfo, write_evaluations, write_front
@@ -30,7 +33,6 @@ from autocomp.task import evaluate_task, objective_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from autocomp.devices.device import Compiled
     from autocomp.devices.local import LocalDevice
 
 PACKAGES = ("autocomp", "torch", "apache-tvm", "apache-tvm-ffi", "onnxruntime", "optuna", "numpy")
@@ -70,17 +72,11 @@ def choose_front(measured: Sequence[Evaluation], objective: str, higher_is_bette
 
 
 def _make_run(pipeline: Pipeline) -> Run:
-    task, told = pipeline.task, pipeline.search.told
-    dense = pipeline.dense()
-    objective = objective_of(task, dense.metrics)
-    measured = [evaluation for evaluation in told if evaluation.state == "measured"]
-    front = choose_front(measured, objective, task.higher_is_better)
-    dense, *front = remeasured(pipeline, [dense, *front])
-    with pipeline.progress.stage("writing and verifying models", len(front)) as stage:
-        points = []
-        for evaluation in front:
-            points.append(_point(pipeline, evaluation))
-            stage.advance()
+    task = pipeline.task
+    objective = objective_of(task, pipeline.dense().metrics)
+    dense, points = _verified_front(pipeline, objective)
+    dense, points = _timed_again(pipeline, objective, dense, points)
+    points = [replace(point, test_metrics=_test(pipeline, point.evaluation)) for point in points]
     dense_point = next((p for p in points if p.evaluation.trial == dense.trial), None) or FrontPoint(
         dense, _test(pipeline, dense)
     )
@@ -91,7 +87,7 @@ def _make_run(pipeline: Pipeline) -> Run:
         profiles={name: _profile_line(device.profile) for name, device in pipeline.devices.items()},
         dense=dense_point,
         front=tuple(points),
-        baselines=tuple(evaluation for evaluation in measured if evaluation.source == "uniform"),
+        baselines=tuple(e for e in pipeline.search.told if e.state == "measured" and e.source == "uniform"),
         references=tuple(references),
         hypervolume=tuple(pipeline.search.hypervolume()),
         summary=_summary(pipeline, objective),
@@ -104,36 +100,72 @@ def _make_run(pipeline: Pipeline) -> Run:
     )
 
 
-def _point(pipeline: Pipeline, evaluation: Evaluation) -> FrontPoint:
-    """Write, read back and check one front point. What was done before (a resumed run) is done again: weights are cheap."""
-    model = pipeline.stitch(evaluation.candidate)
-    compiled: dict[str, Compiled | BoardError] = {}
-    for name, device in pipeline.devices.items():
-        try:
-            compiled[name] = device.compile(model, pipeline.inputs)
-        except BoardError as error:  # was there while searching: the point stands as measured, its file as failed
-            compiled[name] = error
-    place = Path("models") / evaluation.candidate.id
-    verified = export_point(evaluation, model, compiled, pipeline.inputs, pipeline.folder / place)
-    files = {"manifest": MANIFEST, "weights": WEIGHTS, "so": "model.so", "onnx": "model.onnx"}
-    present = {kind: str(place / name) for kind, name in files.items() if (pipeline.folder / place / name).exists()}
-    return FrontPoint(evaluation, _test(pipeline, evaluation), verified, present)
+def _verified_front(pipeline: Pipeline, objective: str) -> tuple[Evaluation, list[FrontPoint]]:
+    """Dense, and the front with its files written and read back. A point whose module computes something else is no point.
+
+    What it dominated takes its place. The front is chosen by the times that were taken while searching.
+    """
+    higher_is_better = pipeline.task.higher_is_better
+    measured = [_as_searched(e) for e in pipeline.search.told if e.state == "measured"]
+    dense = remeasured(pipeline, [pipeline.dense()])[0]
+    written: dict[int, FrontPoint] = {}
+    while True:
+        front = choose_front(measured, objective, higher_is_better)
+        if not (new := [e for e in front if e.trial not in written]):
+            return dense, [written[e.trial] for e in front]
+        others = remeasured(pipeline, [e for e in new if e.trial != dense.trial])
+        for point in write_points(pipeline, [dense, *others] if len(others) < len(new) else others):
+            evaluation = point.evaluation
+            written[evaluation.trial] = point
+            wrong = next((check.note for kind, check in point.verified.items() if check.wrong and _decides(kind)), "")
+            if wrong and evaluation.trial != dense.trial:
+                pipeline.progress.warn(f"candidate {evaluation.candidate.id} failed: {wrong}")
+                pipeline.search.update(evaluation.trial, replace(evaluation, state="failed", failure=wrong))
+                measured = [e for e in measured if e.trial != evaluation.trial]
+                shutil.rmtree(pipeline.folder / "models" / evaluation.candidate.id, ignore_errors=True)
+
+
+def _decides(kind: str) -> bool:
+    """Whether a point stands and falls with a file: with the module that was timed, not with what another runtime makes of it."""
+    return kind.startswith("so")
+
+
+def _timed_again(
+    pipeline: Pipeline, objective: str, dense: Evaluation, points: list[FrontPoint]
+) -> tuple[Evaluation, list[FrontPoint]]:
+    """Dense and the front with times taken in turn, and without the points that are dominated by these times."""
+    dense, *again = timed_in_turn(pipeline, dense, [point.evaluation for point in points])
+    found = {e.trial: replace(point, evaluation=e) for point, e in zip(points, again, strict=True)}
+    kept = [found[e.trial] for e in choose_front(again, objective, pipeline.task.higher_is_better)]
+    for point in found.values():
+        if point not in kept:
+            shutil.rmtree(pipeline.folder / "models" / point.evaluation.candidate.id, ignore_errors=True)
+    return dense, kept
+
+
+def _as_searched(evaluation: Evaluation) -> Evaluation:
+    return replace(evaluation, latency={**evaluation.latency, **evaluation.earlier}, earlier={})
 
 
 def _test(pipeline: Pipeline, evaluation: Evaluation) -> dict[str, float]:
-    """The metrics on the held-out split, read once for each point and then kept in the study."""
+    """The metrics on the held-out split, read once for each point and then kept in the study; none, and a warning, where that fails."""
     if pipeline.task.test is None:
         return {}
     key = f"test:{evaluation.candidate.id}"
     stored = pipeline.search.get_attr(key)
     if stored is None:
-        stored = evaluate_task(pipeline.task, pipeline.stitch(evaluation.candidate), split="test")
+        try:
+            stored = evaluate_task(pipeline.task, pipeline.stitch(evaluation.candidate), split="test")
+        except Exception as error:
+            pipeline.progress.warn(f"candidate {evaluation.candidate.id} has no test metrics: {reason_of(error)}")
+            return {}
         pipeline.search.set_attr(key, stored)
     return dict(stored)
 
 
 def _references(pipeline: Pipeline) -> list[Reference]:
     """ONNX Runtime on the same model, measured once a run; a reference that fails is a warning, not the end."""
+    from autocomp.compiler.build import CompiledModel
     from autocomp.devices.local import LocalDevice
     from autocomp.references import measure_references
 
@@ -142,15 +174,23 @@ def _references(pipeline: Pipeline) -> list[Reference]:
     stored = pipeline.search.get_attr("references")
     if stored is None:
         with pipeline.progress.stage("measuring references"):
-            device = next((d for d in pipeline.devices.values() if isinstance(d, LocalDevice)), None)
+            name, device = next(((n, d) for n, d in pipeline.devices.items() if isinstance(d, LocalDevice)), ("", None))
             if device is None:  # ONNX Runtime runs here: beside an estimate or a board it would compare nothing
                 return []
+            if pipeline.budget.left() < 0:
+                pipeline.progress.warn(
+                    "the minutes were over, so no reference was measured; --resume with more of them measures them"
+                )
+                return []
             try:
-                compiled = device.compile(pipeline.task.model, pipeline.inputs)
-                found = measure_references(pipeline.task, compiled, pipeline.settings.calibration_samples)
+                compiled = pipeline.measurer.dense_module(name)
+                assert isinstance(compiled, CompiledModel)
+                found = measure_references(
+                    pipeline.task, compiled, pipeline.settings.calibration_samples, pipeline.progress.warn
+                )
                 found += _classic(pipeline, device)
-            except (AutocompError, RuntimeError, TypeError, ValueError) as error:
-                pipeline.progress.warn(f"ONNX Runtime could not be measured as a reference: {error}")
+            except Exception as error:
+                pipeline.progress.warn(f"ONNX Runtime could not be measured as a reference: {reason_of(error)}")
                 return []
         stored = [reference_to_json(reference) for reference in found]
         pipeline.search.set_attr("references", stored)
@@ -167,12 +207,15 @@ def _classic(pipeline: Pipeline, device: LocalDevice) -> list[Reference]:
             pipeline.task.model, pipeline.graph, pipeline.space, pipeline.statistics, Path(temporary)
         )
         for classic in models:
+            if pipeline.budget.left() < 0:
+                pipeline.progress.warn(f"the minutes were over, so {classic.name} was not measured")
+                continue
             try:
                 latency = device.time(device.compile(classic.model, pipeline.inputs), pipeline.inputs[0])
-            except (AutocompError, RuntimeError) as error:
-                pipeline.progress.warn(f"{classic.name} could not be measured: {error}")
+                metrics = evaluate_task(pipeline.task, classic.model)
+            except Exception as error:
+                pipeline.progress.warn(f"{classic.name} could not be measured: {reason_of(error)}")
                 continue
-            metrics = evaluate_task(pipeline.task, classic.model)
             found.append(Reference(classic.name, metrics, latency, classic.bytes, classic.note, "classic"))
     return found
 
@@ -218,11 +261,13 @@ def _warnings(pipeline: Pipeline, points: Sequence[FrontPoint]) -> list[str]:
         for kind, check in point.verified.items():
             if not check.ok:
                 warnings.append(f"{point.evaluation.candidate.id}: {kind} failed: {check.note}")
+            elif check.note:
+                warnings.append(f"{point.evaluation.candidate.id}: {kind}: {check.note}")
         for name, latency in point.evaluation.latency.items():
-            if latency.spread > UNSTABLE:
+            if latency.noisy or latency.spread > UNSTABLE:
                 warnings.append(
-                    f"{point.evaluation.candidate.id} on {name}: latency varied by {latency.spread:.0%} between repeats; other work on "
-                    "the machine disturbs measurements"
+                    f"{point.evaluation.candidate.id} on {name} is noisy: its latency varied by {latency.spread:.0%} between repeats, and did "
+                    "when it was repeated; other work on the machine disturbs measurements. A steadier point is recommended in its place"
                 )
     return list(dict.fromkeys(warnings))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,38 +10,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from autocomp.compress.prune import take
+from autocomp.compress.convolution import Layers, outputs_first
+from autocomp.compress.prune import take, with_weights
+from autocomp.program import tensor_at
 
 if TYPE_CHECKING:
     from autocomp.graph import Layer
     from autocomp.ties import Ties
 
-# Attributes that hold a number of heads in well-known code; others with the right value are tried after them.
-HEAD_NAMES = frozenset(
-    [
-        "heads",
-        "num_heads",
-        "n_heads",
-        "n_head",
-        "nhead",
-        "nheads",
-        "num_attention_heads",
-        "h",
-        "num_kv_heads",
-        "n_kv_heads",
-        "num_key_value_heads",
-        "kv_heads",
-    ]
-)
-MOST_TRIES = 12  # sets of attributes that are tried for one group
 
+class Count(NamedTuple):
+    """A number in the model's operations (`CanonicalModel.sizes`) that follows the units: of its elements, those of ``units``
+    that are kept are left (-1: always)."""
 
-class Attribute(NamedTuple):
-    """An integer of a module that follows the width of a group: ``per_unit`` for each unit kept."""
-
-    module: str
     name: str
-    per_unit: int
+    value: int
+    units: tuple[int, ...]
 
 
 class Slab(NamedTuple):
@@ -69,10 +52,11 @@ class Group:
     ``rows`` says for each output channel of a producer or norm, ``columns`` for each input column of a consumer (or of
     a grouped convolution), which unit it belongs to (-1: none, it always stays). ``producers`` are the layers whose
     output channels they are, in the order of execution (grouped convolutions that pass them on included), ``consumers``
-    those that read them, ``norms`` the BatchNorms between, ``slabs`` the bare parameters and ``attributes`` the integers
-    that must follow. ``segments`` numbers the units by what they consist of: units of one segment are alike, and the
+    those that read them, ``norms`` the BatchNorms between, ``slabs`` the bare parameters and ``counts`` the numbers in
+    operations that must follow. ``segments`` numbers the units by what they consist of: units of one segment are alike, and the
     same share of each segment is kept. ``attention`` are the products that become fewer with the units. The group is
-    named after its first producer. ``reason`` says why a group that is not ``prunable`` must keep all its units.
+    named after its first producer. ``reason`` says why a group that is not ``prunable`` must keep all its units, ``approximate`` which
+    operation takes all units together (a norm over them): it is computed over those that are left, and so changes what they are.
     """
 
     name: str
@@ -85,9 +69,10 @@ class Group:
     rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     columns: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     slabs: tuple[Slab, ...] = ()
-    attributes: tuple[Attribute, ...] = ()
+    counts: tuple[Count, ...] = ()
     segments: tuple[int, ...] = ()
     attention: tuple[Attention, ...] = ()
+    approximate: str = ""
 
     def rows_kept(self, name: str, kept: Tensor) -> Tensor:
         """Output channels of a producer or norm that are left when the units ``kept`` are."""
@@ -217,8 +202,24 @@ def _group(
             attention.append(Attention(product.batch / mine, product.m, product.k, product.n))
     return Group(
         makers[0], len(number), tuple(makers), tuple(consumers), tuple(sorted(norms)), not reason, reason,
-        rows, columns, tuple(dict.fromkeys(slabs)), (), segments, tuple(attention),
+        rows, columns, tuple(dict.fromkeys(slabs)), tuple(_counts(ties, number)), segments, tuple(attention),
+        next((ties.approximate[c] for c in components if c in ties.approximate), ""),
     )  # fmt: skip
+
+
+def _counts(ties: Ties, number: Mapping[int, int]) -> Iterator[Count]:
+    """The numbers that count elements of which each belongs to one unit at most; others do not change with the units."""
+    found: dict[str, Count] = {}
+    for name, value, atoms in ties.counted:
+        units = []
+        for row in atoms.tolist():
+            own = {number[c] for c in row if c in number}
+            if len(own) > 1:
+                break
+            units.append(own.pop() if own else -1)
+        if len(units) == len(atoms) and len({unit for unit in units if unit >= 0}) > 1 and name not in found:
+            found[name] = Count(name, value, tuple(units))
+    yield from found.values()
 
 
 def _slab(path: str, units: Tensor) -> Slab | None:
@@ -235,11 +236,11 @@ def _slab(path: str, units: Tensor) -> Slab | None:
 
 @dataclass(frozen=True)
 class Changes:
-    """What a model without some units has instead: modules, bare tensors and integers, by name."""
+    """What a model without some units has instead: modules and bare tensors by name, and smaller sizes."""
 
     modules: Mapping[str, nn.Module]
     tensors: Mapping[str, Tensor]
-    integers: Mapping[tuple[str, str], int]
+    sizes: Mapping[str, int]  # by how much each becomes less
 
     def apply(self, model: nn.Module) -> None:
         """Set everything in place."""
@@ -250,20 +251,22 @@ class Changes:
             holder = model.get_submodule(owner)
             tensors: dict[str, Any] = holder._parameters if name in holder._parameters else holder._buffers
             tensors[name] = tensor
-        for (owner, name), value in self.integers.items():
-            setattr(model.get_submodule(owner), name, value)
+        for name, less in self.sizes.items():
+            model.sizes[name] -= less  # type: ignore[index, operator]
 
 
 def narrowed(model: nn.Module, group: Group, kept: Tensor) -> Changes:
-    """What ``model`` has instead when the group keeps the units ``kept``: norms, bare tensors and integers, no layers."""
+    """What ``model`` has instead when the group keeps the units ``kept``: norms, bare tensors and sizes, no layers."""
     modules = {name: take(model.get_submodule(name), group.rows_kept(name, kept)) for name in group.norms}
     tensors: dict[str, Tensor] = {}
     for path, axis, units in group.slabs:
         old = tensors[path] if path in tensors else tensor_at(model, path)
         new = old.detach().index_select(axis, _left(units, kept, group.width))
-        tensors[path] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-    integers = {(a.module, a.name): a.per_unit * len(kept) for a in group.attributes}
-    return Changes(modules, tensors, integers)
+        tensors[path] = _like(old, new)
+    sizes = {}
+    for name, value, units in group.counts:  # N * heads counts each head N times
+        sizes[name] = value - value * len(_left(units, kept, group.width)) // len(units)
+    return Changes(modules, tensors, sizes)
 
 
 def removed(model: nn.Module, group: Group, kept: Tensor) -> Changes:
@@ -281,87 +284,37 @@ def masked(model: nn.Module, group: Group, kept: Tensor) -> Changes:
     """The consumers with zeros for the columns of the units that are not kept: the full-size model that ignores them."""
     modules = {}
     for name in group.consumers:
-        ignoring = copy.deepcopy(model.get_submodule(name))
+        module = model.get_submodule(name)
         columns = group.columns_kept(name, kept)
-        assert isinstance(ignoring.weight, Tensor)
-        old = ignoring.weight.detach()
+        assert isinstance(module, Layers)
+        old = outputs_first(module).detach()
         weight = torch.zeros_like(old)
         weight[:, columns] = old[:, columns]
-        ignoring.weight = nn.Parameter(weight)
-        modules[name] = ignoring
+        modules[name] = with_weights(module, weight, module.bias)
     return Changes(modules, {}, {})
 
 
-def tensor_at(model: nn.Module, path: str) -> Tensor:
-    """The parameter or buffer of that name."""
-    owner, _, name = path.rpartition(".")
-    found = getattr(model.get_submodule(owner), name)
-    assert isinstance(found, Tensor)
-    return found
+def verified(model: nn.Module, inputs: tuple[Tensor, ...], group: Group) -> Group:
+    """Return the group, or, where its removal does not work, the group with the reason.
 
-
-def verified(model: nn.Module, inputs: tuple[Tensor, ...], ties: Ties, group: Group) -> Group:
-    """Return the group with the integers that must follow it, or, where its removal does not work, with the reason.
-
-    Half the units are removed and the outputs compared with those of the model whose consumers ignore them. A model
-    that holds its number of heads in an attribute fails at first: attributes of that value, in the modules where
-    reshapes of these channels stand, are then tried, and what works must work for another number too.
+    Half the units, and other numbers of them, are removed and the outputs compared with those of the model whose consumers ignore them.
+    Where that is approximate, they need only be of the same shapes; but with all units in another order they must be the same.
     """
     if group.width < 2:
         return replace(group, prunable=False, reason="it has a single channel or head")
-    reason = _fails(model, inputs, group, group.width // 2)
-    if not reason:
-        return group
-    for attributes in _attribute_sets(model, ties, group):
-        tried = replace(group, attributes=attributes)
-        counts = {group.width // 2, max(1, group.width // 2 - 1), group.width - 1}
-        if not any(_fails(model, inputs, tried, count) for count in sorted(counts)):
-            return tried
-    modules = _reshaping(ties, group)
-    if modules:
-        reason += (
-            f"; {', '.join(modules)} reshapes them by fixed numbers: let the reshape infer the number of heads "
-            "(x.unflatten(-1, (-1, head_dim)), y.flatten(-2)), or keep it in an attribute such as self.num_heads, "
-            "and take no size from the input's own width"
-        )
-    return replace(group, prunable=False, reason=reason)
-
-
-def _components(ties: Ties, group: Group) -> set[int]:
-    found: set[int] = set()
-    for name in group.producers:
-        atoms = ties.outputs[name].tolist()
-        found |= {component for component, unit in zip(atoms, group.rows[name], strict=True) if unit >= 0}
-    return found
-
-
-def _reshaping(ties: Ties, group: Group) -> list[str]:
-    member = _components(ties, group)
-    found = [r.module or "the model" for r in ties.reshapes if member.intersection(r.atoms.unique().tolist())]
-    return list(dict.fromkeys(found))
-
-
-def _attribute_sets(model: nn.Module, ties: Ties, group: Group) -> Iterator[tuple[Attribute, ...]]:
-    """Sets of integer attributes that may be what the model's reshapes are written with, the likeliest first."""
-    member = _components(ties, group)
-    found: dict[Attribute, None] = {}
-    for module, size, atoms in ties.reshapes:
-        if size % group.width or not member.intersection(atoms.unique().tolist()):
-            continue
-        if bool((atoms == atoms[:1]).all()):  # every unit has all of this axis: the size of a head, say
-            continue
-        while True:
-            for name, value in vars(model.get_submodule(module)).items():
-                if type(value) is int and value == size and not name.startswith("_") and name != "training":
-                    found[Attribute(module, name, size // group.width)] = None
-            if not module:
-                break
-            module = module.rpartition(".")[0]
-    known = tuple(a for a in found if a.name in HEAD_NAMES)
-    heads = tuple(a for a in found if a.per_unit == min(x.per_unit for x in found))
-    # As few as will do first: an attribute that merely has the same value is left alone.
-    sets = [known, *((*known, a) for a in found if a not in known), *((a,) for a in found), heads, tuple(found)]
-    yield from list(dict.fromkeys(s for s in sets if s))[:MOST_TRIES]
+    if group.approximate:
+        try:
+            reason = _shuffling_fails(model, inputs, group)
+        except Exception as error:
+            reason = f"the model fails with its channels in another order: {_first_line(error)}"
+        if reason:
+            return replace(group, prunable=False, reason=reason)
+    counts = [group.width // 2] + ([group.width // 2 - 1] if group.counts and group.width > 3 else [])
+    for count in counts:
+        reason = _fails(model, inputs, group, count)
+        if reason:
+            return replace(group, prunable=False, reason=reason)
+    return group
 
 
 def _fails(model: nn.Module, inputs: tuple[Tensor, ...], group: Group, count: int) -> str:
@@ -374,13 +327,69 @@ def _fails(model: nn.Module, inputs: tuple[Tensor, ...], group: Group, count: in
             with swapped(model, removed(model, group, kept)):
                 actual = _tensors(model(*inputs))
     except Exception as error:  # a reshape in the user's forward that counts on the width, say
-        return f"the model fails without some of its channels: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        return f"the model fails without some of its channels: {_first_line(error)}"
     if any(a.shape != b.shape for a, b in zip(actual, expected, strict=True)):
         return "its channels are the model's output"
-    for a, b in zip(actual, expected, strict=True):
-        if (a - b).abs().max() > 1e-3 * b.abs().max().clamp_min(1e-6):
-            return "removing its channels changes more than the layers that read them"
+    if not group.approximate and not _alike(actual, expected):
+        return "removing its channels changes more than the layers that read them"
     return ""
+
+
+def _alike(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    return all(
+        (a - b).abs().max() <= 1e-3 * b.abs().max().clamp_min(1e-6) for a, b in zip(actual, expected, strict=True)
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _shuffling_fails(model: nn.Module, inputs: tuple[Tensor, ...], group: Group) -> str:
+    """Bring the units, each among its like, into another order: that changes no sum over them, so the outputs are the same."""
+    order = list(range(group.width))
+    generator = torch.Generator().manual_seed(0)
+    for segment in range(len(group.sizes())):
+        members = [unit for unit in order if group.segments[unit] == segment]
+        shuffled = torch.randperm(len(members), generator=generator).tolist()
+        for unit, other in zip(members, shuffled, strict=True):
+            order[unit] = members[other]
+    with torch.no_grad():
+        expected = _tensors(model(*inputs))
+        with swapped(model, reordered(model, group, order)):
+            actual = _tensors(model(*inputs))
+    if any(a.shape != b.shape for a, b in zip(actual, expected, strict=True)) or not _alike(actual, expected):
+        return "its channels in another order give another result, so it is not known which goes where"
+    return ""
+
+
+def reordered(model: nn.Module, group: Group, order: Sequence[int]) -> Changes:
+    """What ``model`` has instead when unit ``order[u]`` stands where unit ``u`` stood; both are of one segment."""
+
+    def places(units: Sequence[int]) -> Tensor:
+        own: dict[int, list[int]] = {}
+        for place, unit in enumerate(units):
+            own.setdefault(unit, []).append(place)
+        result = list(range(len(units)))
+        for unit, other in enumerate(order):
+            for place, source in zip(own.get(unit, ()), own.get(other, ()), strict=True):
+                result[place] = source
+        return torch.tensor(result)
+
+    modules = {}
+    for name in dict.fromkeys((*group.norms, *group.producers, *group.consumers)):
+        rows = places(group.rows[name]) if name in group.rows else None
+        columns = places(group.columns[name]) if name in group.consumers else None
+        modules[name] = take(model.get_submodule(name), rows, columns)
+    tensors: dict[str, Tensor] = {}
+    for path, axis, units in group.slabs:
+        old = tensors[path] if path in tensors else tensor_at(model, path)
+        tensors[path] = _like(old, old.detach().index_select(axis, places(units)))
+    return Changes(modules, tensors, {})
+
+
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 
 @contextlib.contextmanager
@@ -389,7 +398,7 @@ def swapped(model: nn.Module, changes: Changes) -> Iterator[None]:
     before = Changes(
         {name: model.get_submodule(name) for name in changes.modules},
         {path: tensor_at(model, path) for path in changes.tensors},
-        {(owner, name): getattr(model.get_submodule(owner), name) for owner, name in changes.integers},
+        {name: -less for name, less in changes.sizes.items()},
     )
     try:
         changes.apply(model)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +14,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from autocomp import host
-from autocomp.config import read_mapping, validated
-from autocomp.errors import UsageError, suggest
+from autocomp.compiler.link import architecture_of, this_architecture
+from autocomp.config import LONGEST, read_mapping, validated
+from autocomp.errors import UsageError, shown, suggest
 from autocomp.host import Int8
 from autocomp.records import Precision
 from autocomp.resources import shipped_files
@@ -22,9 +25,12 @@ Reach = Literal["local", "rpc", "estimate"]
 # What a profile with `target: detect` finds out by itself; all of it must be written down with a fixed target.
 _ISA_KEYS = ("lanes", "vector_registers", "precisions", "int8")
 CacheLevel = Literal["l1d", "l1i", "l2", "l3"]
+_CORES = Path(__file__).parent / "estimate" / "cores"
 LINE = 64  # bytes of a cache line, on x86-64 and on every Cortex-A
 # What LLVM must know of a processor for the kernels of a precision or dot product; all else runs on the bare architecture.
-_NEEDS = {"fp16": "fullfp16", "sdot": "dotprod"}
+_NEEDS = {"fp16": "fullfp16", "sdot": "dotprod", "vnni512": "avx512vnni", "vnni256": "avxvnni"}
+# What of TVM's target a profile may state; the threads are `cores`.
+_TARGET_KEYS = ("kind", "mtriple", "mcpu", "mattr", "mabi", "mfloat-abi", "num-cores")
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,17 @@ class Profile:
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
 
 
+def is_address(text: str) -> bool:
+    """Whether a text is ``host:port`` of something on a network."""
+    found = re.fullmatch(r"([\w.-]{1,253}|\[[0-9a-fA-F:.]{2,45}\]):([0-9]{1,5})", text, re.ASCII)
+    return found is not None and 0 < int(found[2]) < 2**16
+
+
+def is_board_key(text: str) -> bool:
+    """Whether a text may name a kind of board: a word that no shell and no YAML reads otherwise."""
+    return re.fullmatch(r"[\w.-]{1,64}", text, re.ASCII) is not None
+
+
 class RpcFile(BaseModel):
     """The ``rpc`` entry of a profile file."""
 
@@ -98,9 +115,15 @@ class RpcFile(BaseModel):
     @field_validator("tracker")
     @classmethod
     def _tracker_is_address(cls, value: str) -> str:
-        host_name, _, port = value.rpartition(":")
-        if not host_name or not port.isdecimal() or not 0 < int(port) < 2**16:
+        if not is_address(value):
             raise ValueError("must be host:port (192.168.1.10:9190)")
+        return value
+
+    @field_validator("key")
+    @classmethod
+    def _key_is_a_word(cls, value: str) -> str:
+        if not is_board_key(value):
+            raise ValueError("must be letters, digits and . _ - (pi5), 64 at most")
         return value
 
 
@@ -128,19 +151,19 @@ class ProfileFile(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     format_version: Literal[1]
-    name: str = Field(min_length=1)
-    description: str = ""
+    name: str = Field(min_length=1, max_length=100)
+    description: str = Field("", max_length=1000)
     how: Reach
     target: Any = Field(description="`detect` (this machine), or TVM's target as keys and values")
     lanes: int | None = Field(None, ge=1, le=64, description="float32 lanes of a vector register")
     vector_registers: int | None = Field(None, ge=8, le=64)
     precisions: list[Precision] | None = Field(None, min_length=1, description="precisions with kernels")
     int8: Int8 | None = Field(None, description="byte dot-product instruction; none: widened products")
-    cores: int = Field(1, ge=1, description="threads one inference uses")
+    cores: int = Field(1, ge=1, le=1024, description="threads one inference uses")
     clock_hz: float | None = Field(None, ge=1e6, le=1e11, description="in Hz: 2.4e+9")
     caches: dict[CacheLevel, int] = Field(default_factory=dict, description="bytes by level: l1d, l1i, l2, l3")
     cache_ways: dict[CacheLevel, int] = Field(default_factory=dict, description="associativity by level")
-    memory_bytes: int | None = Field(None, gt=0)
+    memory_bytes: int | None = Field(None, gt=0, le=2**50)
     memory_bandwidth: BandwidthFile | None = Field(None, description="bytes a second of one core: read, copy")
     power: PowerFile | None = Field(None, description="watts of the whole board: idle, load")
     core: str | None = Field(None, min_length=1, description="core model of an estimate")
@@ -150,8 +173,27 @@ class ProfileFile(BaseModel):
     @field_validator("target")
     @classmethod
     def _target_is_detect_or_dict(cls, value: Any) -> Any:
-        if value != "detect" and not (isinstance(value, dict) and isinstance(value.get("kind"), str)):
+        if value == "detect":
+            return value
+        if not (isinstance(value, dict) and isinstance(value.get("kind"), str)):
             raise ValueError("must be `detect`, or TVM's target with its kind ({kind: llvm, mcpu: ...})")
+        if value["kind"] != "llvm":
+            raise ValueError(
+                f"must have kind: llvm, as kernels are made for processors alone, got {shown(value['kind'])}"
+            )
+        for key, option in value.items():
+            if key not in _TARGET_KEYS:
+                known = ", ".join(_TARGET_KEYS)
+                raise ValueError(f"must have no key {shown(key)}.{suggest(str(key), _TARGET_KEYS)} Known keys: {known}")
+            if key == "mattr":
+                if not (isinstance(option, list) and all(isinstance(f, str) and f[:1] in ("+", "-") for f in option)):
+                    raise ValueError(
+                        f"must have mattr as a list of features, each with its sign ([+dotprod]), got {shown(option)}"
+                    )
+            elif key != "num-cores" and not (
+                isinstance(option, str) and option.isprintable() and 0 < len(option) < 100
+            ):
+                raise ValueError(f"must have {key} as a short text, got {shown(option)}")
         return value
 
     @field_validator("lanes")
@@ -165,7 +207,7 @@ class ProfileFile(BaseModel):
     @classmethod
     def _caches_hold_lines(cls, value: dict[CacheLevel, int]) -> dict[CacheLevel, int]:
         for level, size in value.items():
-            if size <= 0 or size % LINE:
+            if not 0 < size <= 2**40 or size % LINE:
                 raise ValueError(f"must be bytes, whole lines of {LINE}: {level} is {size}")
         return value
 
@@ -194,6 +236,13 @@ class ProfileFile(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _cores_are_told_once(self) -> ProfileFile:
+        stated = self.target.get("num-cores", self.cores) if isinstance(self.target, dict) else self.cores
+        if stated != self.cores:
+            raise ValueError(f"must have the same cores and target.num-cores, got {self.cores} and {shown(stated)}")
+        return self
+
+    @model_validator(mode="after")
     def _isa_is_complete(self) -> ProfileFile:
         given = [key for key in _ISA_KEYS if getattr(self, key) is not None]
         if self.target == "detect" and self.how != "local":
@@ -218,21 +267,29 @@ def load_profile(name_or_path: str | Path) -> Profile:
     lacks an instruction set that code for it would use.
     """
     text = str(name_or_path)
+    if not text.isprintable() or len(text) > LONGEST:
+        raise UsageError(f"a hardware profile is named by one line of at most {LONGEST} characters, got {shown(text)}")
     if text.endswith((".yaml", ".yml")) or "/" in text:
         path = Path(text)
     else:
         shipped = shipped_files("hardware_profiles")
         if text not in shipped:
             raise UsageError(
-                f"unknown hardware profile {text!r}.{suggest(text, shipped)} Known: {', '.join(shipped)}; "
+                f"unknown hardware profile {shown(text)}.{suggest(text, shipped)} Known: {', '.join(shipped)}; "
                 "your own is given by the path of its YAML file"
             )
         path = shipped[text]
     stated = validated(ProfileFile, read_mapping(path), f"{path}: ")
     if stated.target != "detect" and not host.is_known_cpu(stated.target):
-        raise UsageError(f"{path}: target.mcpu: LLVM knows no processor {stated.target['mcpu']!r}")
+        triple = f" of {stated.target['mtriple']!r}" if "mtriple" in stated.target else ""
+        raise UsageError(f"{path}: target.mcpu: LLVM knows no processor {stated.target['mcpu']!r}{triple}")
     if stated.target != "detect":
         _check_instructions(stated, path)
+    cores = [file.stem for file in sorted(_CORES.glob("*.yaml"))]
+    if stated.core is not None and stated.core not in cores:
+        raise UsageError(
+            f"{path}: core: there is no core model {shown(stated.core)}.{suggest(stated.core, cores)} Known: {', '.join(cores)}"
+        )
     return _on_this_machine(stated) if stated.how == "local" else _as_stated(stated, dict(stated.target))
 
 
@@ -242,7 +299,10 @@ def profile_schema() -> dict[str, Any]:
 
 
 def _check_instructions(stated: ProfileFile, path: Path) -> None:
-    """Refuse precisions whose instructions the stated processor lacks: the code would die at its first run."""
+    """Refuse features that LLVM does not know, and precisions whose instructions the stated processor lacks: the code would die at its first
+    run."""
+    for feature in host.unknown_features(stated.target):
+        raise UsageError(f"{path}: target.mattr: LLVM knows no feature {feature!r} of this processor")
     for key, value in [("int8", stated.int8), *(("precisions", precision) for precision in stated.precisions or ())]:
         needed = _NEEDS.get(str(value))
         if needed and not host.has_feature(stated.target, needed):
@@ -253,6 +313,14 @@ def _check_instructions(stated: ProfileFile, path: Path) -> None:
 
 
 def _on_this_machine(stated: ProfileFile) -> Profile:
+    if stated.target != "detect" and (wanted := architecture_of(stated.target)) != this_architecture():
+        raise UsageError(
+            f"profile {stated.name!r} is measured on this machine, but its target is of {wanted}, this machine is of {this_architecture()}: "
+            "state how: estimate or how: rpc"
+        )
+    there = os.cpu_count() or 1
+    if stated.cores > there:
+        raise UsageError(f"profile {stated.name!r} asks for {stated.cores} cores of this machine, which has {there}")
     cpu = host.this_cpu()
     machine: dict[str, Any] = {
         "caches": stated.caches or host.cache_sizes(),

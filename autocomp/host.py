@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from autocomp.errors import UsageError
+from autocomp.quiet import quiet_stderr
 
 # Dot products of bytes: AVX-512 VNNI, AVX-VNNI (u8 x s8), Armv8.2 SDOT (s8 x s8, 4 lanes of 4), or widened products.
 Int8 = Literal["vnni512", "vnni256", "sdot", "none"]
@@ -147,13 +148,28 @@ def has_feature(target: Mapping[str, Any], name: str) -> bool:
     return bool(target_has_features(name, Target(dict(target))))
 
 
+def unknown_features(target: Mapping[str, Any]) -> list[str]:
+    """Return the features (``+dotprod``) of a target that LLVM does not know, and would only print a line about."""
+    from tvm.target import Target
+    from tvm.target.codegen import target_has_features
+
+    features = target.get("mattr", ())
+    with quiet_stderr():
+        return [
+            feature
+            for feature in features
+            if not target_has_features(feature[1:], Target({**target, "mattr": [f"+{feature[1:]}"]}))
+        ]
+
+
 def is_known_cpu(target: Mapping[str, Any]) -> bool:
     """Whether LLVM knows the processor a target names; if not, it would compile for a baseline one and only log it."""
     from tvm.target.codegen import llvm_get_system_triple, llvm_is_valid_cpu
 
     if target.get("kind") != "llvm" or "mcpu" not in target:
         return True
-    return bool(llvm_is_valid_cpu(str(target["mcpu"]), str(target.get("mtriple") or llvm_get_system_triple())))
+    with quiet_stderr():
+        return bool(llvm_is_valid_cpu(str(target["mcpu"]), str(target.get("mtriple") or llvm_get_system_triple())))
 
 
 def cache_sizes(root: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> dict[str, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _FEATURES = 4
 # Before enough kernels were measured: near the peak, one store and one load a vector, 50 ns a call.
 _PRIOR = np.array([1.1, 1.0, 1.0, 5e-8])
+# A loop over time of a few rows reads a vector of weights for every product, from the second-level cache.
+_LOOP_PRIOR = np.array([4.0, 1.0, 1.0, 5e-8])
 _ENOUGH = 8  # kernels of a class before its own fit is trusted over the prior
 _STORE_RATE = 16e9  # elements a second that one core reads or writes, a scale for the features only
 _WEIGHT_BYTES = {"int8": 1.0, "fp16": 2.0, "w8": 1.0, "w4": 0.5}  # by the end of a template's name; 4 otherwise
@@ -53,6 +55,10 @@ def layer_work(layer: Layer, method: Method, profile: Profile) -> list[Work]:
 
     parts = factor_shapes(layer, method.ranks) if method.ranks else [layer]
     kind = FORMATS[method.precision]
+    if layer.loop:  # one kernel for all steps
+        template = "loop_int8" if kind.kind == "integer" else "loop"
+        outputs = round_up(layer.out_channels, profile.lanes)
+        return [Work(template, (layer.calls, layer.out_size[1], outputs), (layer.in_channels,))]
     if kind.kind == "grouped" and layer.kind == "linear":
         return [
             _weight_only(part, int(kind.bits), group_of(method.precision, part.in_channels), profile) for part in parts
@@ -79,10 +85,30 @@ def _weight_only(layer: Layer, bits: int, group: int, profile: Profile) -> Work:
 def _work(layer: Layer, kind: Arithmetic, profile: Profile) -> Work:
     if layer.kind == "linear":
         return _dense(layer.out_size[1], layer.in_channels, layer.out_channels, kind, profile)
+    if not layer.is_plain:
+        layer = _flat(layer)
     if layer.kind == "depthwise":
         spatial = (1, layer.out_size[0], padded_rows(layer.out_size[1]), layer.out_channels)
         return Work("depthwise_fp16" if kind == "fp16" else "depthwise", spatial, layer.kernel)
     return _conv(layer, kind, profile)
+
+
+def _flat(layer: Layer) -> Layer:
+    """The plain two-dimensional convolution nearest to one in three dimensions, or transposed: of as many products."""
+    one, zero = (1, 1), (0, 0)
+    if layer.output_padding is not None:  # each input makes a patch of outputs
+        *lead, width = layer.in_size
+        patch = replace(layer, kernel=one, in_size=(math.prod(lead), width), stride=one, padding=zero, dilation=one)
+        return replace(patch, out_size=patch.in_size, out_channels=layer.out_channels * layer.taps, output_padding=None)
+    (depth, *kernel), (frames, *sizes) = layer.kernel, layer.out_size
+    channels = layer.in_channels * (
+        1 if layer.kind == "depthwise" else depth
+    )  # the frames that are read lie side by side
+    height = 1 if layer.kind != "depthwise" else depth
+    return replace(
+        layer, kernel=(height * kernel[0], kernel[1]), in_channels=channels, stride=layer.stride[1:], padding=layer.padding[1:],
+        dilation=layer.dilation[1:], in_size=(frames * layer.in_size[1], layer.in_size[2]), out_size=(frames * sizes[0], sizes[1]),
+    )  # fmt: skip
 
 
 def _dense(rows: int, depth: int, out: int, kind: Arithmetic, profile: Profile) -> Work:
@@ -137,6 +163,14 @@ class LatencyModel:
         self.kernel_error: float | None = None
         self.module_error: float | None = None
 
+    def to_json(self) -> dict[str, list[float]]:
+        """What `fit_kernels` found."""
+        return {name: [float(value) for value in values] for name, values in self._coefficients.items()}
+
+    def restore(self, fitted: Mapping[str, Sequence[float]]) -> None:
+        """Take what ``to_json`` gave in place of a fit."""
+        self._coefficients = {name: np.array(values) for name, values in fitted.items()}
+
     def fit_kernels(self, records: Sequence[KernelRecord]) -> None:
         """Fit each class of kernel to measured records; ``kernel_error`` becomes the median relative error over them."""
         from scipy.optimize import nnls
@@ -165,13 +199,14 @@ class LatencyModel:
         self.module_error = float(np.median(np.abs(fitted / target - 1)))
 
     def kernel_seconds(self, work: Work) -> float:
-        coefficients = self._coefficients.get(_family(work.template), _PRIOR)
+        prior = _LOOP_PRIOR if work.template.startswith("loop") else _PRIOR
+        coefficients = self._coefficients.get(_family(work.template), prior)
         return float(self._features(work) @ coefficients)
 
     def layer_seconds(self, layer: Layer, method: Method) -> tuple[float, int]:
-        """Predicted (seconds, kernels) of one layer of this shape."""
-        work = layer_work(layer, method, self.profile)
-        return sum(self.kernel_seconds(item) for item in work), len(work)
+        """Predicted (seconds, kernels) of all calls of one layer of this shape."""
+        work, calls = layer_work(layer, method, self.profile), 1 if layer.loop else layer.calls
+        return calls * sum(self.kernel_seconds(item) for item in work), calls * len(work)
 
     def attention_seconds(self, group: Group, width: int) -> tuple[float, int]:
         """Predicted (seconds, kernels) of the products of attention, when a group keeps ``width`` units (heads)."""
@@ -205,7 +240,8 @@ class LatencyModel:
         size = share * work.spatial[-1] * math.prod(work.reduction)
         if work.template.startswith("gemv"):  # whose second axis numbers groups of weights
             size *= work.spatial[1]
-        return size / rate if size > max(caches.values(), default=0) else 0.0
+        times = work.spatial[0] if work.template.startswith("loop") else 1  # each step reads them again
+        return times * size / rate if size > max(caches.values(), default=0) else 0.0
 
 
 def _family(template: str) -> str:

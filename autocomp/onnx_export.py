@@ -28,11 +28,12 @@ def export_onnx(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...]
     import torch
 
     from autocomp.compress.fold import fold_batchnorm
+    from autocomp.onnx_recurrent import with_onnx_recurrences
 
     try:
-        with _quiet():
+        with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                fold_batchnorm(model).eval(), example_inputs, dynamo=True, verbose=False, external_data=False,
+                with_onnx_recurrences(fold_batchnorm(model).eval()), example_inputs, dynamo=True, verbose=False, external_data=False,
                 custom_translation_table=_translations(),
             )  # fmt: skip
             assert program is not None  # only dynamo=False returns nothing
@@ -70,6 +71,8 @@ def _translations() -> dict[Any, Any]:
     import torch
     from onnxscript import opset18 as op
 
+    from autocomp.onnx_recurrent import translation
+
     def quantised_input(x: Any, inv_xs: float, zp: int) -> Any:
         scale = op.Constant(value_float=float(1.0 / np.float32(inv_xs)))
         zero = op.Cast(op.Constant(value_int=int(zp)), to=2)  # 2: uint8
@@ -83,7 +86,7 @@ def _translations() -> dict[Any, Any]:
         weight = op.Transpose(weight_of(w, scale, inv_xs), perm=[1, 0])
         return op.Add(op.MatMul(quantised_input(x, inv_xs, zp), weight), bias)
 
-    def conv2d(
+    def convolution(
         x: Any,
         w: Any,
         scale: Any,
@@ -94,11 +97,23 @@ def _translations() -> dict[Any, Any]:
         padding: Any,
         dilation: Any,
         groups: int,
+        output_padding: Any = None,
     ) -> Any:
-        return op.Conv(
-            quantised_input(x, inv_xs, zp), weight_of(w, scale, inv_xs), bias,
-            strides=list(stride), pads=[*padding, *padding], dilations=list(dilation), group=int(groups),
-        )  # fmt: skip
+        value, weight = quantised_input(x, inv_xs, zp), weight_of(w, scale, inv_xs)
+        sizes = {
+            "strides": list(stride),
+            "pads": [*padding, *padding],
+            "dilations": list(dilation),
+            "group": int(groups),
+        }
+        if output_padding is None:
+            return op.Conv(value, weight, bias, **sizes)
+        outputs, inputs, *kernel = (int(size) for size in w.shape)
+        each = outputs // int(groups)
+        by_group = op.Reshape(weight, op.Constant(value_ints=[int(groups), each, inputs, *kernel]))
+        turned = op.Transpose(by_group, perm=[0, 2, 1, *range(3, 3 + len(kernel))])
+        first = op.Reshape(turned, op.Constant(value_ints=[inputs * int(groups), each, *kernel]))
+        return op.ConvTranspose(value, first, bias, output_padding=list(output_padding), **sizes)
 
     def weight_only(x: Any, w: Any, scales: Any, bias: Any, bits: int, group: int) -> Any:
         # Standard operators that the runtime folds into a float weight when it loads the file: what is small is the file.
@@ -139,7 +154,9 @@ def _translations() -> dict[Any, Any]:
         torch.ops.autocomp.linear_fp16.default: linear_half,
         torch.ops.autocomp.conv2d_fp16.default: conv2d_half,
         torch.ops.autocomp.linear_weight_only.default: weight_only,
-        torch.ops.autocomp.conv2d_w8a8.default: conv2d,
+        torch.ops.autocomp.conv2d_w8a8.default: convolution,
+        torch.ops.autocomp.onnx_recurrence.default: translation(op),
+        torch.ops.autocomp.convolution_w8a8.default: convolution,
     }
 
 

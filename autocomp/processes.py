@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import threading
 import time
@@ -14,7 +15,7 @@ from contextlib import closing
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
-from autocomp.errors import AutocompError
+from autocomp.errors import AutocompError, last_line
 from autocomp.kernels.children import uninterrupted
 
 Item = TypeVar("Item")
@@ -28,12 +29,12 @@ class Workers(Generic[Item, Result]):
     happens in this process.
     """
 
-    def __init__(self, function: Callable[[Item], Result], workers: int) -> None:
+    def __init__(self, function: Callable[[Item], Result], workers: int, ahead: int | None = None) -> None:
         import multiprocessing
 
         self.function = function
         self.count = workers if "fork" in multiprocessing.get_all_start_methods() else 1
-        self.ahead = 2 * self.count if self.count > 1 else 1
+        self.ahead = ahead or (2 * self.count if self.count > 1 else 1)
         self._pool: ProcessPoolExecutor | None = None
         if self.count > 1:
             context = multiprocessing.get_context("fork")
@@ -42,11 +43,16 @@ class Workers(Generic[Item, Result]):
     def map(self, items: Iterable[Item]) -> Iterator[Result]:
         """Yield the result of each item, in order. What ``function`` raises is raised here; AutocompError if a process is killed.
 
-        Items are drawn when they are needed, at most ``ahead`` before their results: each may depend on the results before those.
+        Items are drawn when they are needed, ``ahead`` before their results: each may depend on the results before those.
         """
         if self._pool is None:
-            yield from map(self.function, items)
-            return
+            waiting: deque[Item] = deque()
+            source = iter(items)
+            while True:
+                waiting.extend(islice(source, self.ahead - len(waiting)))
+                if not waiting:
+                    return
+                yield self.function(waiting.popleft())
         drawn, begun = iter(items), deque[Future[Result]]()
         try:
             while True:
@@ -101,4 +107,18 @@ def _end_with(parent: int) -> None:
 
 def _call(item: Any) -> Any:
     assert _function is not None
-    return _function(item)
+    try:
+        return _function(item)
+    except Exception as error:
+        if _travels(error):
+            raise
+        # it would end the pool, or hang it: what is left of it is its text
+        raise AutocompError(f"{type(error).__name__}: {last_line(error)}") from None
+
+
+def _travels(error: Exception) -> bool:
+    """Whether an error arrives in the parent as what it is: many are built from other arguments than they keep."""
+    try:
+        return type(pickle.loads(pickle.dumps(error))) is type(error)
+    except Exception:
+        return False

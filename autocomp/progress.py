@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from autocomp import interrupt
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bars
@@ -27,6 +29,7 @@ class Stage:
 
     def advance(self, n: int = 1, note: str = "") -> None:
         """Count ``n`` more steps as done; ``note`` is shown behind the bar until the next one."""
+        interrupt.check()
         self.done += n
         self.note = note or self.note
         self.progress._show(self)
@@ -54,6 +57,7 @@ class Progress:
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
         """Enter a stage of ``total`` steps (None: unknown); stages may nest."""
+        interrupt.check()
         stage = Stage(name, total, self)
         started = time.perf_counter()
         self._open(stage)
@@ -126,4 +130,5 @@ def _new_bars(console: Console) -> Bars:
         TimeElapsedColumn(),
         TextColumn("[dim]{task.fields[note]}"),
         console=console,
+        redirect_stderr=False,  # what others write there is caught: autocomp.chatter
     )

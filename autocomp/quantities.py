@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 import re
 
+from autocomp.errors import shown
+
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+LARGEST = 1e18  # seconds or bytes: past all that there is, and whole numbers up to here are exact enough
+_LONGEST = 64  # characters
 _NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?)\s*([a-zµ]*)\s*", re.IGNORECASE)
 
 
@@ -21,10 +25,13 @@ def parse_bytes(text: str) -> int:
 
 
 def _parse(text: str, units: dict[str, float] | dict[str, int], wanted: str) -> float:
-    match = _NUMBER.fullmatch(text)
+    match = _NUMBER.fullmatch(text) if len(text) <= _LONGEST else None
     if match is None or match[2].lower() not in units:
-        raise ValueError(f"must be {wanted}; got {text!r}")
-    return float(match[1]) * units[match[2].lower()]
+        raise ValueError(f"must be {wanted}; got {shown(text)}")
+    value = float(match[1]) * units[match[2].lower()]
+    if value > LARGEST:
+        raise ValueError(f"must be at most {LARGEST:.0e}; got {shown(text)}")
+    return value
 
 
 def format_bytes(count: float) -> str:

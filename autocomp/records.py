@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -41,7 +42,8 @@ class Latency:
     """Seconds of one inference on a profile, and how they were obtained.
 
     ``seconds`` is the median, ``spread`` the interquartile range over the median, ``error`` the known relative error of an
-    estimate (None when measured), ``samples`` the raw repeats in seconds.
+    estimate (None when measured), ``samples`` the raw repeats in seconds. ``noisy``: other work on the machine disturbed it, and went on
+    when it was measured again.
     """
 
     seconds: float
@@ -52,6 +54,7 @@ class Latency:
     samples: tuple[float, ...] = ()
     kernels: tuple[KernelTime, ...] = ()
     error: float | None = None
+    noisy: bool = False
 
 
 @dataclass(frozen=True, order=True)
@@ -114,9 +117,10 @@ State = Literal["told", "measured", "failed"]
 class Evaluation:
     """Everything known of one told trial.
 
-    ``error`` is the tier-0 additive proxy, ``kl`` the tier-1 divergence from the dense model's outputs (nats a sample),
-    ``metrics`` the task's own on the validation split (tier 2), ``predicted`` the kernel-sum model's seconds by profile,
-    ``latency`` whole compiled modules by profile, ``bytes`` the size of the stored weights.
+    ``error`` is the tier-0 additive proxy, ``kl`` the tier-1 divergence from the dense model's outputs (KL in nats, or
+    what is as bad: `accuracy.divergence`), ``metrics`` the task's own on the validation split (tier 2), ``predicted`` the
+    kernel-sum model's seconds by profile, ``latency`` whole compiled modules by profile, ``bytes`` the size of the stored weights.
+    ``earlier`` has the latencies taken while searching, of profiles where ``latency`` was taken again, beside dense and the front.
     """
 
     trial: int
@@ -131,11 +135,17 @@ class Evaluation:
     latency: Mapping[str, Latency] = field(default_factory=dict)
     failure: str | None = None
     seconds_spent: float = 0.0
+    earlier: Mapping[str, Latency] = field(default_factory=dict)
 
     @property
     def tier(self) -> int:
         """The dearest accuracy proxy that was read: 0, 1 or 2."""
         return 2 if self.metrics else 1 if self.kl is not None else 0
+
+    @property
+    def noisy(self) -> bool:
+        """Whether a latency of it was disturbed."""
+        return any(latency.noisy for latency in self.latency.values())
 
 
 @dataclass(frozen=True)
@@ -169,6 +179,8 @@ def latency_to_json(latency: Latency) -> dict[str, Any]:
     data = dict(latency.__dict__)
     data["samples"] = list(latency.samples)
     data["kernels"] = [dict(kernel.__dict__) for kernel in latency.kernels]
+    if not latency.noisy:  # which files of before do not say
+        del data["noisy"]
     return data
 
 
@@ -185,14 +197,35 @@ def evaluation_to_json(evaluation: Evaluation) -> dict[str, Any]:
     data["predicted"] = dict(evaluation.predicted)
     data["metrics"] = dict(evaluation.metrics)
     data["latency"] = {name: latency_to_json(value) for name, value in evaluation.latency.items()}
+    data["earlier"] = {name: latency_to_json(value) for name, value in evaluation.earlier.items()}
+    if not data["earlier"]:  # which files of before do not say
+        del data["earlier"]
     return data
 
 
 def evaluation_from_json(data: Mapping[str, Any]) -> Evaluation:
     fields = dict(data)
     fields["candidate"] = Candidate.from_json(data["candidate"])
-    fields["latency"] = {name: latency_from_json(value) for name, value in data["latency"].items()}
+    for name in ("latency", "earlier"):
+        fields[name] = {profile: latency_from_json(value) for profile, value in data.get(name, {}).items()}
     return Evaluation(**fields)
+
+
+def sound(evaluation: Evaluation, trial: int, candidate: Candidate) -> Evaluation:
+    """The evaluation, if it can be that of this trial; ValueError for values that no search writes."""
+    numbers = [evaluation.error, evaluation.seconds_spent, *evaluation.predicted.values(), *evaluation.metrics.values()]
+    numbers += [] if evaluation.kl is None else [evaluation.kl]
+    times = [latency.seconds for latency in (*evaluation.latency.values(), *evaluation.earlier.values())]
+    good = (
+        evaluation.trial == trial and evaluation.candidate == candidate
+        and evaluation.state in ("told", "measured", "failed") and isinstance(evaluation.bytes, int) and evaluation.bytes >= 0
+        and all(isinstance(number, int | float) for number in numbers)
+        and all(isinstance(seconds, int | float) and 0 < seconds < math.inf for seconds in times)
+        and (evaluation.state != "measured" or bool(times and evaluation.metrics))
+    )  # fmt: skip
+    if not good:
+        raise ValueError(f"no evaluation of trial {trial}")
+    return evaluation
 
 
 def reference_to_json(reference: Reference) -> dict[str, Any]:

@@ -9,13 +9,16 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autocomp.batches import count, like
 from autocomp.compiler.build import CompiledModel
 from autocomp.devices.timing import interleaved, median_and_spread, quiet_core
+from autocomp.errors import last_line
 from autocomp.onnx_export import export_onnx, onnx_session
 from autocomp.records import Latency, Reference
 from autocomp.task import Task, evaluate_task
@@ -29,43 +32,45 @@ DYNAMIC = "torch dynamic int8"
 OURS = "dense, tuned (called from Python)"
 
 
-def measure_references(task: Task, compiled: CompiledModel, samples: int) -> list[Reference]:
+def measure_references(
+    task: Task, compiled: CompiledModel, samples: int, warn: Callable[[str], None] = lambda text: None
+) -> list[Reference]:
     """Measure ONNX Runtime fp32 and int8 (QDQ, uint8 activations, one thread) against our dense module, interleaved.
 
     All are called from Python with bound inputs, so that a call's overhead meets each alike; ours is returned too.
     ``samples`` calibration samples set the int8 ranges. A model with linear layers is also run by torch with their weights in int8 and
-    ranges of activations taken at run time, which is all that torch's own dynamic quantisation covers.
+    ranges of activations taken at run time, which is all that torch's own dynamic quantisation covers. One that cannot be made or judged is
+    left out, and ``warn`` is told why.
     """
-    import numpy as np
     import torch
 
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        fp32 = export_onnx(task.model, task.example_inputs, folder / "fp32.onnx")
-        int8 = _quantise_static(fp32, folder / "int8.onnx", task, samples)
-        sessions = {FP32: onnx_session(fp32), INT8: onnx_session(int8)}
-        sizes = {FP32: fp32.stat().st_size, INT8: int8.stat().st_size}
-        metrics = {
-            name: evaluate_task(task, _session_module(session, task.example_inputs))
-            for name, session in sessions.items()
-        }
-    arrays = [np.ascontiguousarray(tensor.detach().numpy()) for tensor in task.example_inputs]
     calls: dict[str, Any] = {OURS: compiled.prepare(*task.example_inputs)}
-    for name, session in sessions.items():
-        binding = session.io_binding()
-        for value, array in zip(session.get_inputs(), arrays, strict=True):
-            binding.bind_cpu_input(value.name, array)
-        for value in session.get_outputs():
-            binding.bind_output(value.name)
-        calls[name] = lambda s=session, b=binding: s.run_with_iobinding(b)
-    if (dynamic := _quantise_dynamic(task.model)) is not None:
-        calls[DYNAMIC] = lambda: dynamic(*task.example_inputs)
-        metrics[DYNAMIC] = evaluate_task(task, dynamic)
-        sizes[DYNAMIC] = _state_bytes(dynamic)
+    metrics, sizes = {OURS: evaluate_task(task, task.model)}, {OURS: _parameter_bytes(task.model)}
+
+    def add(name: str, make: Callable[[], tuple[torch.nn.Module, Callable[[], object], int] | None]) -> None:
+        try:
+            if (made := make()) is not None:
+                metrics[name] = evaluate_task(task, made[0])
+                calls[name], sizes[name] = made[1:]
+        except Exception as error:
+            warn(f"{name} could not be measured as a reference: {type(error).__name__}: {last_line(error)}")
+
+    def session(path: Path) -> tuple[torch.nn.Module, Callable[[], object], int]:
+        opened = onnx_session(path)
+        return _session_module(opened, task.example_inputs), _bound(opened, task.example_inputs), path.stat().st_size
+
+    def dynamic() -> tuple[torch.nn.Module, Callable[[], object], int] | None:
+        model = _quantise_dynamic(task.model)
+        return None if model is None else (model, lambda: model(*task.example_inputs), _state_bytes(model))
+
+    with tempfile.TemporaryDirectory() as temporary:
+        fp32, int8 = Path(temporary) / "fp32.onnx", Path(temporary) / "int8.onnx"
+        add(FP32, lambda: session(export_onnx(task.model, task.example_inputs, fp32)))
+        if FP32 in calls:
+            add(INT8, lambda: session(_quantise_static(fp32, int8, task, samples)))
+    add(DYNAMIC, dynamic)
     with quiet_core(), torch.inference_mode():
         samples_by_name = interleaved(calls)
-    metrics[OURS] = evaluate_task(task, task.model)
-    sizes[OURS] = sum(p.numel() * p.element_size() for p in task.model.parameters())
     references = []
     for name, times in samples_by_name.items():
         seconds, spread = median_and_spread(times)
@@ -74,6 +79,27 @@ def measure_references(task: Task, compiled: CompiledModel, samples: int) -> lis
             Reference(name, metrics[name], latency, sizes[name], "timed in one run, interleaved, called from Python")
         )
     return references
+
+
+def _bound(session: Any, example_inputs: tuple[torch.Tensor, ...]) -> Callable[[], object]:
+    """A call of a session on inputs and outputs that are bound once."""
+    import numpy as np
+
+    binding = session.io_binding()
+    arrays = [np.ascontiguousarray(tensor.detach().numpy()) for tensor in example_inputs]
+    for value, array in zip(session.get_inputs(), arrays, strict=True):
+        binding.bind_cpu_input(value.name, array)
+    for value in session.get_outputs():
+        binding.bind_output(value.name)
+
+    def call(_kept: list[Any] = arrays) -> None:  # whose memory is bound
+        session.run_with_iobinding(binding)
+
+    return call
+
+
+def _parameter_bytes(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _quantise_static(source: Path, target: Path, task: Task, samples: int) -> Path:
@@ -123,15 +149,10 @@ def _state_bytes(model: torch.nn.Module) -> int:
 
 
 def _rows(task: Task, samples: int) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Calibration samples cut into batches of the example inputs' size."""
-    size = len(task.example_inputs[0])
-    taken = 0
-    for batch in task.calibration:
-        for start in range(0, len(batch[0]) - size + 1, size):
-            if taken >= samples:
-                return
-            taken += size
-            yield tuple(tensor[start : start + size] for tensor in batch)
+    """Calibration samples of the example inputs' shapes, cut into batches of their size."""
+    size = count(task.example_inputs, task.batch_axes)
+    parts = like(task.example_inputs, task.calibration, task.batch_axes)
+    return islice(parts, max(1, -(-samples // size)))
 
 
 def _session_module(session: Any, example_inputs: tuple[torch.Tensor, ...]) -> torch.nn.Module:

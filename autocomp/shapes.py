@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ def resized(layer: Layer, inputs: int, outputs: int) -> Layer:
 def factor_shapes(layer: Layer, ranks: Sequence[int]) -> list[Layer]:
     """Describe the layers a factorised one becomes: two (one rank: SVD, of a larger kernel spatial) or three (Tucker-2)."""
     one, zero = (1, 1), (0, 0)
-    if len(ranks) == 1 and layer.kernel != (1, 1):
+    if len(ranks) == 1 and layer.taps > 1:
         return _spatial_shapes(layer, ranks[0])
     if len(ranks) == 1:
         first = replace(resized(layer, layer.in_channels, ranks[0]), bias=False)
@@ -51,5 +52,5 @@ def _spatial_shapes(layer: Layer, rank: int) -> list[Layer]:
     return [down, across]
 
 
-def _area(size: tuple[int, int]) -> int:
-    return size[0] * size[1]
+def _area(size: Sequence[int]) -> int:
+    return math.prod(size)

@@ -12,8 +12,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from autocomp.errors import AutocompError
-from autocomp.kernels.children import Child, last_line, receive, send
+from autocomp.errors import AutocompError, last_line
+from autocomp.kernels.children import Child, receive, send
 from autocomp.kernels.tune import Tuner
 
 Item = TypeVar("Item")
@@ -66,9 +66,9 @@ def _tune(wanted: Sequence[tuple[str, Sequence[Any]]], tuners: Mapping[str, Tune
         asked = [functions for whose, functions in wanted if whose == name]
         try:
             tuner.fill([function for functions in asked for function in functions])
-        except AutocompError:
+        except Exception:
             for functions in asked:
-                with suppress(AutocompError):
+                with suppress(Exception):
                     tuner.fill(functions)
 
 
@@ -97,4 +97,7 @@ def _serve(
         done = (None, str(error))
     except Exception as error:
         done = (None, f"{type(error).__name__}: {last_line(error)}")
-    send(answers, {"done": done})
+    try:
+        send(answers, {"done": done})
+    except Exception as error:
+        send(answers, {"done": (None, f"its result cannot be sent: {last_line(error)}")})

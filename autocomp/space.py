@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from autocomp.errors import UsageError, suggest
+from autocomp.kernels.recurrent import IN_8_BITS
 from autocomp.precisions import CENTROIDS, FORMATS, group_of
 from autocomp.records import Candidate, Method, Precision
 from autocomp.shapes import factor_shapes, resized
@@ -76,14 +77,23 @@ class Space:
         return Candidate(widths, {name: options[0] for name, options in self.methods.items()})
 
     def uniform(self, keep: float = 1.0, precision: Precision = "fp32") -> Candidate:
-        """Return the candidate with the width nearest to ``keep`` in every group, and one precision where offered."""
+        """Return the candidate with the width nearest to ``keep`` in every group, and one precision where offered.
+
+        Approximate groups keep all units where others can be narrowed: a recipe that treats all groups alike is none for these.
+        """
+        exact = {name for name, options in self.widths.items() if len(options) > 1 and not self._approximate(name)}
         widths = {
-            name: min(options, key=lambda width: abs(width - keep * options[0]))
+            name: options[0]
+            if exact and self._approximate(name)
+            else min(options, key=lambda width: abs(width - keep * options[0]))
             for name, options in self.widths.items()
         }
         wanted = Method(precision)
         methods = {name: wanted if wanted in options else options[0] for name, options in self.methods.items()}
         return self.normalise(Candidate(widths, methods))
+
+    def _approximate(self, group: str) -> bool:
+        return bool(self.graph.groups[group].approximate)
 
     def draw(self, rng: np.random.Generator) -> Candidate:
         """Return a random candidate; how much of the space's range it goes into is drawn first, so that all strengths are met."""
@@ -186,6 +196,7 @@ class _Builder:
     def __init__(self, graph: Graph, rules: SpaceFile, profiles: Sequence[Target]) -> None:
         self.graph, self.rules, self.profiles = graph, rules, profiles
         self.lanes = max(profile.lanes for profile in profiles)
+        self.exact = any(group.prunable and not group.approximate for group in graph.groups.values())
         self.refused: list[Refusal] = []
 
     def refuse(self, subject: str, option: str, reason: str) -> None:
@@ -209,6 +220,8 @@ class _Builder:
         for share in sorted(set.union(*shares) - {1.0} - set(asked), reverse=True):
             self.refuse(group.name, f"keep {share:g}", f"not allowed for all of {', '.join(group.producers)}")
         stay = group.reason if not group.prunable else ""
+        if group.approximate and not stay and self.exact and not (self.rules.approximate or self.rules.rotate):
+            stay = f"{group.approximate} takes its channels together: `approximate` in the search space offers it, `rotate` at less cost"
         for name in group.producers:
             if self.protected(name):
                 stay = stay or f"layer {name} is protected"
@@ -258,6 +271,8 @@ class _Builder:
     def _precision_refused(self, layer: Layer, precision: Precision) -> str:
         """Say why a layer cannot or should not take a precision; empty if it may."""
         kind = FORMATS[precision]
+        if layer.loop and kind.kind == "integer" and layer.loop not in IN_8_BITS:
+            return f"a {layer.loop}'s loop over time is in fp32"
         lacking = [profile.name for profile in self.profiles if not has_kernel(layer, precision, profile)]
         if lacking and (kind.kind == "integer" or self.rules.kernels_only):
             return f"profile {', '.join(lacking)} has no kernels for it"
@@ -274,7 +289,7 @@ class _Builder:
 
     def _ranks(self, layer: Layer, options: Rule, why_dense: str) -> list[tuple[int, ...]]:
         offered: list[tuple[int, ...]] = []
-        square = layer.kernel[0] > 1 and layer.kernel[1] > 1
+        square = len(layer.kernel) == 2 and min(layer.kernel) > 1
         asked = [(share, False) for share in sorted(set(options.ranks or ()), reverse=True)]
         if square:
             asked += [(share, True) for share in sorted(set(options.spatial_ranks or ()), reverse=True)]
@@ -283,6 +298,10 @@ class _Builder:
             reason = why_dense
             if layer.kind == "depthwise" or layer.conv_groups > 1:
                 reason = "a grouped convolution has no low-rank form here"
+            elif layer.loop:
+                reason = "a loop over time multiplies by its whole weight"
+            elif not layer.is_plain:
+                reason = "a transposed or three-dimensional convolution has no low-rank form here"
             if not reason:
                 ranks = self._ranks_at(layer, share, spatial)
                 reason = "its rank is less than a vector" if not ranks else _rank_waste(layer, ranks)
@@ -296,7 +315,7 @@ class _Builder:
 
     def _ranks_at(self, layer: Layer, share: float, spatial: bool) -> tuple[int, ...]:
         """Return one rank (SVD or spatial) or two (Tucker-2 of a kernel), in whole vectors; empty below one vector."""
-        if spatial or layer.kernel == (1, 1):
+        if spatial or layer.taps == 1:
             full: tuple[int, ...] = (min(layer.in_channels, layer.out_channels),)
         else:
             full = (layer.in_channels, layer.out_channels)
@@ -315,11 +334,16 @@ def _multiple(wanted: float, full: int, step: int) -> int:
 def has_kernel(layer: Layer, precision: Precision, profile: Target) -> bool:
     """Whether a profile computes a layer in a precision; what it does not is decoded to float32 when the model is compiled.
 
-    Linear layers in w8 and w4 have kernels on every profile, convolutions in these and codebooks nowhere.
+    Linear layers in w8 and w4 have kernels on every profile, convolutions in these and codebooks nowhere; loops over time are in fp32 or, of
+    some kinds, in 8-bit integers; transposed and three-dimensional convolutions have none in fp16.
     """
     kind = FORMATS[precision].kind
+    if layer.loop and precision != "fp32":
+        return kind == "integer" and layer.loop in IN_8_BITS and precision in profile.precisions
     if kind == "grouped":
         return layer.kind == "linear"
+    if precision == "fp16" and not layer.is_plain:
+        return False
     return precision in profile.precisions
 
 

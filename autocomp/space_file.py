@@ -6,10 +6,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from autocomp.errors import UsageError, suggest
+from autocomp.errors import UsageError, cut, shown, suggest
+from autocomp.reading import read_yaml
 from autocomp.records import Precision
 from autocomp.resources import shipped_files
 
@@ -38,7 +38,7 @@ class Rule(BaseModel):
             return value
         for item in value:
             if isinstance(item, str):
-                raise ValueError(f"{item!r} is a text; write the number with a point and without quotes, as 0.5")
+                raise ValueError(f"{shown(item)} is a text; write the number with a point and without quotes, as 0.5")
         return [float(item) if isinstance(item, int) and not isinstance(item, bool) else item for item in value]
 
     def globs(self) -> list[str]:
@@ -54,7 +54,10 @@ class SpaceFile(BaseModel):
     ``ends`` is the least that the first and the last layer, which are the most sensitive, may be stored and computed in: ``float``
     (fp16), ``8bit``, or ``any`` to leave them to the rules. ``kernels_only`` offers only precisions that every profile computes in:
     without it the others are offered for their size. ``observer`` chooses the ranges of 8-bit activations, ``equalise`` first brings the
-    channels between layers to like ranges, which leaves the function as it is (``compress.equalise``). Norms, softmax and everything
+    channels between layers to like ranges, which leaves the function as it is (``compress.equalise``); so does ``rotate``, which turns residual
+    streams to their principal directions, so that they can be narrowed at less cost (``compress.rotate``).
+    ``approximate`` offers widths of approximate groups (``groups.Group``) beside exact ones; where a model has no others, or with ``rotate``,
+    they are offered anyway. Norms, softmax and everything
     else that is no convolution or linear layer stays in fp32 whatever the file says.
     """
 
@@ -68,6 +71,8 @@ class SpaceFile(BaseModel):
     kernels_only: bool = False
     observer: Literal["minmax", "percentile", "mse"] = "mse"
     equalise: bool = False
+    rotate: bool = False
+    approximate: bool = False
 
 
 def list_spaces() -> list[str]:
@@ -79,18 +84,20 @@ def load_space(name: str | Path) -> SpaceFile:
     """Read a search-space file by path or shipped name. UsageError names the file, the key, the rule and the value."""
     shipped = shipped_files("search_spaces")
     path = shipped.get(str(name), Path(name))
-    if str(name) not in shipped and not path.is_file():
-        known = ", ".join(shipped)
-        raise UsageError(f"unknown search space {str(name)!r}.{suggest(str(name), shipped)} Known: {known}, or a path")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+        data = read_yaml(path)
+    except FileNotFoundError:
+        known = ", ".join(shipped)
+        raise UsageError(
+            f"unknown search space {shown(str(name))}.{suggest(str(name), shipped)} Known: {known}, or a path"
+        ) from None
     if not isinstance(data, dict):
         raise UsageError(f"{path}: a search space must be a mapping with 'format_version' and 'rules'")
     version = data.get("format_version")
     if isinstance(version, int) and version > 1:
-        raise UsageError(f"{path}: format_version {version} is newer than this autocomp knows (1): update autocomp")
+        raise UsageError(
+            f"{path}: format_version {shown(version)} is newer than this autocomp knows (1): update autocomp"
+        )
     try:
         return SpaceFile.model_validate(data)
     except ValidationError as error:
@@ -100,10 +107,10 @@ def load_space(name: str | Path) -> SpaceFile:
 def _first_error(error: ValidationError) -> str:
     """Say in one line what pydantic found first: the key, the rule, the value."""
     first = error.errors(include_url=False)[0]
-    key = ".".join(map(str, first["loc"]))
+    key = cut(".".join(map(str, first["loc"])))
     if first["type"] == "extra_forbidden":
         model = Rule if first["loc"][0] == "rules" else SpaceFile
-        return f"unknown key {key!r}.{suggest(str(first['loc'][-1]), model.model_fields)}"
+        return f"unknown key {shown(key)}.{suggest(str(first['loc'][-1]), model.model_fields)}"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    value = "" if first["type"] == "missing" else f", got {first['input']!r}"
-    return f"{key}: {first['msg'].removeprefix('Value error, ')}{value}{more}"
+    value = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
+    return f"{key}: {cut(first['msg'].removeprefix('Value error, '), 400)}{value}{more}"

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from autocomp.errors import UsageError, suggest
+from autocomp import interrupt
+from autocomp.batches import count
+from autocomp.errors import AutocompError, UsageError, last_line, suggest
 from autocomp.progress import Progress
 from autocomp.tasks import BUILT_IN
 
@@ -32,8 +37,13 @@ class Task:
     each front point. ``train`` yields ``(inputs, target)`` pairs, ``inputs`` a tuple of tensors, afresh each time it is
     iterated; ``loss(output, target)`` is the scalar to minimise.
 
-    A model with ``nn.MultiheadAttention`` is copied, and each that can be is written out as an `autocomp.attention.Attention`,
-    which computes the same: ``model``, and all that is made of it, then holds these in its place. The model given is left alone.
+    ``batch_axes`` says along which axis of each input samples lie, None for an input that has none (a table); by default it is found by
+    running two samples at once. Samples may vary in their other sizes from one calibration batch to the next.
+    ``outputs`` says what the outputs of the model are, and so how compressed models are compared with it: ``"classes@1"``, a sequence of such
+    texts, or a mapping by name; `autocomp.accuracy.outputs` has the notation. By default it is guessed; ``autocomp check`` says how.
+
+    ``model`` then is the canonical form of the model given (`autocomp.canonical`): it computes the same, holds its weights under their names,
+    and can be called, but has none of the methods of its class. The model given is left alone.
     """
 
     model: nn.Module
@@ -47,6 +57,9 @@ class Task:
     higher_is_better: bool = True
     name: str = "task"
     description: str = ""
+    outputs: str | Sequence[str] | Mapping[str, str] | None = None
+    batch_axes: tuple[int | None, ...] | None = None
+    converted: tuple[str, ...] = ()  # written by the Task: how model and inputs differ from those given (`plain`)
 
     def __post_init__(self) -> None:
         self.validate()
@@ -55,18 +68,26 @@ class Task:
         """Check every part that can be checked without running the model; UsageError names the part that is wrong."""
         from torch import nn
 
-        from autocomp.attention import unpacked
+        from autocomp.accuracy.outputs import parse
+        from autocomp.canonical import canonical
+        from autocomp.plain import PlainBatches, plain
 
         if not isinstance(self.model, nn.Module):
             raise UsageError(f"Task.model must be a torch.nn.Module, got {_kind(self.model)}")
-        self.example_inputs = _batch(self.example_inputs, "Task.example_inputs")
+        inputs = checked_batch(self.example_inputs, "Task.example_inputs")
+        self.model, self.example_inputs, notes = plain(self.model, inputs, "Task.model", "Task.example_inputs")
+        self.converted += tuple(notes)
+        self.batch_axes = self._checked_axes()
         self.calibration = self._checked_calibration()
+        self.outputs = parse(self.outputs)
         for name, optional in (("evaluate", False), ("test", True), ("loss", True)):
             value = getattr(self, name)
             if not (callable(value) or (optional and value is None)):
                 raise UsageError(f"Task.{name} must be a function, got {_kind(value)}")
         if self.train is not None and not isinstance(self.train, Iterable):
             raise UsageError(f"Task.train must be an iterable of (inputs, target), got {_kind(self.train)}")
+        if self.train is not None and notes:
+            self.train = PlainBatches(self.train)
         if not isinstance(self.name, str) or not self.name:
             raise UsageError(f"Task.name must be a non-empty text, got {self.name!r}")
         rule = "a trained model has only finite weights"
@@ -75,19 +96,46 @@ class Task:
         for name, buffer in self.model.named_buffers():  # minus infinity is what a mask of attention is made of
             finite = buffer.masked_fill(buffer == -math.inf, 0) if buffer.is_floating_point() else buffer
             _refuse_non_finite(finite, f"buffer {name!r} of Task.model", rule)
-        self.model = unpacked(self.model)
+        self.model = canonical(self.model, self.example_inputs, self.calibration, self.batch_axes)
+        found = self.model.code.batch.inputs
+        if self.batch_axes is None and any(axis is not None for axis in found):
+            self.batch_axes = found
+
+    def _checked_axes(self) -> tuple[int | None, ...] | None:
+        if self.batch_axes is None:
+            return None
+        given, inputs = self.batch_axes, self.example_inputs
+        if not isinstance(given, tuple | list) or len(given) != len(inputs):
+            raise UsageError(
+                f"Task.batch_axes must be a tuple of {len(inputs)}, an axis or None for each input, got {given!r}"
+            )
+        for index, (axis, tensor) in enumerate(zip(given, inputs, strict=True)):
+            if axis is not None and not (type(axis) is int and -tensor.dim() <= axis < tensor.dim()):
+                raise UsageError(
+                    f"Task.batch_axes[{index}] must be an axis of Task.example_inputs[{index}] {list(tensor.shape)}, or None; got {axis!r}"
+                )
+        if all(axis is None for axis in given):
+            raise UsageError("Task.batch_axes must name an axis of samples in at least one input")
+        axes = tuple(axis if axis is None else axis % t.dim() for axis, t in zip(given, inputs, strict=True))
+        _samples(inputs, axes, "Task.example_inputs")
+        return axes
 
     def _checked_calibration(self) -> list[tuple[Tensor, ...]]:
+        from autocomp.plain import plain_tensor
+
         if isinstance(self.calibration, str | bytes) or not isinstance(self.calibration, Sequence):
             raise UsageError(
                 f"Task.calibration must be a sequence of batches (tuples of tensors), got {_kind(self.calibration)}; "
                 "a loader can be given as list(loader)"
             )
-        batches = [_batch(batch, f"Task.calibration[{index}]") for index, batch in enumerate(self.calibration)]
+        batches = [checked_batch(batch, f"Task.calibration[{index}]") for index, batch in enumerate(self.calibration)]
         if not batches:
             raise UsageError("Task.calibration is empty: give at least one batch, better 256 samples in all")
+        batches = [tuple(map(plain_tensor, batch)) for batch in batches]
         for index, batch in enumerate(batches):
             _refuse_unlike(batch, self.example_inputs, f"Task.calibration[{index}]")
+            if self.batch_axes is not None:
+                _samples(batch, self.batch_axes, f"Task.calibration[{index}]")
         return batches
 
 
@@ -109,10 +157,12 @@ def load_task(spec: str, progress: Progress | None = None) -> Task:
     function = _resolve(spec)
     try:
         task = function()
-    except UsageError as error:
-        raise UsageError(f"task {spec!r}: {error}") from error
-    except Exception as error:
-        raise UsageError(f"task {spec!r}: the function raised {type(error).__name__}: {error}") from error
+    except AutocompError as error:
+        raise type(error)(f"task {spec!r}: {error}") from error
+    except BaseException as error:
+        if interrupt.is_stop(error):
+            raise
+        raise UsageError(f"task {spec!r}: the function raised {type(error).__name__}: {last_line(error)}") from error
     if not isinstance(task, Task):
         raise UsageError(f"task {spec!r}: the function must return an autocomp.Task, it returned {_kind(task)}")
     if task.name == "task":  # not named by its author
@@ -120,15 +170,27 @@ def load_task(spec: str, progress: Progress | None = None) -> Task:
     return task
 
 
-def evaluate_task(task: Task, model: nn.Module, split: str = "validation") -> dict[str, float]:
+def evaluate_task(
+    task: Task, model: nn.Module, split: str = "validation", names: Iterable[str] | None = None
+) -> dict[str, float]:
     """Return the task's metrics of ``model`` on a split (``validation`` or ``test``), objective first, all finite.
 
-    UsageError if the function returns no mapping of names to numbers, a metric that is not finite, or no objective.
+    UsageError if the function raises anything, or returns no mapping of names to numbers, a metric that is not finite, no objective, or
+    other metrics than ``names`` (None: whatever it returns).
     """
+    from autocomp.plain import taking_any
+
     function, where = {"validation": (task.evaluate, "Task.evaluate"), "test": (task.test, "Task.test")}[split]
     if function is None:
         raise UsageError("this task has no held-out test: Task.test is None")
-    returned = function(model)
+    try:
+        with taking_any(model) if task.converted else nullcontext():
+            returned = function(model)
+    except BaseException as error:
+        if interrupt.is_stop(error):
+            raise
+        traceback.print_exc()  # into the run's log: the message alone does not say where
+        raise UsageError(f"{where} raised {type(error).__name__}: {last_line(error)}") from error
     if not isinstance(returned, Mapping) or not returned:
         raise UsageError(f"{where} must return a mapping {{metric: value}} with an entry, got {_kind(returned)}")
     metrics: dict[str, float] = {}
@@ -143,7 +205,25 @@ def evaluate_task(task: Task, model: nn.Module, split: str = "validation") -> di
             raise UsageError(f"{where} must return finite metrics, but {name!r} is {number}")
         metrics[name] = number
     objective = objective_of(task, metrics)
+    if names is not None and set(names) != set(metrics):
+        raise UsageError(
+            f"{where} must return the metrics of the uncompressed model ({', '.join(names)}), got {', '.join(metrics)}"
+        )
     return {objective: metrics.pop(objective), **metrics}
+
+
+def within(task: Task, seconds: float) -> Task:
+    """The task with a limit on the seconds that ``evaluate`` and ``test`` may take for one model; past it they fail as if they had raised."""
+
+    def hurried(function: Evaluate) -> Evaluate:
+        @functools.wraps(function)
+        def hurry(model: nn.Module) -> Mapping[str, float]:
+            with interrupt.limited(seconds):
+                return function(model)
+
+        return hurry
+
+    return replace(task, evaluate=hurried(task.evaluate), test=None if task.test is None else hurried(task.test))
 
 
 def objective_of(task: Task, metrics: Mapping[str, float]) -> str:
@@ -174,8 +254,12 @@ def _resolve(spec: str) -> Callable[..., Any]:
         if not (module_name + ".").startswith(missing + "."):
             hint = f"module {module_name!r} needs it: install it"
         raise UsageError(f"task {spec!r}: there is no module {missing!r}; {hint}") from error
-    except Exception as error:
-        raise UsageError(f"task {spec!r}: importing {module_name!r} raised {type(error).__name__}: {error}") from error
+    except BaseException as error:
+        if interrupt.is_stop(error):
+            raise
+        raise UsageError(
+            f"task {spec!r}: importing {module_name!r} raised {type(error).__name__}: {last_line(error)}"
+        ) from error
     function = getattr(module, function_name, None)
     if function is None:
         names = [name for name, value in vars(module).items() if inspect.isfunction(value)]
@@ -186,8 +270,11 @@ def _resolve(spec: str) -> Callable[..., Any]:
     return result
 
 
-def _batch(value: Any, where: str) -> tuple[Tensor, ...]:
+def checked_batch(value: Any, where: str) -> tuple[Tensor, ...]:
+    """A batch as a tuple of tensors. UsageError, naming ``where`` it stood, if it is none, is empty, or holds values that are not finite."""
     from torch import Tensor
+
+    from autocomp.plain import check_tensor
 
     if isinstance(value, Tensor):
         raise UsageError(f"{where} must be a tuple of tensors, one for each input; got one tensor: write (tensor,)")
@@ -196,10 +283,19 @@ def _batch(value: Any, where: str) -> tuple[Tensor, ...]:
     for index, tensor in enumerate(value):
         if not isinstance(tensor, Tensor):
             raise UsageError(f"{where}[{index}] must be a tensor, got {_kind(tensor)}")
+        check_tensor(tensor, f"{where}[{index}]")
         if tensor.dim() == 0 or tensor.numel() == 0:
             raise UsageError(f"{where}[{index}] must hold samples, got the shape {tuple(tensor.shape)}")
         _refuse_non_finite(tensor, f"{where}[{index}]", "inputs must be finite")
     return tuple(value)
+
+
+def _samples(batch: tuple[Tensor, ...], axes: tuple[int | None, ...], where: str) -> None:
+    """The inputs of a batch must agree on the number of its samples."""
+    try:
+        count(batch, axes)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
 
 
 def _refuse_unlike(batch: tuple[Tensor, ...], example: tuple[Tensor, ...], where: str) -> None:

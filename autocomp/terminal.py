@@ -11,7 +11,7 @@ from autocomp.errors import UsageError
 from autocomp.hardware import list_profiles, load_profile
 from autocomp.quantities import format_bytes, format_milliseconds
 from autocomp.records import Latency, Sensitivity
-from autocomp.report.data import Run
+from autocomp.report.data import FrontPoint, Run, speedup
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +43,7 @@ def show_table(headings: Sequence[str], rows: Iterable[Sequence[str]], title: st
 
 
 def show_front(run: Run) -> None:
-    """Print the front of a run, dense first: the validation split's objective, and latency by profile."""
+    """Print the front of a run, dense first: the validation split's objective, latency by profile, and which files did not come out well."""
     objective = run.task.objective
     headings = ["point", f">{objective}", ">drop"]
     for profile in run.profiles:
@@ -52,7 +52,8 @@ def show_front(run: Run) -> None:
     dense = run.dense.evaluation
     sign = 1 if run.task.higher_is_better else -1
     rows: list[list[str]] = []
-    for evaluation in (dense, *(point.evaluation for point in run.front)):
+    for point in (run.dense, *run.front):
+        evaluation = point.evaluation
         is_dense = evaluation.candidate == dense.candidate
         drop = sign * (dense.metrics[objective] - evaluation.metrics[objective])
         row = [
@@ -62,20 +63,50 @@ def show_front(run: Run) -> None:
         ]
         for profile in run.profiles:
             latency = evaluation.latency[profile]
-            row += [format_latency(latency), f"{dense.latency[profile].seconds / latency.seconds:.2f}x"]
+            row += [format_latency(latency), f"{speedup(evaluation, dense, profile):.2f}x"]
         if not is_dense or not rows:  # the front may hold dense itself
-            rows.append([*row, format_bytes(evaluation.bytes)])
-    show_table([*headings, ">size"], rows)
+            rows.append([*row, format_bytes(evaluation.bytes), _files(point)])
+    show_table([*headings, ">size", "files"], rows)
+    failed = dict.fromkeys(
+        f"{kind}: {check.note or 'differs from torch'}"
+        for point in run.front
+        for kind, check in point.verified.items()
+        if not check.ok
+    )
+    if failed:
+        lines = "\n".join(f"  {line}" for line in failed)
+        output().print(f"\nfiles that could not be made, or failed their check:\n{lines}", markup=False)
+
+
+def _files(point: FrontPoint) -> str:
+    """``so, onnx`` where each kind was read back and equals torch; one that is missing or wrong is named as that."""
+    words = []
+    for kind, check in point.verified.items():
+        words.append(kind if check.ok else f"{kind} FAILED" if kind in point.files else f"{kind} MISSING")
+    return ", ".join(words)
 
 
 def show_check(found: Mapping[str, Any]) -> None:
     """Print what a search would choose from and what it would not, from what `autocomp.api.check` returns."""
+    outputs = [
+        [row["output"], "x".join(map(str, row["shape"])), row["compared"], row["why"]] for row in found["outputs"]
+    ]
+    show_table(["output", "shape", "compared as", "why"], outputs)
+    output().print()
     # Each part's own reasons stand in the last table: most parts have several.
     groups = [
-        [group["group"], str(group["width"]), ", ".join(map(str, group["offered"])), ", ".join(group["layers"])]
+        [
+            group["group"] + ("*" if group["approximate"] else ""), str(group["width"]),
+            ", ".join(map(str, group["offered"])), ", ".join(group["layers"]),
+        ]
         for group in found["groups"]
-    ]
+    ]  # fmt: skip
     show_table(["group of channels", ">width", "widths offered", "layers tied by it"], groups)
+    for group in found["groups"]:
+        if group["approximate"] and len(group["offered"]) > 1:
+            output().print(
+                f"* approximate: {group['approximate']} is computed over the channels of {group['group']} that are left"
+            )
     layers = [
         [layer["layer"], layer["kind"], f"{layer['macs'] / 1e6:.3g}", ", ".join(layer["methods"])]
         for layer in found["layers"]
@@ -86,6 +117,8 @@ def show_check(found: Mapping[str, Any]) -> None:
         output().print()
         refused = [[refusal["subject"], str(refusal["option"]), refusal["reason"]] for refusal in found["refused"]]
         show_table(["not offered for", "option", "why"], refused)
+    for note in found["converted"]:
+        output().print(f"\n{note}", markup=False)
     profiles = ", ".join(found["profiles"])
     output().print(
         f"\n{found['task']} on {profiles}: about {Decimal(found['candidates']):.1e} candidates", markup=False
@@ -117,7 +150,7 @@ def format_latency(latency: Latency) -> str:
 def _around(latency: Latency) -> str:
     seconds = format_milliseconds(latency.seconds)
     if latency.how == "measured":
-        return f"{seconds} ± {latency.spread:.1%}"
+        return f"{seconds} ± {latency.spread:.1%}" + (" (noisy)" if latency.noisy else "")
     return seconds if latency.error is None else f"{seconds} ± {latency.error:.0%}"
 
 

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from autocomp.ties import Label, Labels, Product, argument, module_of, nothing, shape_of, where
+from autocomp.compress.recurrent import Recurrence
+from autocomp.program import Size, tensor_at
+from autocomp.ties import Counted, Label, Labels, Product, argument, nothing, shape_of, where
 
 if TYPE_CHECKING:
     from autocomp.ties import Tracer
@@ -41,7 +43,7 @@ class Operand(NamedTuple):
             if letter not in self.letters:
                 atoms = atoms.unsqueeze(axis)
                 sizes.insert(axis, 1)
-        return (nothing(len(letters)) if self.label.soft else Label(atoms)), sizes
+        return Label(atoms, self.label.soft), sizes
 
 
 def contract(tracer: Tracer, node: fx.Node, a: Operand, b: Operand, out: str, exact: bool = False) -> Label:
@@ -50,6 +52,14 @@ def contract(tracer: Tracer, node: fx.Node, a: Operand, b: Operand, out: str, ex
     letters = "".join(dict.fromkeys(a.letters + b.letters))
     spread = a.spread(letters), b.spread(letters)
     labels, shapes = [label for label, _ in spread], [sizes for _, sizes in spread]
+    if all(label.soft or label.empty for label in labels):
+        labels = [nothing(len(letters)) for _ in labels]
+    # a constant (positions, say) follows the channels of the other factor, and along its other axes goes whole
+    for side in (0, 1):
+        if labels[side].soft:
+            for axis in labels[side].axes - labels[1 - side].axes:
+                labels[side] = tracer.along(labels[side], axis, place)
+            labels[side] = Label(labels[side].atoms)
     summed = [axis for axis, letter in enumerate(letters) if letter not in out]
     for axis in summed:
         labels = [tracer.along(x, axis, place) if x.axes - {axis} else x for x in labels]
@@ -85,23 +95,26 @@ def contract(tracer: Tracer, node: fx.Node, a: Operand, b: Operand, out: str, ex
 
 def on_layer(tracer: Tracer, node: fx.Node) -> Labels:
     """A convolution or linear layer: reads its columns, makes its rows; anything else on its input goes to neither."""
-    source, weight = node.args[:2]
-    path = tracer.paths.get(weight.name, "") if isinstance(weight, fx.Node) else ""
-    name = path.removesuffix(".weight")
+    name, source = str(node.target), node.args[0]
+    module = tracer.model.get_submodule(name)
     label, shape = tracer.label(source), shape_of(source)
-    axis = len(shape) + {"linear": -1, "conv1d": -2, "conv2d": -3}[str(node.target).split(".")[1]]
+    axis = len(shape) - 1 if isinstance(module, nn.Linear) else 1
     if label.axes - {axis}:
-        tracer.freeze(label.atoms, f"layer {name or module_of(node)} works on each of its channels alike")
+        tracer.freeze(label.atoms, f"layer {name} works on each of its channels alike")
         label = nothing(len(shape))
-    rows = tracer.fresh(shape_of(weight)[0])
+    outputs = shape_of(node)[axis]
+    rows = (
+        tracer.ties.outputs[name] if name in tracer.ties.outputs else tracer.fresh(outputs)
+    )  # called again: the same channels
     made = Label(rows.view([-1 if i == axis else 1 for i in range(len(shape_of(node)))]))
     if name not in tracer.layers or label.soft:
-        name = name or module_of(node)
-        why = tracer.skipped.get(name) or tracer.skipped.get(module_of(node)) or "its weights are no layer's of its own"
+        why = tracer.skipped.get(name) or "its input does not depend on the model's"
         for atoms in (label.atoms, rows):
             tracer.freeze(atoms, f"layer {name} cannot be changed: {why}")
         return made
     columns = label.atoms.flatten().expand(shape[axis])
+    if name in tracer.ties.inputs:
+        tracer.link(tracer.ties.inputs[name], columns, f"layer {name} also reads values of a fixed width")
     tracer.ties.inputs[name], tracer.ties.outputs[name] = columns, rows
     groups = tracer.layers[name].conv_groups
     if groups > 1:  # whole groups go, with all they read and make
@@ -111,15 +124,39 @@ def on_layer(tracer: Tracer, node: fx.Node) -> Labels:
     return made
 
 
+def on_recurrence(tracer: Tracer, node: fx.Node) -> Labels:
+    """A loop over time: a hidden unit is its rows in every gate, a column of the recurrent weight, and its states."""
+    name = f"{node.target}.hidden"
+    module = tracer.model.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    width, gates = module.in_features, tracer.label(node.args[0])
+    known = name in tracer.ties.outputs  # called again: the same units
+    units = tracer.ties.inputs[name] if known else tracer.fresh(width)
+    rows = tracer.ties.outputs[name] if known else tracer.fresh(module.out_features)
+    tracer.ties.inputs[name], tracer.ties.outputs[name] = units, rows
+    if gates.axes - {2}:
+        tracer.freeze(gates.atoms, f"layer {name} works on each of its channels alike")
+        gates = nothing(3)
+    if name not in tracer.layers:
+        tracer.freeze(units, f"layer {name} cannot be changed: {tracer.skipped.get(name, '')}")
+    for atoms in (rows, gates.atoms.flatten().expand(len(rows))):
+        tracer.link(units, atoms.view(-1, width), f"the gates of {name} are values of a fixed width")
+    for state in node.args[1:]:
+        if state is not None:
+            label = tracer.label(state)
+            label = tracer.along(label, 0, where(node)) if label.axes == {0, 1} else label
+            tracer.link(units, label.atoms.flatten().expand(width), f"the states of {name} are values of a fixed width")
+    state_label = Label(units.view(1, -1))
+    count = len(node.meta["val"]) - 1
+    return (Label(units.view(1, 1, -1)), *[state_label] * count)
+
+
 def on_batch_norm(tracer: Tracer, node: fx.Node) -> Labels:
-    mean = node.args[3]
-    name = tracer.paths.get(mean.name, "").removesuffix(".running_mean") if isinstance(mean, fx.Node) else ""
-    label = tracer.label(node.args[0])
+    label, name = tracer.label(node.args[0]), str(node.target)
     if not label.axes:
         return label
-    module = tracer.model.get_submodule(name) if name else None
-    if label.axes != {1} or type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d):
-        tracer.freeze(label.atoms, f"its channels are normalised at {where(node)} by what cannot be narrowed")
+    if label.axes != {1}:
+        tracer.freeze(label.atoms, f"its channels do not lie along the axis that {name} normalises")
         return tracer.nothing(node)
     if name not in tracer.ties.norms:
         tracer.ties.norms[name] = tracer.fresh(label.atoms.shape[1])
@@ -130,12 +167,50 @@ def on_batch_norm(tracer: Tracer, node: fx.Node) -> Labels:
 
 
 def on_layer_norm(tracer: Tracer, node: fx.Node) -> Labels:
-    axes = range(-len(argument(node, 1, "normalized_shape")), 0)
-    return tracer.keep_axes(node, axes, "are normalised together: those left would change")
+    label, shape, count = tracer.label(node.args[0]), shape_of(node), len(argument(node, 1, "normalized_shape"))
+    normalised = set(range(len(shape) - count, len(shape)))
+    if not label.axes or label.axes - normalised:
+        return tracer.keep_axes(node, normalised, "are normalised together")
+    return over_those_left(tracer, node, label, node.args[2:4])
+
+
+def over_those_left(tracer: Tracer, node: fx.Node, label: Label, parameters: Sequence[object]) -> Label:
+    """A norm of all channels of a group together: it is computed over those that are left, with their own ``parameters``."""
+    operands = [(label, shape_of(node))]
+    for parameter in parameters:
+        if isinstance(parameter, fx.Node):
+            operands.append((tracer.label(parameter), shape_of(parameter)))
+    tracer.approximate(label.atoms, where(node))
+    return tracer.unite(operands, where(node))
 
 
 def on_group_norm(tracer: Tracer, node: fx.Node) -> Labels:
-    return tracer.keep_axes(node, [1], "are normalised in groups that would change")
+    """Whole groups of channels go, and their number follows."""
+    label, groups = tracer.label(node.args[0]), argument(node, 1, "num_groups")
+    if 1 not in label.axes:
+        return label
+    if label.axes != {1} or not isinstance(groups, int):
+        return tracer.keep_axes(node, [1], "are normalised in groups that would change")
+    if groups == 1:
+        tracer.approximate(label.atoms, where(node))
+    else:
+        rows = label.atoms.flatten().view(groups, -1)
+        tracer.link(rows[:, :1], rows, where(node))
+    for parameter in node.args[2:4]:
+        if isinstance(parameter, fx.Node):
+            tracer.link(label.atoms.flatten(), tracer.label(parameter).atoms.flatten(), where(node))
+    if isinstance(groups, Size):
+        tracer.ties.counted.append(Counted(groups.name, int(groups), rows))
+    return label
+
+
+def on_instance_norm(tracer: Tracer, node: fx.Node) -> Labels:
+    label = tracer.keep_axes(node, range(2, len(shape_of(node))), "are normalised")
+    if isinstance(label, Label) and label.axes == {1}:
+        for parameter in node.args[1:5]:  # weight, bias, running mean and variance
+            if isinstance(parameter, fx.Node):
+                tracer.link(label.atoms.flatten(), tracer.label(parameter).atoms.flatten(), where(node))
+    return label
 
 
 def on_cat(tracer: Tracer, node: fx.Node) -> Labels:
@@ -227,26 +302,19 @@ def on_attention(tracer: Tracer, node: fx.Node) -> Labels:
 
 
 def on_embedding(tracer: Tracer, node: fx.Node) -> Labels:
-    weight = argument(node, 0, "weight")
-    if weight.name not in tracer.paths:
-        return tracer.nothing(node)
-    atoms = tracer.fresh(shape_of(weight)[1])
-    whole: Tensor = atoms[None].expand(shape_of(weight))
-    tracer.ties.parameters.setdefault(tracer.paths[weight.name], []).append(whole)
+    path, shape = f"{node.target}.weight", tensor_at(tracer.model, f"{node.target}.weight").shape
+    known = tracer.ties.parameters.get(path)
+    atoms = known[0][0] if known else tracer.fresh(shape[1])
+    tracer.ties.parameters.setdefault(path, [atoms[None].expand(*shape)])
     return Label(atoms.view([1] * (len(shape_of(node)) - 1) + [-1]))
 
 
 RULES: Mapping[str, Callable[[Tracer, fx.Node], Labels]] = {
-    "linear": on_layer,
-    "conv1d": on_layer,
-    "conv2d": on_layer,
-    "batch_norm": on_batch_norm,
     "layer_norm": on_layer_norm,
     "rms_norm": on_layer_norm,
     "group_norm": on_group_norm,
-    "instance_norm": on_group_norm,
+    "instance_norm": on_instance_norm,
     "cat": on_cat,
-    "concat": on_cat,
     "stack": on_stack,
     "pad": on_pad,
     "constant_pad_nd": on_pad,
@@ -256,5 +324,19 @@ RULES: Mapping[str, Callable[[Tracer, fx.Node], Labels]] = {
     "bmm": on_matmul,
     "einsum": on_einsum,
     "scaled_dot_product_attention": on_attention,
-    "embedding": on_embedding,
+}
+
+MODULES: Mapping[type[nn.Module], Callable[[Tracer, fx.Node], Labels]] = {
+    nn.Linear: on_layer,
+    nn.Conv1d: on_layer,
+    nn.Conv2d: on_layer,
+    nn.Conv3d: on_layer,
+    nn.ConvTranspose1d: on_layer,
+    nn.ConvTranspose2d: on_layer,
+    nn.ConvTranspose3d: on_layer,
+    nn.BatchNorm1d: on_batch_norm,
+    nn.BatchNorm2d: on_batch_norm,
+    nn.BatchNorm3d: on_batch_norm,
+    nn.Embedding: on_embedding,
+    Recurrence: on_recurrence,
 }

@@ -14,32 +14,33 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
+
+from autocomp.program import CanonicalModel
+from autocomp.sizes import places, size_at
 
 LARGEST_RAW = 1 << 18  # elements of a bare parameter at most that get atoms of their own; larger ones keep their shape
 
 POINTWISE = {"hardswish", "prelu", "masked_fill", "where", "rsub", "hardshrink", "rrelu", "selu", "celu", "add", "mul"}
 SAME = {"dropout", "alpha_dropout", "feature_dropout", "contiguous", "clone", "detach", "alias", "to", "_to_copy"}
 SAME |= {"type_as", "lift_fresh_copy", "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "float"}
-MOVES = {"permute", "transpose", "t", "select", "slice", "chunk", "split", "split_with_sizes", "unbind", "expand"}
-MOVES |= {"repeat", "repeat_interleave", "roll", "flip", "squeeze", "unsqueeze", "view", "reshape", "flatten", "narrow"}
-MOVES |= {
-    "unflatten",
-    "pixel_shuffle",
-    "pixel_unshuffle",
-    "channel_shuffle",
-    "unfold",
-    "movedim",
-    "swapaxes",
-    "numpy_T",
-}
-MOVES |= {"tensor_split", "expand_as", "_unsafe_view", "moveaxis", "ravel", "unsafe_chunk", "unsafe_split", "swapdims"}
+MOVES = {
+    "permute", "transpose", "t", "select", "slice", "chunk", "split", "split_with_sizes", "unbind", "expand", "repeat", "repeat_interleave",
+    "roll", "flip", "squeeze", "unsqueeze", "view", "reshape", "flatten", "narrow", "unflatten", "pixel_shuffle", "pixel_unshuffle",
+    "channel_shuffle", "unfold", "movedim", "numpy_T", "tensor_split", "expand_as", "reshape_as", "view_as", "_unsafe_view", "ravel",
+    "unsafe_chunk", "unsafe_split", "tile", "broadcast_to", "atleast_1d", "atleast_2d", "atleast_3d", "rot90", "diagonal",
+}  # fmt: skip
 CREATE = {"zeros", "ones", "full", "arange", "empty", "eye", "scalar_tensor", "linspace", "rand", "randn", "new_zeros"}
 REDUCE = {"mean", "sum", "amax", "amin", "var", "std", "logsumexp", "linalg_vector_norm", "norm", "max", "min", "prod"}
+# Those of another number of channels still say how large they are: taken over those that are left, where they scale these very channels.
+RELATIVE = {"mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm", "norm"}
 AXIS = {"softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "argmax", "argmin", "sort", "topk"}
-SPATIAL = {"max_pool1d": 1, "max_pool2d": 2, "avg_pool1d": 1, "avg_pool2d": 2, "adaptive_avg_pool1d": 1}
-SPATIAL |= {"adaptive_avg_pool2d": 2, "adaptive_max_pool1d": 1, "adaptive_max_pool2d": 2, "upsample_nearest1d": 1}
-SPATIAL |= {"upsample_nearest2d": 2, "upsample_bilinear2d": 2, "upsample_linear1d": 1, "upsample_bicubic2d": 2}
+SPATIAL = {
+    "max_pool1d": 1, "max_pool2d": 2, "max_pool3d": 3, "avg_pool1d": 1, "avg_pool2d": 2, "avg_pool3d": 3, "lp_pool1d": 1, "lp_pool2d": 2,
+    "adaptive_avg_pool1d": 1, "adaptive_avg_pool2d": 2, "adaptive_avg_pool3d": 3, "adaptive_max_pool1d": 1, "adaptive_max_pool2d": 2,
+    "adaptive_max_pool3d": 3, "upsample_nearest1d": 1, "upsample_nearest2d": 2, "upsample_nearest3d": 3, "upsample_linear1d": 1,
+    "upsample_bilinear2d": 2, "upsample_bicubic2d": 2, "upsample_trilinear3d": 3,
+}  # fmt: skip
 
 
 class Label(NamedTuple):
@@ -64,11 +65,11 @@ class Label(NamedTuple):
 Labels = Label | tuple[Label, ...]  # of an operation's result, or of its several results
 
 
-class Reshape(NamedTuple):
-    """A reshape in the model's own code: the module it stands in, and the atoms along an axis it makes or takes (rows)."""
+class Counted(NamedTuple):
+    """A number in an operation and what it counts: a row of atoms for each element of the axis."""
 
-    module: str
-    size: int
+    name: str
+    value: int
     atoms: Tensor
 
 
@@ -90,35 +91,39 @@ class Ties:
     outputs: dict[str, Tensor] = field(default_factory=dict)  # of its output channels
     norms: dict[str, Tensor] = field(default_factory=dict)
     parameters: dict[str, list[Tensor]] = field(default_factory=dict)  # of the same shape as the parameter
-    reshapes: list[Reshape] = field(default_factory=list)
+    counted: list[Counted] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
     frozen: dict[int, str] = field(default_factory=dict)
+    approximate: dict[int, str] = field(default_factory=dict)  # what is computed over those that are left
 
 
-def trace(
-    program: torch.export.ExportedProgram, model: nn.Module, layers: Mapping[str, Any], skipped: Mapping[str, str]
-) -> Ties:
-    """Follow the channels of ``layers`` through an exported program; atoms come back as numbers of components."""
-    tracer = Tracer(program, model, layers, skipped)
-    for node in program.graph.nodes:
+class Reduction(NamedTuple):
+    """A value made of all channels at once, and the channels that it meets later."""
+
+    atoms: Tensor
+    what: str
+    meets: list[Tensor]
+
+
+def trace(model: CanonicalModel, layers: Mapping[str, Any], skipped: Mapping[str, str]) -> Ties:
+    """Follow the channels of ``layers`` through a graph that was observed; atoms come back as numbers of components."""
+    assert model.code.graph is not None
+    tracer = Tracer(model, layers, skipped)
+    for node in model.code.graph.nodes:
         tracer.see(node)
     return tracer.finish()
 
 
 class Tracer:
-    def __init__(
-        self,
-        program: torch.export.ExportedProgram,
-        model: nn.Module,
-        layers: Mapping[str, Any],
-        skipped: Mapping[str, str],
-    ) -> None:
-        signature = program.graph_signature
-        self.paths = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    def __init__(self, model: CanonicalModel, layers: Mapping[str, Any], skipped: Mapping[str, str]) -> None:
+        self.paths: dict[str, str] = {}  # of bare parameters and buffers, by node
         self.model, self.layers, self.skipped = model, layers, skipped
         self.count = 1
         self.links: list[Tensor] = []  # [2, n] each
         self.freezes: list[tuple[Tensor, str]] = []
+        self.approximations: list[tuple[Tensor, str]] = []
+        self.reductions: list[Reduction] = []
+        self.made_of: dict[fx.Node, frozenset[int]] = {}  # the reductions that a node is computed from
         self.labels: dict[fx.Node, Labels] = {}
         self.ties = Ties()
 
@@ -143,6 +148,10 @@ class Tracer:
         found = found[found > 0]
         if len(found):
             self.freezes.append((found, why))
+
+    def approximate(self, atoms: Tensor, what: str) -> None:
+        """Without some of these atoms, ``what`` is computed over those that are left."""
+        self.approximations.append((atoms.flatten().unique(), what))
 
     def label(self, node: Any) -> Label:
         """The label of a node; a bare parameter gets atoms when it is first asked for."""
@@ -177,8 +186,16 @@ class Tracer:
                 self.link(result.atoms, label.atoms, f"its channels meet values of a fixed width at {where}")
         for label, shape in aligned:
             against = {axis for axis in axes if shape[axis] > 1}
-            if against and not label.empty and (label.soft or not label.axes):
+            if (
+                against and label.soft and min(axes) not in against
+            ):  # a weight within every head, say: heads go whole, it stays
+                for axis in against:
+                    result = self.along(result, axis, where)
+            elif against and not label.empty and (label.soft or not label.axes):
                 self.link(result.atoms, label.atoms, where)
+            elif against and label.empty and axes - against:  # such as rotary positions within every head
+                for axis in against:
+                    result = self.along(result, axis, where)
             elif against and label.empty:
                 self.freeze(result.atoms, f"its channels meet values of a fixed width at {where}")
         return result
@@ -200,19 +217,26 @@ class Tracer:
                 for label in found if isinstance(found, tuple) and not isinstance(found, Label) else (found,):
                     if isinstance(label, Label):
                         self.freeze(label.atoms, "its channels are the model's output")
-        elif node.op == "call_function":
+        elif node.op == "get_attr":
+            self.paths[node.name] = str(node.target)
+        elif node.op in ("call_function", "call_module"):
             self.labels[node] = self.call(node)
+            self.follow_reductions(node)
+            if node.op == "call_function":
+                self.count_sizes(node)
 
     def call(self, node: fx.Node) -> Labels:
-        from autocomp.tie_rules import RULES
+        from autocomp.tie_rules import MODULES, RULES
 
+        if node.op == "call_module":
+            return MODULES[type(self.model.get_submodule(str(node.target)))](self, node)
         if "getitem" in str(node.target) and not str(node.target).startswith("aten"):
             source, index = node.args
             assert isinstance(source, fx.Node)
             assert isinstance(index, int)
             found = self.labels[source]
             return found if isinstance(found, Label) else found[index]
-        name = str(node.target).removeprefix("aten.").split(".")[0]
+        name = operation(node)
         name = name.removesuffix("_") if not name.startswith("__") else name
         if name in RULES:
             return RULES[name](self, node)
@@ -228,7 +252,7 @@ class Tracer:
             return self.keep_axes(node, [int(argument(node, 1, "dim", -1))], f"are mixed by {name}")
         tags = getattr(node.target, "tags", ())
         if torch.Tag.pointwise in tags or name in POINTWISE:
-            return self.unite([(self.label(n), shape_of(n)) for n in node.all_input_nodes], where(node))
+            return self.unite([(self.label(n), _reach(n)) for n in node.all_input_nodes], where(node))
         if name not in CREATE:
             self.stop(node, f"its channels go through {name} ({where(node)}), which is not followed")
         return self.nothing(node)
@@ -249,9 +273,12 @@ class Tracer:
         """Pass the label on, unless it depends on one of the axes that are worked on."""
         label = self.label(node.args[0])
         rank = label.atoms.dim()
-        if label.axes & {axis % rank for axis in axes if rank}:
+        worked_on = label.axes & {axis % rank for axis in axes if rank}
+        if worked_on and not label.axes - worked_on:
             self.freeze(label.atoms, f"its channels {why} ({where(node)})")
             return self.nothing(node)
+        for axis in worked_on:  # such as a norm within every head: heads go whole
+            label = self.along(label, axis, where(node))
         return label if isinstance(node.meta.get("val"), Tensor) else tuple(label for _ in node.meta["val"])
 
     def reduce(self, node: fx.Node) -> Labels:
@@ -262,15 +289,37 @@ class Tracer:
         if len(node.all_input_nodes) > 1 or not isinstance(node.meta.get("val"), Tensor):
             self.stop(node, f"its channels are compared at {where(node)}")
             return self.nothing(node)
-        if label.axes & {axis % rank for axis in axes}:
-            self.freeze(label.atoms, f"its channels are summed up at {where(node)}")
+        summed = label.axes & {axis % rank for axis in axes}
+        if summed and not label.axes - summed:
+            if operation(node) in RELATIVE and not label.soft:
+                self.reductions.append(Reduction(label.atoms, where(node), []))
+                self.made_of[node] = frozenset([len(self.reductions) - 1])
+            else:
+                self.freeze(label.atoms, f"its channels are summed up at {where(node)}")
             return self.nothing(node)
+        for axis in summed:
+            label = self.along(label, axis, where(node))
         if node.meta["val"].dim() == rank:
             return label
         atoms = label.atoms
         for axis in sorted({axis % rank for axis in axes}, reverse=True):
             atoms = atoms.squeeze(axis)
         return Label(atoms, label.soft)
+
+    def follow_reductions(self, node: fx.Node) -> None:
+        """Note which channels a value made of all channels meets; what comes of that is made of these."""
+        if node in self.made_of:
+            return
+        parts = [source for source in node.all_input_nodes if source in self.made_of]
+        if not parts:
+            return
+        found = [self.labels.get(source) for source in node.all_input_nodes if source not in self.made_of]
+        met = [label.atoms for label in found if isinstance(label, Label) and not label.soft and not label.empty]
+        numbers = frozenset().union(*(self.made_of[source] for source in parts))
+        for number in numbers:
+            self.reductions[number].meets.extend(met)
+        if not met:
+            self.made_of[node] = numbers
 
     def move(self, node: fx.Node) -> Labels:
         """Carry a reshape, slice or permutation out on the label itself."""
@@ -279,7 +328,9 @@ class Tracer:
         if label.empty:
             return self.nothing(node)
         full = label.atoms.expand(shape)
-        rest = [torch.empty(shape_of(a)) if isinstance(a, fx.Node) else a for a in node.args[1:]]
+        rest = fx.map_arg(
+            node.args[1:], lambda n: n.meta["val"] if isinstance(n.meta["val"], int) else torch.empty(shape_of(n))
+        )
         target: Any = node.target
         if "view" in str(target):
             target = torch.ops.aten.reshape.default
@@ -290,16 +341,24 @@ class Tracer:
             return self.nothing(node)
         if not isinstance(moved, Tensor):
             return tuple(Label(_squeezed(part), label.soft) for part in moved)
-        result = Label(_squeezed(moved), label.soft)
-        if any(word in str(node.target) for word in ("view", "reshape", "flatten", "expand", "split")):
-            self.note_reshape(node, label, shape)
-            self.note_reshape(node, result, shape_of(node))
-        return result
+        return Label(_squeezed(moved), label.soft)
 
-    def note_reshape(self, node: fx.Node, label: Label, shape: Sequence[int]) -> None:
-        for axis in label.axes:
-            along = label.atoms.movedim(axis, 0).flatten(1) if len(shape) > 1 else label.atoms[:, None]
-            self.ties.reshapes.append(Reshape(module_of(node), int(shape[axis]), along))
+    def count_sizes(self, node: fx.Node) -> None:
+        """Note which channels the numbers in an operation count."""
+        for place in places(node):
+            size = size_at(node, place)
+            found = self.labels[node] if place.of == "output" else self.labels.get(node.args[0])  # type: ignore[arg-type]
+            if size is None or found is None:
+                continue
+            label = found if isinstance(found, Label) else found[place.item]
+            if label.soft or not label.atoms.dim() or label.atoms.shape[place.axis] == 1:
+                continue
+            rows = label.atoms.movedim(place.axis, 0).flatten(1)
+            if place.what == "before":
+                rows = rows[: int(size)]
+            elif place.what == "after":
+                rows = rows[len(rows) + int(size) :]
+            self.ties.counted.append(Counted(size.name, int(size), rows))
 
     def finish(self) -> Ties:
         from scipy.sparse import coo_matrix
@@ -314,8 +373,20 @@ class Tracer:
             for name in table:
                 table[name] = component[table[name]]
         ties.parameters = {name: [component[a] for a in parts] for name, parts in ties.parameters.items()}
-        ties.reshapes = [r._replace(atoms=component[r.atoms]) for r in ties.reshapes]
+        ties.counted = [c._replace(atoms=component[c.atoms]) for c in ties.counted]
         ties.products = [p._replace(atoms=component[p.atoms].unique()) for p in ties.products]
+        for reduction in self.reductions:
+            own = component[reduction.atoms].unique()
+            scaled = (
+                torch.cat([component[atoms].flatten() for atoms in reduction.meets]) if reduction.meets else own[:0]
+            )
+            if bool(torch.isin(own[own > 0], scaled).any()):
+                self.approximations.append((reduction.atoms.flatten(), reduction.what))
+            else:
+                self.freezes.append((reduction.atoms.flatten(), f"its channels are summed up at {reduction.what}"))
+        for atoms, what in self.approximations:
+            for number in component[atoms].unique().tolist():
+                ties.approximate.setdefault(number, what)
         for atoms, why in self.freezes:
             for number in component[atoms].unique().tolist():
                 ties.frozen.setdefault(number, why)
@@ -346,16 +417,31 @@ def shape_of(node: Any) -> tuple[int, ...]:
     return tuple(int(size) for size in value.shape) if isinstance(value, Tensor) else ()
 
 
+def _reach(node: fx.Node) -> tuple[int, ...]:
+    """The sizes of a node's tensor, 1 where it repeats itself along an axis as often as another tensor is wide."""
+    shape, source = shape_of(node), node.args[0] if node.args else None
+    if not str(node.target).startswith("aten.expand_as"):
+        return shape
+    before = shape_of(source)
+    return (1,) * (len(shape) - len(before)) + before
+
+
 def module_of(node: fx.Node) -> str:
     """The module of the model that an operation stands in."""
+    if node.op == "call_module":
+        return str(node.target)
     stack = list(node.meta.get("nn_module_stack", {}).values())
-    return str(stack[-1][0]) if stack else ""
+    return str(stack[-1][0]).removeprefix("L['self'].") if stack else ""
+
+
+def operation(node: fx.Node) -> str:
+    """The name of an operation, without its overload."""
+    return str(node.target).removeprefix("aten.").split(".")[0]
 
 
 def where(node: fx.Node) -> str:
     """An operation and its place, for messages."""
-    name = str(node.target).removeprefix("aten.").split(".")[0]
-    module = module_of(node)
+    name, module = operation(node), module_of(node)
     return f"{name} in {module}" if module else f"{name} in the model's forward"
 
 

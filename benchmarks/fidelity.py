@@ -61,7 +61,7 @@ def distilled(prepared: Prepared, count: int, steps: int) -> dict:
         model, divergence = prepared.score(candidate)
         divergences.append(divergence)
         before.append(prepared.metric(model))
-        distil(model, prepared.task.model, prepared.task.train, steps)
+        distil(model, prepared.task.model, prepared.task.train, steps, stated=prepared.task.outputs)
         after.append(prepared.metric(model))
     return {
         "candidates": len(after),

@@ -60,7 +60,7 @@ def searched(task: str, method: str, trials: int, measure: int, folder: Path) ->
     given = {"task": task, "space": str(space), "out": str(folder / method), "trials": trials, "measure": measure}
     settings = load_settings(None, {**given, "references": False})
     with one_thread():
-        pipeline = Pipeline(settings, load_task(task), folder / method, False, Progress())
+        pipeline = Pipeline(settings, load_task(task), folder / method, None, Progress())
         start = time.perf_counter()
         try:
             pipeline.run()

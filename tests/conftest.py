@@ -6,7 +6,8 @@ Tests marked ``board`` run only where they are asked for: they download an arm64
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,33 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         os.environ["AUTOCOMP_CACHE"] = before
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_pauses() -> Iterator[None]:
+    """Measure once, however busy the machine is: no test is about how long something takes."""
+    from autocomp.devices import timing
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "PAUSES", ())
+        yield
+
+
+def reckoned(jobs: Sequence[Any]) -> list[tuple[float | None, str]]:
+    """What a timer answers, reckoned from the arithmetic: every kernel is scheduled, none is compiled and timed by itself.
+
+    Half of the time of a test that compiles modules would go into that; modules are compiled whole, run and timed all the same.
+    """
+    from autocomp.kernels import templates
+
+    results: list[tuple[float | None, str]] = []
+    for job in jobs:
+        try:
+            job.build()
+            results.append((1e-6 + templates.describe(job.function).flops / 1e11, ""))
+        except Exception as error:
+            results.append((None, str(error)))
+    return results
+
+
 @pytest.fixture(scope="module")
 def device(tmp_path_factory: pytest.TempPathFactory) -> LocalDevice:
     """This machine with an empty store and the first guess of every kernel: what is computed does not depend on the tile."""
@@ -36,20 +64,29 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> LocalDevice:
     from autocomp.hardware import load_profile
     from autocomp.kernels.store import KernelStore
 
-    profile = load_profile("x86-host")
-    device = LocalDevice(profile, KernelStore.open(profile, tmp_path_factory.mktemp("store")))
+    with pytest.MonkeyPatch.context() as patch:
+        _first_guesses(patch)
+        profile = load_profile("x86-host")
+        device = LocalDevice(profile, KernelStore.open(profile, tmp_path_factory.mktemp("store")))
     device.tuner.budget = 1
+    device.tuner.timer.attempt = reckoned  # type: ignore[method-assign]
     return device
 
 
 @pytest.fixture(scope="module")
 def short_tuning() -> Iterator[None]:
-    """One tile a kernel: what is tested here does not depend on how fast a kernel is."""
+    """One tile a kernel, its time reckoned: what is tested here does not depend on how fast a kernel is."""
+    with pytest.MonkeyPatch.context() as patch:
+        _first_guesses(patch)
+        yield
+
+
+def _first_guesses(patch: pytest.MonkeyPatch) -> None:
+    from autocomp.kernels.timers import LocalTimer
     from autocomp.kernels.tune import Tuner
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(Tuner.__init__.__kwdefaults__, "budget", 1)
-        yield
+    patch.setitem(Tuner.__init__.__kwdefaults__, "budget", 1)
+    patch.setattr(LocalTimer, "attempt", lambda _timer, jobs: reckoned(jobs))
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +108,11 @@ def spaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture
 def without_exports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the files of front points, half of the time of a run, where a test is about what goes before."""
-    from autocomp import finish
+    from autocomp import finish, preflight
     from autocomp.report.data import FrontPoint
 
-    monkeypatch.setattr(finish, "_point", lambda _pipeline, evaluation: FrontPoint(evaluation))
+    monkeypatch.setattr(finish, "write_points", lambda _pipeline, found: [FrontPoint(e) for e in found])
+    monkeypatch.setattr(preflight, "export_point", lambda *_: {})
 
 
 @pytest.fixture
@@ -90,11 +128,40 @@ def small(spaces: dict[str, str], tmp_path: Path) -> Callable[..., SearchResult]
     return run
 
 
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mount a small file system of its own; where this machine does not let us, there is nothing to test."""
+    folders: list[Path] = []
+
+    def mount(options: str) -> Path:
+        folder = tmp_path / "mounted"
+        folder.mkdir()
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, check=False
+        )
+        if done.returncode:
+            pytest.skip("mounting needs root")
+        folders.append(folder)
+        return folder
+
+    yield mount
+    for folder in folders:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+ON_REQUEST = ("browser", "board", "sweep", "corpus")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Say which tests are left to commands of their own, so that none is left out in silence."""
+    left = [f"`make test-{name}`" for name in ON_REQUEST if name not in config.option.markexpr]
+    return f"left to {' and '.join(left)}: the tests marked so" if left else ""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the emulated board out unless ``-m`` speaks of it; what is left out is counted as deselected."""
-    if "board" in config.option.markexpr:
-        return
-    left_out = [item for item in items if item.get_closest_marker("board")]
+    """Leave out what ``-m`` must speak of (`ON_REQUEST`); what is left out is counted as deselected."""
+    unasked = [name for name in ON_REQUEST if name not in config.option.markexpr]
+    left_out = [item for item in items if any(item.get_closest_marker(name) for name in unasked)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("board")]
+        items[:] = [item for item in items if item not in left_out]

@@ -9,7 +9,8 @@ from nets import images, randomise
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autocomp.attention import unpacked
+from autocomp.canonical import canonical
+from autocomp.program import CanonicalModel
 
 HEADS, DIM, TOKENS = 4, 8, 6
 
@@ -202,18 +203,34 @@ def torch_encoder() -> nn.Module:
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
 
+class Again(nn.Module):
+    """A module that is called twice."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x + self.inner(x))
+
+
 # name: (net, the group it is about, units of that group)
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
     "ffn": (lambda: Encoder(Attention(), mlp()), "ffn.0", 64),
+    "called twice": (lambda: Encoder(Attention(), Again(mlp())), "ffn.inner.0", 64),
     "heads": (lambda: Encoder(Attention(), mlp()), "attention.q", HEADS),
     "grouped heads": (lambda: Encoder(Attention(2, "repeat"), mlp()), "attention.q", 2),
     "grouped heads, flag": (lambda: Encoder(Attention(2, "flag"), mlp()), "attention.q", 2),
     "fused, reshaped": (lambda: Encoder(Fused("reshape"), mlp()), "attention.qkv", HEADS),
     "fused, in chunks": (lambda: Encoder(Fused("chunk"), mlp()), "attention.qkv", HEADS),
     "heads with bare parameters": (lambda: Encoder(Biased(), mlp()), "attention.q", HEADS),
-    "torch's heads": (lambda: Encoder(Packed(False, True), mlp()), "attention.inner.q_proj", HEADS),
-    "torch's heads, weights unread": (lambda: Encoder(Packed(True, False), mlp()), "attention.inner.q_proj", HEADS),
-    "torch's encoder": (lambda: Encoder(torch_encoder(), mlp()), "attention.layers.1.self_attn.q_proj", HEADS),
+    "torch's heads": (lambda: Encoder(Packed(False, True), mlp()), "attention.inner.in_proj_weight", HEADS),
+    "torch's heads, weights unread": (
+        lambda: Encoder(Packed(True, False), mlp()),
+        "attention.inner.in_proj_weight",
+        HEADS,
+    ),
+    "torch's encoder": (lambda: Encoder(torch_encoder(), mlp()), "attention.layers.1.self_attn.in_proj_weight", HEADS),
     "torch's encoder, ffn": (lambda: Encoder(torch_encoder(), mlp()), "attention.layers.0.linear1", 48),
     "halves gated": (lambda: Encoder(Attention(), Gated(True)), "ffn.up", 32),
     "two layers gated": (lambda: Encoder(Attention(), Gated(False)), "ffn.up", 32),
@@ -227,18 +244,18 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
 # Those that between them have every kind of unit.
 STRUCTURES = (
     "fused, in chunks", "grouped heads", "heads with bare parameters", "torch's encoder", "conformer", "densenet", "chunks",
-    "resnext",
+    "resnext", "called twice",
 )  # fmt: skip
 
 
-def make(name: str) -> nn.Module:
-    """The net of a family with a fixed seed, in evaluation mode, torch's attention written out as a task does it."""
+def make(name: str) -> CanonicalModel:
+    """The net of a family with a fixed seed, in canonical form."""
     torch.manual_seed(0)
-    return unpacked(randomise(FAMILIES[name][0]()))
+    return canonical(randomise(FAMILIES[name][0]()), (samples(name, 2),))
 
 
 def samples(name: str, count: int = 64) -> Tensor:
     """Inputs of a family's net."""
-    if not isinstance(make(name), Encoder):
+    if not isinstance(FAMILIES[name][0](), Encoder):
         return images(count)
     return torch.randn(count, TOKENS, 24, generator=torch.Generator().manual_seed(1))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from autocomp.accuracy.calibrate import Statistics, collect_from
-from autocomp.compress.apply import reestimate_batchnorm
+from autocomp.canonical import canonical
+from autocomp.compress.batchnorm import reestimate_batchnorm
 from autocomp.compress.database import LayerDatabase
 from autocomp.graph import Graph, analyse
 from autocomp.records import Precision
@@ -72,6 +73,7 @@ def pipeline(kind: str = "plain") -> Pipeline:
     else:
         model = nets.make(width=32, depthwise=kind == "depthwise")
         reestimate_batchnorm(model, [(data,)])  # as after training: statistics that fit the data
+    model = canonical(model, (data[:1],))
     graph = analyse(model, (data[:1],))
     space = build_space(graph, STORED if stored else EVERYTHING, Vectors())
     return Pipeline(model, graph, space, collect_from(model, [(data,)], graph, 96), data)

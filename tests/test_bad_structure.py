@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations
 
 from autocomp.errors import ExportError
 from autocomp.graph import analyse
@@ -73,20 +73,19 @@ def test_bare_parameters_along_the_channels_follow():
 @pytest.mark.parametrize(
     ("between", "why"),
     [
-        (Times(), "summed over at matmul in between"),
-        (nn.LayerNorm(16), "normalised together.*layer_norm in between"),
+        (Times(), ""),
         (nn.Softmax(-1), "mixed by softmax"),
         (Call(lambda x: x.cumsum(-1)), "mixed by cumsum"),
         (Call(lambda x: torch.fft.rfft(x).abs().repeat(1, 1, 2)[..., :16]), "go through fft_rfft.*not followed"),
-        (Call(lambda x: x + torch.arange(16.0)), "fixed width at add"),
-        (Call(lambda x: x[..., :8].repeat(1, 1, 2)), "fails without|changes more"),
+        (Call(lambda x: x + torch.arange(16.0)), ""),
+        (Call(lambda x: x + x.sum((0, 1)).prod() * torch.arange(16.0)), "summed up at prod"),
+        (Call(lambda x: x[..., :8].repeat(1, 1, 2)), ""),
         (Call(lambda x: x.chunk(2, -1)[0].repeat(1, 1, 2)), ""),
-        (Call(lambda x: x.reshape(2, 80)[:, :80].reshape(2, 5, 16)), "fails without"),
-        (Call(lambda x: x * x.mean(-1, keepdim=True)), "summed up at mean"),
+        (Call(lambda x: x.reshape(2, 80)[:, :80].reshape(2, 5, 16)), ""),
+        (Call(lambda x: x * x.prod(-1, keepdim=True)), "summed up at prod"),
     ],
 )
 def test_what_mixes_channels_is_named(between, why):
-
     reason = reason_of(Net(between))
     assert re.search(why, reason), reason
     assert bool(reason) == bool(why)
@@ -97,23 +96,19 @@ def test_frozen_weights_can_be_narrowed_all_the_same():
 
 
 @pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
-def test_a_computed_weight_is_named_with_what_to_do(norm):
+def test_a_computed_weight_is_a_weight(norm):
     model = Net(nn.ReLU()).eval()
     norm(model.last)
     graph = analyse(model, (torch.randn(2, 8),))
-    assert "remove_parametrizations" in graph.skipped["last"]
-    assert "layer last cannot be changed: its weight is computed" in graph.groups["first"].reason
-    assert "last" not in graph.layers
-    parametrize.remove_parametrizations(model.last, "weight")
-    assert analyse(model, (torch.randn(2, 8),)).groups["first"].prunable
+    assert "last" in graph.layers
+    assert graph.groups["first"].prunable
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_model_that_cannot_be_copied_is_refused():
+def test_a_model_that_cannot_be_copied_is_read_all_the_same():
     model = Net(nn.ReLU()).eval()
     nn.utils.weight_norm(model.last)
-    with pytest.raises(ExportError, match=r"cannot be copied.*remove_weight_norm"):
-        analyse(model, (torch.randn(2, 8),))
+    assert analyse(model, (torch.randn(2, 8),)).groups["first"].prunable
 
 
 def test_tied_weights_are_named():
@@ -129,11 +124,10 @@ def test_tied_weights_are_named():
             return self.head(torch.relu(self.body(self.embed(x))))
 
     graph = analyse(Tied().eval(), (torch.randint(0, 20, (2, 6)),))
-    assert "more than once" in graph.skipped["head"]
-    assert "head" in graph.groups["body"].reason
+    assert set(graph.layers) == {"body", "head"}
 
 
-def test_a_reshape_by_fixed_numbers_says_how_to_write_it():
+def test_fixed_numbers_of_a_reshape_follow():
     class Fixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -143,10 +137,9 @@ def test_a_reshape_by_fixed_numbers_says_how_to_write_it():
             y = self.q(x).view(x.shape[0], x.shape[1], 4, 4).transpose(1, 2)
             return self.out((y @ y.transpose(-2, -1) @ y).transpose(1, 2).reshape(x.shape[0], x.shape[1], 16))
 
-    reason = reason_of(Fixed(), "q")
-    assert "fails without" in reason
-    assert "unflatten(-1, (-1, head_dim))" in reason
-    assert "self.num_heads" in reason
+    group = analyse(Fixed().eval(), (torch.randn(2, 5, 8),)).groups["q"]
+    assert group.prunable, group.reason
+    assert group.width == 4
 
 
 def test_the_feature_size_of_a_single_head_stays():
@@ -167,24 +160,6 @@ def test_the_feature_size_of_a_single_head_stays():
 
 def test_groups_of_one_unit_have_nothing_to_lose():
     assert "single" in reason_of(Net(nn.ReLU(), 1, 1))
-
-
-@pytest.mark.parametrize(("options", "why"), [({}, "did not come in a Task"), ({"add_bias_kv": True}, "add_bias_kv")])
-def test_multihead_attention_of_torch_that_is_not_written_out_is_refused_by_name(options, why):
-    class Torch(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(16, 4, batch_first=True, **options)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.attention(x, x, x, need_weights=False)[0]
-
-    graph = analyse(Net(Torch()).eval(), (torch.randn(2, 5, 8),))
-    assert "layer between.attention" in graph.groups["first"].reason
-    assert "nn.MultiheadAttention holds its projections in one parameter" in graph.groups["first"].reason
-    assert why in graph.groups["first"].reason
-    assert why in graph.skipped["between.attention"]
-    assert graph.groups["first"].prunable is False
 
 
 def test_control_flow_on_values_is_refused_with_its_line():

@@ -165,7 +165,7 @@ def test_debug_shows_the_traceback(run: Run, api: ModuleType) -> None:
         (["search", "digits", "--task", "other"], "two tasks are given"),
         (["search", "digits", "--config", "nowhere.yaml"], "there is no file nowhere.yaml"),
         (["search", "digits", "--resume"], "there is no run to resume in runs/digits"),
-        (["search", "--resume", "--out", "nowhere"], "no task is given"),
+        (["search", "--resume", "--out", "nowhere"], "there is no run to resume in nowhere"),
         (["search", "digits", "--out", "file/run"], "the output folder file/run cannot be written"),
         (["search", "digits", "--out", "file"], "the output folder file cannot be written: it is a file"),
         (["report", "nowhere"], "there is no run folder nowhere"),
@@ -282,10 +282,17 @@ def test_report_says_where_it_lies(run: Run, api: ModuleType, tmp_path: Path) ->
 
 
 CHECKED = {
+    "converted": ["Task.model: bfloat16 taken as float32, on a copy"],
     "task": "digits",
     "profiles": ["x86-host"],
     "candidates": 10**400,
-    "groups": [{"group": "stem.0", "width": 32, "offered": [32, 16], "layers": ["stem.0", "block.conv2"]}],
+    "outputs": [
+        {"output": "logits", "shape": [16, 10], "samples": 0, "compared": "classes@1", "why": "scores"},
+    ],
+    "groups": [
+        {"group": "stem.0", "width": 32, "offered": [32, 16], "layers": ["stem.0", "block.conv2"], "approximate": ""},
+        {"group": "norm", "width": 8, "offered": [8, 4], "layers": ["norm"], "approximate": "layer_norm in norm"},
+    ],
     "layers": [{"layer": "stem.0", "kind": "conv2d", "macs": 73_728, "methods": ["fp32", "w8a8"]}],
     "refused": [{"subject": "classifier", "option": "rank 64", "reason": "above break-even [32]"}],
 }
@@ -297,11 +304,15 @@ def test_check_says_what_is_offered_and_what_not(run: Run, api: ModuleType) -> N
     assert code == 0
     for words in (
         "32, 16",
+        "bfloat16 taken as float32",
         "stem.0, block.conv2",
         "0.0737",
         "fp32, w8a8",
         "above break-even [32]",
         "1.0e+400 candidates",
+        "classes@1",
+        "16x10",
+        "* approximate: layer_norm in norm is computed over the channels of norm that are left",
     ):
         assert words in out
     assert json.loads(run("check", "digits", "--json")[1]) == CHECKED

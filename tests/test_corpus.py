@@ -12,12 +12,12 @@ from torch.nn import functional
 from zoo import ZOO, like
 from zoo.inputs import parameters_of
 
+from autocomp.canonical import canonical
 from autocomp.compiler.build import build
 from autocomp.compiler.importer import export_program, import_program
 from autocomp.compiler.layout import to_channels_last
 from autocomp.compress.fold import fold_batchnorm
 from autocomp.devices.local import LocalDevice
-from autocomp.errors import ExportError
 from autocomp.hardware import load_profile
 from autocomp.verify import output_error, reference_outputs
 
@@ -67,8 +67,9 @@ def test_attention_written_either_way(device: LocalDevice) -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "conformer_s"])
 def test_every_batchnorm_is_folded(name: str) -> None:
-    model, _ = ZOO[name](small=True)
-    left = [module for module in fold_batchnorm(model).modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
+    model, inputs = ZOO[name](small=True)
+    folded = fold_batchnorm(canonical(model, inputs))
+    left = [module for module in folded.modules() if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)]
     assert left == []
 
 
@@ -76,7 +77,7 @@ def test_every_batchnorm_is_folded(name: str) -> None:
 @pytest.mark.parametrize(("name", "most"), [("resnet18", 2), ("mobilenet_v2", 2), ("efficientnet_b0", 2)])
 def test_no_transpose_inside_a_convolutional_body(name: str, most: int) -> None:
     model, inputs = ZOO[name](small=True)
-    program = export_program(fold_batchnorm(model).eval(), inputs)
+    program = export_program(fold_batchnorm(canonical(model, inputs)).eval(), inputs)
     text = to_channels_last(import_program(program, load_profile("x86-host")))["main"].script()
     assert text.count("permute_dims") <= most
 
@@ -128,33 +129,6 @@ def test_operation_is_imported_rightly(name: str, after_convolution: bool, devic
     if after_convolution:  # the operation then meets a value that the compiler holds in another order of axes
         model = nn.Sequential(nn.Conv2d(6, 6, 1), model)
     assert error_of(model.eval(), (torch.randn(2, 6, 9, 9),), device) < 1e-5
-
-
-@pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
-def test_last_step_of_a_recurrent_layer(cell: type[nn.RNNBase], bidirectional: bool, device: LocalDevice) -> None:
-    class Last(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rnn = cell(5, 16, batch_first=True, bidirectional=bidirectional)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            outputs, state = self.rnn(x)
-            return outputs[:, -1], state[0] if isinstance(state, tuple) else state
-
-    torch.manual_seed(0)
-    assert error_of(Last().eval(), (torch.randn(3, 4, 5),), device) < 1e-5
-
-
-def test_too_long_a_recurrence_is_refused() -> None:
-    with pytest.raises(ExportError, match="unrolled over time"):
-        export_program(nn.Sequential(nn.GRU(2, 2)).eval(), (torch.randn(2000, 1, 2),))
-
-
-def test_a_divisor_that_is_not_supported_is_refused() -> None:
-    model = Function(lambda x: functional.avg_pool2d(x, 3, divisor_override=5))
-    with pytest.raises(ExportError, match="divisor_override=5"):
-        export_program(model.eval(), (torch.randn(1, 3, 9, 9),))
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding", "dilation", "groups"), [

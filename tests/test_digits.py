@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -138,7 +137,5 @@ def test_damaged_cache_is_said_and_trained_again(tmp_path: Path, damage: str) ->
 
 @pytest.mark.slow
 def test_full_recipe_reaches_its_accuracy() -> None:
-    started = time.process_time()  # of the processor, so that a busy machine does not fail the test
     task = digits.load_digits_task(cache=False)
-    assert time.process_time() - started < 90
     assert evaluate_task(task, task.model)["accuracy/clean"] >= 0.985

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autocomp.accuracy.proxy import divergence
+from autocomp.accuracy.divergence import Comparison, compare, total
+from autocomp.accuracy.outputs import Output
 from autocomp.errors import AutocompError, UsageError
 from autocomp.recover.distill import COLD, HOT, distil, distillation_loss, temperature
 
@@ -34,11 +35,20 @@ def test_temperature_falls_from_hot_to_cold(steps: int) -> None:
     assert values == sorted(values, reverse=True)
 
 
+def distance(teacher: torch.nn.Module, model: torch.nn.Module, inputs: torch.Tensor) -> float:
+    with torch.no_grad():
+        comparison, rows = compare((Output("output", "classes", 1),), [(teacher(inputs), len(inputs))], len(inputs))
+        return total(comparison, [(rows[0], comparison.rows(model(inputs), len(inputs)))])
+
+
 def test_the_loss_at_temperature_one_is_the_divergence() -> None:
     torch.manual_seed(0)
-    teacher, student = torch.randn(6, 5), torch.randn(6, 5)
-    assert float(distillation_loss(student, teacher, 1.0)) == pytest.approx(divergence(teacher, student), rel=1e-5)
-    assert float(distillation_loss(teacher, teacher, 3.0)) == pytest.approx(0, abs=1e-6)
+    teacher, student = torch.randn(6, 1, 5), torch.randn(6, 1, 5).requires_grad_()
+    comparison = Comparison((Output("output", "classes", 2),), (1,), (None,))
+    expected = total(comparison, [([teacher], [student])])
+    assert distillation_loss(comparison, [teacher], [student], 1.0).item() == pytest.approx(expected, rel=1e-5)
+    same = teacher.clone().requires_grad_()
+    assert distillation_loss(comparison, [teacher], [same], 3.0).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_it_brings_a_damaged_model_back_towards_its_teacher() -> None:
@@ -47,11 +57,11 @@ def test_it_brings_a_damaged_model_back_towards_its_teacher() -> None:
     with torch.no_grad():
         model.head.weight.mul_(0.2)
     inputs, _ = tiny_task.data(128, seed=9)
-    before = divergence(teacher(inputs), model(inputs))
+    before = distance(teacher, model, inputs)
     torch.manual_seed(0)
     distil(model, teacher, Batches(), steps=30, learning_rate=2e-2)
     assert not model.training
-    assert divergence(teacher(inputs), model(inputs)) < 0.5 * before
+    assert distance(teacher, model, inputs) < 0.5 * before
 
 
 def test_what_cannot_be_trained_is_refused() -> None:

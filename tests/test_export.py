@@ -13,6 +13,7 @@ import torch
 from test_compile import quantise_all
 from torch import nn
 
+from autocomp import export
 from autocomp.compiler import build as build_module
 from autocomp.compiler import link
 from autocomp.compiler.build import CompiledModel
@@ -51,7 +52,7 @@ def test_files_read_back_and_the_manifest_names_them(device: LocalDevice, tmp_pa
     assert set(verified) == {"so", "so:my/again.yaml", "so:pi", "onnx"}
     assert {kind for kind, check in verified.items() if not check.ok} == {"so:pi"}
     assert verified["so:pi"].note == "no board"
-    assert verified["so"].seconds
+    assert (tmp_path / "model.so").exists()
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     assert manifest["inputs"] == [{"shape": [1, 1, 8, 8], "dtype": "float32"}]
     assert manifest["latency"]["x86-host"]["how"] == "measured"
@@ -87,8 +88,41 @@ def test_library_that_computes_something_else_is_reported(
     monkeypatch.setattr(build_module.CompiledModel, "run", lambda self, *inputs: honest(self, *inputs) * 1.01)
     verified = export_point(EVALUATION, model, {"x86-host": compiled}, [(x,)], tmp_path)
     assert not verified["so"].ok
+    assert verified["so"].wrong
     assert "model.so differs from torch by" in verified["so"].note
+    assert not (tmp_path / "model.so").exists(), "nobody is to deploy it"
     assert verified["onnx"].ok
+
+
+def test_every_part_fails_alone(device: LocalDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is raised in one, of whatever class, the others are written."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise TypeError("not today")
+
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU()).eval(), torch.randn(1, 8)
+    compiled = device.compile(model, [(x,)])
+    for fails, patched in {
+        "so": (build_module.CompiledModel, "save"),
+        "onnx": (export, "export_onnx"),
+        "weights": (torch, "save"),
+    }.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(*patched, refuse)
+            verified = export_point(EVALUATION, model, {"x86-host": compiled}, [(x,)], tmp_path / fails)
+        assert {kind for kind, check in verified.items() if not check.ok} == {fails}
+        assert verified[fails].note == "TypeError: not today"
+        assert not verified[fails].wrong
+        written = set(json.loads((tmp_path / fails / MANIFEST).read_text())["sha256"])
+        assert written == {"model.so", "model.onnx", "weights.pt"} - {f"model.{fails}", f"{fails}.pt"}
+
+
+def test_a_model_that_cannot_be_pickled_keeps_its_other_files(device: LocalDevice, tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 16)).eval(), torch.randn(1, 8)
+    compiled = device.compile(model, [(x,)])
+    model.shortcut = lambda value: value  # type: ignore[assignment]  # as networks do that were written for one use
+    verified = export_point(EVALUATION, model, {"x86-host": compiled}, [(x,)], tmp_path)
+    assert {kind for kind, check in verified.items() if not check.ok} == {"weights"}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -77,3 +77,13 @@ def test_nothing_feasible_names_the_nearest() -> None:
     assert caught.value.exit_code == 3
     with pytest.raises(InfeasibleError, match="no candidate was measured"):
         best([], DENSE, Goals(), "accuracy")
+
+
+def noisy(one: Evaluation) -> Evaluation:
+    return replace(one, latency={name: replace(latency, noisy=True) for name, latency in one.latency.items()})
+
+
+@pytest.mark.parametrize("goals", [Goals(max_drop=0.01), Goals()])
+def test_a_noisy_one_is_taken_only_where_all_are(goals: Goals) -> None:
+    assert best([noisy(e) if e.trial == 2 else e for e in RUN], DENSE, goals, "accuracy").trial == 1
+    assert best([noisy(e) for e in RUN], DENSE, goals, "accuracy").trial == 2

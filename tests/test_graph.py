@@ -66,13 +66,10 @@ def test_flatten_spreads_channels():
     assert graph.groups["hidden"].consumers == ("head",)
 
 
-def test_a_layer_used_twice_stays():
+def test_a_layer_used_twice_is_one_layer_called_twice():
     graph = analyse(nets.Twice(), (nets.images(1),))
-    assert "more than once" in graph.skipped["shared"]
-    assert "shared" not in graph.layers
-    assert not graph.groups["first"].prunable
-    assert "shared" in graph.groups["first"].reason
-    assert graph.groups["last"].prunable
+    assert graph.layers["shared"].calls == 2
+    assert sum(layer.calls for layer in graph.layers.values()) == len(graph.layers) + 1
 
 
 def test_concatenated_layers_are_one_group_of_two_segments():

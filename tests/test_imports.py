@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import subprocess
 import sys
 
@@ -37,6 +38,13 @@ def test_public_names() -> None:
     assert autocomp.Latency.__module__ == "autocomp.records"
     with pytest.raises(AttributeError, match="no attribute 'serch'"):
         _ = autocomp.serch  # the name that is not there is the point
+
+
+def test_no_module_stands_in_the_place_of_a_public_function() -> None:
+    import autocomp
+
+    modules = {module.name for module in pkgutil.iter_modules(autocomp.__path__)}
+    assert modules & set(autocomp.__all__) <= {"search"}  # kept a function by the package itself, as tested below
 
 
 @pytest.mark.parametrize("first", ["autocomp.api", "autocomp.search.goals", "autocomp"])

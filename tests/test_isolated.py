@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -75,6 +76,15 @@ def alive(process: int) -> bool:
     return True
 
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Python's own handler of Ctrl-C, which it lacks where a shell started it in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
 def test_ctrl_c_during_a_fork_is_not_lost() -> None:
     """Python ignores what the hooks after a fork raise; a signal that arrives meanwhile, in whichever thread, waits until they are through."""
     hooks, over = [], threading.Event()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from autocomp.errors import AutocompError
 from autocomp.hardware import load_profile
 
 A76 = {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a76"}
+ROOT = Path(__file__).parent.parent
 HEADER = {"aarch64": 183, "x86_64": 62}  # e_machine of an ELF file
 
 
@@ -52,6 +54,39 @@ def test_no_linker_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch, tmp_path
     with pytest.raises(AutocompError, match=words):
         link.linker_for(A76)(tmp_path / "a.so", [tmp_path / "a.o"])
     assert link.find_linker("riscv64") is None
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        (),
+        ("cc",),
+        ("gcc", "ld"),
+        ("clang", "aarch64-linux-gnu-ld"),
+        ("aarch64-linux-gnu-ld",),
+        ("ld.lld",),
+        ("cc", "x86_64-linux-gnu-ld"),
+    ],
+)
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_make_brings_a_linker_where_one_is_lacking(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, machine: str, there: tuple[str, ...]
+) -> None:
+    """The Makefile must ask for ziglang on exactly the machines on which the package would find no linker without it."""
+    monkeypatch.setattr(link, "this_architecture", lambda: machine)
+    monkeypatch.setattr(shutil, "which", only(*there))
+    monkeypatch.setattr(link.importlib.util, "find_spec", lambda name: None)
+    lacking = any(link.find_linker(architecture) is None for architecture in (machine, "aarch64"))
+    monkeypatch.undo()
+    for name, text in {**dict.fromkeys(there, "exit 1"), "uname": f"echo {machine}"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    make = shutil.which("make")
+    assert make is not None
+    arguments = [make, "-s", "-f", str(ROOT / "Makefile"), "--eval", "extra: ; @:$(info $(EXTRA))", "extra"]
+    environment = {"PATH": str(tmp_path), "PYTHON": "python3"}
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ("[linker]" if lacking else "")
 
 
 def test_architectures() -> None:

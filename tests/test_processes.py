@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from autocomp.errors import AutocompError
 from autocomp.processes import map_in_processes
 
 
@@ -25,6 +26,21 @@ def test_an_error_in_a_process_is_raised_here():
         raise ValueError(f"item {item}")
 
     with pytest.raises(ValueError, match="item 1"):
+        list(map_in_processes(fail, [1, 2], 2))
+
+
+class Particular(Exception):
+    """As libraries have them: what it is made from is not what it keeps, so that it cannot be unpickled."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"{reason} ({code})")
+
+
+def test_an_error_that_cannot_be_sent_arrives_as_its_text():
+    def fail(item: int) -> int:
+        raise Particular(item, "no luck")
+
+    with pytest.raises(AutocompError, match=r"Particular: no luck \(1\)"):
         list(map_in_processes(fail, [1, 2], 2))
 
 

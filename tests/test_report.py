@@ -141,7 +141,7 @@ def test_a_newer_format_is_refused_with_what_to_do(tmp_path: Path, file: str) ->
         ("front.json", '{"format_version": 1}', CorruptError, "format_version 1 but not its content .KeyError: 'task'"),
         ("evaluations.csv", "id,trial\nx,one\n", CorruptError, "does not read as a table of evaluations"),
         ("provenance.json", "[1]", CorruptError, "must hold a mapping"),
-        ("config.yaml", "a: [", CorruptError, "does not read as YAML"),
+        ("config.yaml", "a: [", CorruptError, "not valid YAML"),
         ("front.json", None, UsageError, "holds no front.json: it is no run folder"),
         ("evaluations.csv", None, UsageError, "holds no evaluations.csv"),
     ],

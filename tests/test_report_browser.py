@@ -31,7 +31,7 @@ FLAGS = [
 def chromium() -> str:
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if found is None:
-        pytest.fail("no chromium on the PATH: install it (apt-get install chromium), or deselect with -m 'not browser'")
+        pytest.fail("no chromium on the PATH: install it (apt-get install chromium)")
     return found
 
 

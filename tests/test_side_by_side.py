@@ -9,11 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from autocomp.errors import MismatchError
 from autocomp.hardware import Profile, load_profile
+from autocomp.kernels import children
+from autocomp.kernels.children import Child, reap
 from autocomp.kernels.store import KernelStore
 from autocomp.kernels.timers import Job
 from autocomp.kernels.tune import Tuner
@@ -50,6 +53,53 @@ def test_failures_stay_with_their_item() -> None:
         (None, "KeyError: 'b'"),
         ("FINE", ""),
     ]
+
+
+def test_a_result_that_cannot_be_sent_is_a_failure() -> None:
+    ((result, why),) = side_by_side([1], lambda *_: lambda: None, {}, nothing)
+    assert result is None
+    assert why.startswith("its result cannot be sent: ")
+
+
+def test_a_process_waits_for_no_children_of_its_parent() -> None:
+    """What is let go here is not the forked process's to wait for, though it inherits the list."""
+    slow, kept = (Child.start(lambda *_: time.sleep(0.5)) for _ in range(2))
+    slow.leave(time.monotonic() + 60)
+
+    def work(_item: int, _alone: Alone) -> str:
+        reap()
+        return kept.end()
+
+    try:
+        assert side_by_side([1], work, {}, nothing) == [("it is another process's child", "")]
+    finally:
+        kept.leave(time.monotonic() + 60)
+        while slow.pid in children._leaving:
+            time.sleep(0.01)
+            reap()
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda *_: os.waitpid(-1, os.WNOHANG)], ids=["ignored", "taken"])
+def test_children_whose_end_another_noticed_first(handler: Any) -> None:
+    """Where SIGCHLD is ignored, or a library waits for whatever ends, nothing is left to wait for."""
+    before = signal.signal(signal.SIGCHLD, handler)
+    try:
+        assert side_by_side([1, 2], lambda item, _: item, {}, nothing) == [(1, ""), (2, "")]
+        child = Child.start(lambda *_: None)
+        end = time.monotonic() + 30
+        while _exists(child.pid) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert child.end() == "its process ended, nobody knows how"
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_who_asked_to_be_alone_is_alone() -> None:

@@ -14,6 +14,7 @@ from pipeline import EVERYTHING, pipeline
 from zoo import ZOO, like
 
 from autocomp.accuracy.calibrate import collect_from
+from autocomp.canonical import canonical
 from autocomp.compress.apply import stitch
 from autocomp.compress.database import LayerDatabase
 from autocomp.costs import Costs
@@ -70,6 +71,7 @@ def test_narrowed_transformers_compile_to_what_torch_computes(name, tmp_path):
     profile = load_profile("x86-host")
     device = LocalDevice(profile, KernelStore.open(profile, tmp_path / "store"))
     device.tuner.budget = 1
+    model = canonical(model, inputs)
     graph = analyse(model, inputs)
     space = build_space(graph, EVERYTHING, profile)
     data = torch.cat([like(inputs, seed)[0] for seed in range(16)])

@@ -53,7 +53,7 @@ def bad_buffer() -> nn.Module:
             {"calibration": [(torch.ones(4, 3),), (torch.ones(4, 3),) * 2]},
             ["Task.calibration[1] must have 1 tensor(s)"],
         ),
-        ({"calibration": [(torch.ones(4, 3).double(),)]}, ["Task.calibration[0][0]", "float64"]),
+        ({"calibration": [(torch.ones(4, 3).long(),)]}, ["Task.calibration[0][0]", "int64"]),
         ({"calibration": [(torch.full((4, 3), float("inf")),)]}, ["Task.calibration[0][0] holds 12 value(s)"]),
         ({"evaluate": None}, ["Task.evaluate must be a function", "None"]),
         ({"test": 3}, ["Task.test must be a function"]),

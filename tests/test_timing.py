@@ -9,7 +9,9 @@ import time
 
 import pytest
 
-from autocomp.devices.timing import interleaved, median_and_spread, quiet_core
+from autocomp.devices import timing
+from autocomp.devices.timing import interleaved, median_and_spread, quiet_core, steady
+from autocomp.records import Latency
 
 
 def test_median_and_spread() -> None:
@@ -84,3 +86,44 @@ def test_one_measurement_at_a_time() -> None:
         events.append("first")
     thread.join()
     assert events == ["first", "second"]
+
+
+def latencies(*spreads: float) -> list[Latency]:
+    return [Latency(1.0, spread, "measured", "x86-host") for spread in spreads]
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What `steady` slept, without sleeping; a host that takes nothing."""
+    slept: list[float] = []
+    monkeypatch.setattr(timing, "PAUSES", (1.0, 2.0))
+    monkeypatch.setattr(timing.time, "sleep", slept.append)
+    monkeypatch.setattr(timing, "_ticks", lambda: (0, 100))
+    return slept
+
+
+def test_a_steady_measurement_is_taken_once(pauses: list[float]) -> None:
+    assert steady(lambda: latencies(0.01, 0.02)) == latencies(0.01, 0.02)
+    assert sum(pauses) == 0
+
+
+def test_a_disturbed_one_is_repeated_and_the_steadiest_kept(pauses: list[float]) -> None:
+    takes = iter([latencies(0.3, 0.02), latencies(0.01, 0.06), latencies(0.08, 0.08)])
+    assert steady(lambda: next(takes)) == latencies(0.01, 0.06)
+    assert sum(pauses) == 3.0
+
+
+def test_what_stays_disturbed_is_noisy(pauses: list[float]) -> None:
+    assert [latency.noisy for latency in steady(lambda: latencies(0.3, 0.02))] == [True, False]
+
+
+def test_a_machine_whose_host_takes_its_time_is_noisy(pauses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([(0, 0), (50, 100), (50, 100), (90, 200), (90, 200), (110, 300)])
+    monkeypatch.setattr(timing, "_ticks", lambda: next(ticks))
+    assert [latency.noisy for latency in steady(lambda: latencies(0.01, 0.01))] == [True, True]
+
+
+def test_ticks_of_this_machine_grow() -> None:
+    stolen, passed = timing._ticks()
+    assert 0 <= stolen <= passed
+    assert timing._stolen((0, 0), (0, 0)) == 0.0

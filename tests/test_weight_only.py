@@ -260,7 +260,7 @@ def test_the_onnx_file_stays_small(tmp_path: Path) -> None:
 
 def test_batchnorm_folds_into_scales() -> None:
     model, x = model_of(4, norm=True), torch.randn(5, 100)
-    folded = fold_batchnorm(model)
+    folded = fold_batchnorm(model, {"0": "1"})
     assert isinstance(folded[1], nn.Identity)
     assert torch.equal(folded[0].weight, model[0].weight)
     assert relative_error(folded(x), model(x)) < TOLERANCE

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autocomp.errors import UsageError
+from autocomp.accuracy.divergence import Comparison, compare
+from autocomp.accuracy.guess import describe
+from autocomp.accuracy.outputs import Output, Stated
+from autocomp.batches import Axes, Batch, count, first, part, shape_of, split
+from autocomp.errors import UsageError, last_line
 
 if TYPE_CHECKING:
     from autocomp.graph import Graph, Layer
@@ -27,12 +33,12 @@ ACTIVATIONS = 2**29  # bytes that a pass keeps at most, gradients included: larg
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What one layer sees. A row is all inputs of one output position: K = input columns x kernel height x width.
+    """What one layer sees. A row is all inputs of one output position: K = input columns x taps of the kernel.
 
     ``mean`` [K] and ``covariance`` [K, K] (depthwise: [C, k, k], a block for each channel) of rows, float64: the
     Hessian of the squared output error once the bias has been corrected for the mean. ``fisher`` [O] float64 is half
     the Fisher information of an output channel, summed over positions: ``sum_o fisher[o] * dW_o covariance dW_o^T``
-    estimates the divergence that a change dW of the weights causes, in nats a sample: low by a factor where errors at
+    estimates the divergence that a change dW of the weights causes: low by a factor where errors at
     many positions push the same way, but it ranks well. ``sample`` [S, K] float32 are some rows; ``low`` and ``high``
     [columns] the extremes of each input column.
     """
@@ -47,16 +53,22 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Calibration of a model: per-layer statistics, the batches they come from, and the model's logits on these.
+    """Calibration of a model: per-layer statistics, the batches they come from, and the model's answers to these.
 
-    ``batches`` are input tuples, ``logits`` [N, classes] float32 in their order. ``fingerprint`` names model, data and
-    seed by content.
+    ``batches`` are input tuples whose samples lie along ``axes``; ``answers`` are, for each of them, the rows of each output that
+    ``comparison`` compares. ``fingerprint`` names model, data, outputs and seed by content.
     """
 
     layers: Mapping[str, LayerStatistics]
-    batches: tuple[tuple[Tensor, ...], ...]
-    logits: Tensor
+    batches: tuple[Batch, ...]
+    axes: Axes | None
+    comparison: Comparison
+    answers: tuple[tuple[Tensor, ...], ...]
     fingerprint: str
+
+    @property
+    def samples(self) -> int:
+        return sum(count(batch, self.axes) for batch in self.batches)
 
 
 def collect(task: Task, graph: Graph, samples: int = 256, seed: int = 0) -> Statistics:
@@ -64,64 +76,66 @@ def collect(task: Task, graph: Graph, samples: int = 256, seed: int = 0) -> Stat
 
     UsageError names the layer where a value that is not finite first appears, or says that there are no samples.
     """
-    return collect_from(task.model, task.calibration, graph, samples, seed)
+    return collect_from(task.model, task.calibration, graph, samples, seed, task.batch_axes, task.outputs)
 
 
 def collect_from(
-    model: nn.Module, calibration: Sequence[tuple[Tensor, ...]], graph: Graph, samples: int = 256, seed: int = 0
+    model: nn.Module,
+    calibration: Sequence[Batch],
+    graph: Graph,
+    samples: int = 256,
+    seed: int = 0,
+    axes: Axes | None = None,
+    stated: Stated | None = None,
 ) -> Statistics:
-    """Do as `collect` does, for a bare model and its calibration batches."""
-    batches = _cut(calibration, samples)
-    total = sum(len(batch[0]) for batch in batches)
+    """Do as `collect` does, for a bare model and its calibration batches; ``axes`` and ``stated`` as ``Task.batch_axes`` and ``.outputs``."""
+    batches = first(calibration, samples, axes)
+    total = sum(count(batch, axes) for batch in batches)
     if total == 0:
         raise UsageError("calibration needs at least one sample; the task gave none")
     model = copy.deepcopy(model).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    size = _pass_size(model, batches, graph)
-    collectors = {name: _Collector(layer, total, generator) for name, layer in graph.layers.items()}
+    size = _pass_size(model, batches, graph, axes)
+    outputs = describe(model, batches, axes, stated)
+    with torch.no_grad():
+        pieces = (piece for batch in batches for piece in split(batch, size, axes))
+        comparison, kept = compare(outputs, ((model(*piece), count(piece, axes)) for piece in pieces), total)
+    collectors = {name: _Collector(layer, generator) for name, layer in graph.layers.items()}
     handles = []
     for name, collector in collectors.items():
         module = model.get_submodule(name)
         handles.append(module.register_forward_pre_hook(collector.see_input))
         handles.append(module.register_forward_hook(collector.see_output))
-    logits = []
     for batch in batches:
-        for part in zip(*(tensor.split(size) for tensor in batch), strict=True):
+        for piece in split(batch, size, axes):
+            here = count(piece, axes)
+            for collector in collectors.values():
+                collector.share = here / total
             with torch.enable_grad():
-                output = logits_of(model(*part))
-                _refuse_non_finite(output, "the model's output")
-                _add_fisher(output, [c for c in collectors.values() if c.output is not None], generator)
-            logits.append(output.detach())
+                rows = comparison.rows(model(*piece), here)
+                for output, values in zip(comparison.counted, rows, strict=True):
+                    _refuse_non_finite(values, f"the model's output {output.name!r}")
+                _add_fisher(comparison, rows, [c for c in collectors.values() if c.output is not None], generator)
     for handle in handles:
         handle.remove()
     layers = {name: collectors.pop(name).finish(total) for name in graph.layers}
-    return Statistics(layers, batches, torch.cat(logits).float(), _fingerprint(model, batches, samples, seed))
+    _weigh_unread(layers)
+    fingerprint = _fingerprint(model, batches, samples, seed, outputs)
+    return Statistics(layers, batches, axes, comparison, _joined(batches, kept, size, axes), fingerprint)
 
 
-def logits_of(output: Any) -> Tensor:
-    """Return the first tensor of a model's output as [rows, classes]: the last axis is taken for the classes."""
-    from torch.utils import _pytree
-
-    tensor = next(leaf for leaf in _pytree.tree_leaves(output) if isinstance(leaf, Tensor))
-    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[:, None]
-
-
-def _cut(calibration: Sequence[tuple[Tensor, ...]], samples: int) -> tuple[tuple[Tensor, ...], ...]:
-    """Take the first samples; batches of one shape become one, which later passes are faster for."""
-    taken: list[tuple[Tensor, ...]] = []
-    left = samples
-    for batch in calibration:
-        if left <= 0:
-            break
-        part = tuple(tensor[:left].detach() for tensor in batch)
-        left -= len(part[0])
-        taken.append(part)
-    if len({tuple(tensor.shape[1:] for tensor in batch) for batch in taken}) == 1:
-        return (tuple(torch.cat(tensors) for tensors in zip(*taken, strict=True)),)
-    return tuple(taken)
+def _joined(
+    batches: Sequence[Batch], kept: list[list[Tensor]], size: int, axes: Axes | None
+) -> tuple[tuple[Tensor, ...], ...]:
+    """The rows of each batch, from those of its parts."""
+    joined = []
+    for batch in batches:
+        parts = [kept.pop(0) for _ in split(batch, size, axes)]
+        joined.append(tuple(torch.cat(rows) for rows in zip(*parts, strict=True)))
+    return tuple(joined)
 
 
-def _pass_size(model: nn.Module, batches: Sequence[tuple[Tensor, ...]], graph: Graph) -> int:
+def _pass_size(model: nn.Module, batches: Sequence[tuple[Tensor, ...]], graph: Graph, axes: Axes | None = None) -> int:
     """How many samples go through at once so that what is kept of them stays within `ACTIVATIONS`.
 
     Kept are what autograd saves, every layer's output, and the gradients of all these outputs.
@@ -143,11 +157,17 @@ def _pass_size(model: nn.Module, batches: Sequence[tuple[Tensor, ...]], graph: G
     handles = [model.get_submodule(name).register_forward_hook(track) for name in graph.layers]
     try:
         most = 0
-        for batch in {tuple(tensor.shape[1:] for tensor in batch): batch for batch in batches}.values():
+        for batch in {shape_of(batch, axes): batch for batch in batches}.values():
             kept.clear()
             outputs.clear()
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                _output = model(*(tensor[:1] for tensor in batch))  # alive until what it keeps is counted
+                try:
+                    _output = model(*part(batch, 0, 1, axes))  # alive until what it keeps is counted
+                except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                    shapes = " and ".join(str(list(tensor.shape)) for tensor in batch)
+                    raise UsageError(
+                        f"Task.calibration: the model cannot be called with a batch of shape {shapes}: {last_line(error)}"
+                    ) from error
             most = max(most, sum(kept.values()) + 2 * sum(outputs))
             del _output
     finally:
@@ -156,16 +176,17 @@ def _pass_size(model: nn.Module, batches: Sequence[tuple[Tensor, ...]], graph: G
     return max(1, min(BATCH, ACTIVATIONS // max(1, most)))
 
 
-def _add_fisher(output: Tensor, collectors: Sequence[_Collector], generator: torch.Generator) -> None:
-    """Add squared gradients of -log p(y|x), y drawn from the model's own p: samples do not mix in evaluation mode."""
-    if not collectors:
-        return
-    log_p = functional.log_softmax(output.float(), dim=-1)
+def _add_fisher(
+    comparison: Comparison, rows: Sequence[Tensor], collectors: Sequence[_Collector], generator: torch.Generator
+) -> None:
+    """Add squared gradients behind random draws of the outputs' own divergence: samples do not mix in evaluation mode."""
     outputs = [collector.output for collector in collectors if collector.output is not None]
-    for draw in range(DRAWS):
-        answers = torch.multinomial(log_p.detach().exp(), 1, generator=generator)[:, 0]
-        loss = functional.nll_loss(log_p, answers, reduction="sum")
-        gradients = torch.autograd.grad(loss, outputs, retain_graph=draw + 1 < DRAWS, allow_unused=True)
+    live = [k for k, values in enumerate(rows) if values.requires_grad]
+    for draw in range(DRAWS if live and outputs else 0):
+        drawn = comparison.draws(rows, generator)
+        gradients = torch.autograd.grad(
+            [rows[k] for k in live], outputs, [drawn[k] for k in live], draw + 1 < DRAWS, allow_unused=True
+        )
         for collector, gradient in zip(collectors, gradients, strict=True):
             if gradient is not None:
                 collector.see_gradient(gradient)
@@ -173,13 +194,23 @@ def _add_fisher(output: Tensor, collectors: Sequence[_Collector], generator: tor
         collector.output = None
 
 
+def _weigh_unread(layers: dict[str, LayerStatistics]) -> None:
+    """Give layers that no compared output depends on by a gradient the typical weight: they are not known to be free."""
+    known = [float(seen.fisher.mean()) for seen in layers.values() if float(seen.fisher.sum()) > 0]
+    typical = sorted(known)[len(known) // 2] if known else 1.0
+    for name, seen in layers.items():
+        if float(seen.fisher.sum()) == 0:
+            layers[name] = replace(seen, fisher=torch.full_like(seen.fisher, typical))
+
+
 class _Collector:
     """Hooks of one layer, and what they add up."""
 
-    def __init__(self, layer: Layer, samples: int, generator: torch.Generator) -> None:
-        self.layer, self.samples, self.generator = layer, samples, generator
+    def __init__(self, layer: Layer, generator: torch.Generator) -> None:
+        self.layer, self.generator = layer, generator
+        self.share = 1.0  # of all samples, that the pass under way has
         self.depthwise = layer.kind == "depthwise"
-        taps = layer.kernel[0] * layer.kernel[1]
+        taps = layer.taps
         self.full = layer.in_channels * taps
         blocks = (layer.in_channels, taps, taps) if self.depthwise else (self.full, self.full)
         self.rows = 0
@@ -198,9 +229,8 @@ class _Collector:
         axes = _positions(x, self.layer)
         self.low = torch.minimum(self.low, x.amin(axes))
         self.high = torch.maximum(self.high, x.amax(axes))
-        share = len(x) / self.samples
-        rows = patches(x, self.layer, max(1, round(ROWS * share)), self.generator)
-        self.sample.append(rows[: max(1, round(SAMPLE * share))].clone())  # a slice would keep all rows in memory
+        rows = patches(x, self.layer, max(1, round(ROWS * self.share)), self.generator)
+        self.sample.append(rows[: max(1, round(SAMPLE * self.share))].clone())  # a slice would keep all rows in memory
         if self.shift is None:
             # Sums of products about a point near the mean: about zero, what is left of an input that hardly varies is rounding.
             self.shift = rows.mean(0)
@@ -233,7 +263,7 @@ class _Collector:
             covariance.addr_(offset, offset, alpha=-1)
         fisher = 0.5 * self.fisher / samples
         # A floor keeps channels whose gradients happened to vanish from counting as free.
-        fisher = fisher.clamp_min(1e-3 * float(fisher.mean())) if float(fisher.sum()) > 0 else torch.ones_like(fisher)
+        fisher = fisher.clamp_min(1e-3 * float(fisher.mean()))
         return LayerStatistics(mean, covariance, fisher, torch.cat(self.sample), self.low, self.high)
 
 
@@ -252,17 +282,38 @@ def patches(x: Tensor, layer: Layer, limit: int, generator: torch.Generator) -> 
         rows = x.reshape(-1, x.shape[-1])
         return rows if len(rows) <= limit else rows[torch.randperm(len(rows), generator=generator)[:limit]]
     x = x.unsqueeze(2) if layer.one_d else x
-    (ph, pw), (sh, sw), (dh, dw), (kh, kw) = layer.padding, layer.stride, layer.dilation, layer.kernel
-    padded = functional.pad(x, (pw, pw, ph, ph))
-    oh = (padded.shape[2] - dh * (kh - 1) - 1) // sh + 1
-    ow = (padded.shape[3] - dw * (kw - 1) - 1) // sw + 1
-    count = len(x) * oh * ow
+    stride, spread = layer.stride, _plain if layer.output_padding is None else _zeros_between
+    padded = spread(x, layer)
+    if layer.output_padding is not None:
+        stride = (1,) * len(stride)
+    axes = list(zip(padded.shape[2:], layer.kernel, stride, layer.dilation, strict=True))
+    sizes = [(size - d * (k - 1) - 1) // s + 1 for size, k, s, d in axes]
+    count = len(x) * math.prod(sizes)
     chosen = torch.arange(count) if count <= limit else torch.randperm(count, generator=generator)[:limit]
-    image, place = chosen // (oh * ow), chosen % (oh * ow)
-    top, left = place // ow * sh, place % ow * sw
-    by_pixel = padded.permute(0, 2, 3, 1)
-    taps = [by_pixel[image, top + i * dh, left + j * dw] for i in range(kh) for j in range(kw)]
+    image, *starts = torch.unravel_index(chosen, (len(x), *sizes))
+    by_place = padded.movedim(1, -1)
+    taps = []
+    for tap in itertools.product(*(range(k) for k in layer.kernel)):
+        if layer.output_padding is not None:  # the last tap meets the first input
+            tap = tuple(k - 1 - t for k, t in zip(layer.kernel, tap, strict=True))
+        at = [first * s + t * d for first, t, (_, _, s, d) in zip(starts, tap, axes, strict=True)]
+        taps.append(by_place[(image, *at)])
     return torch.stack(taps, dim=2).flatten(1)
+
+
+def _plain(x: Tensor, layer: Layer) -> Tensor:
+    return functional.pad(x, [side for p in reversed(layer.padding) for side in (p, p)])
+
+
+def _zeros_between(x: Tensor, layer: Layer) -> Tensor:
+    """The input that a transposed convolution convolves, with its kernel turned around, by steps of one."""
+    assert layer.output_padding is not None
+    sizes = [(size - 1) * s + 1 for size, s in zip(x.shape[2:], layer.stride, strict=True)]
+    wide = x.new_zeros(*x.shape[:2], *sizes)
+    wide[(slice(None), slice(None), *(slice(None, None, s) for s in layer.stride))] = x
+    axes = zip(layer.kernel, layer.padding, layer.dilation, layer.output_padding, strict=True)
+    around = [(d * (k - 1) - p, d * (k - 1) - p + more) for k, p, d, more in axes]  # below zero: cut off
+    return functional.pad(wide, [side for pair in reversed(around) for side in pair])
 
 
 def _refuse_non_finite(tensor: Tensor, where: str) -> None:
@@ -272,8 +323,9 @@ def _refuse_non_finite(tensor: Tensor, where: str) -> None:
         )
 
 
-def _fingerprint(model: nn.Module, batches: Sequence[tuple[Tensor, ...]], samples: int, seed: int) -> str:
-    digest = hashlib.sha256(f"2 {samples} {seed} {ROWS} {SAMPLE} {DRAWS}".encode())
+def _fingerprint(model: nn.Module, batches: Sequence[Batch], samples: int, seed: int, outputs: Sequence[Output]) -> str:
+    compared = [(str(output), output.samples) for output in outputs]
+    digest = hashlib.sha256(f"3 {samples} {seed} {ROWS} {SAMPLE} {DRAWS} {compared}".encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().contiguous().numpy().tobytes())

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from autocomp.accuracy.calibrate import logits_of
+from autocomp.accuracy.divergence import total
+from autocomp.batches import count, part
 from autocomp.compress.quantize import sums_in_float32
 
 if TYPE_CHECKING:
@@ -19,26 +19,13 @@ if TYPE_CHECKING:
     from autocomp.graph import Graph
     from autocomp.records import Candidate
 
+FIRST = 64  # samples a candidate is judged on first; on the built-in tasks their divergence is within a fifth of that of 256
+
 
 def kl(model: nn.Module, statistics: Statistics) -> float:
-    """Return the mean KL(dense || model) over the calibration samples, in nats; infinite if it is not finite."""
+    """Return how far the model is from the dense one over the calibration samples, see `divergence`; infinite if it is not finite."""
     with torch.no_grad(), sums_in_float32():
-        return divergence(statistics.logits, _answers(model, statistics.batches))
-
-
-def _answers(model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> Tensor:
-    return torch.cat([logits_of(model(*batch)) for batch in batches])
-
-
-def divergence(teacher: Tensor, student: Tensor) -> float:
-    """Return the mean KL(teacher || student) of logits [N, classes], in nats; infinite if not finite."""
-    expected = functional.log_softmax(teacher.detach().double(), dim=-1)
-    actual = functional.log_softmax(student.detach().double(), dim=-1)
-    value = float(functional.kl_div(actual, expected, reduction="batchmean", log_target=True))
-    return max(0.0, value) if math.isfinite(value) else math.inf
-
-
-FIRST = 64  # samples a candidate is judged on first; on the built-in tasks their KL is within a fifth of that of 256
+        return _divergence(model, statistics, _all(statistics))
 
 
 def stitch_and_score(
@@ -54,11 +41,11 @@ def stitch_and_score(
     if database.space.normalise(candidate) == database.space.dense():
         return stitched, 0.0
     statistics = database.statistics
-    if give_up < math.inf and len(statistics.logits) > FIRST:
-        early = _score(stitched, statistics.logits, _first(statistics.batches))
+    if give_up < math.inf and statistics.samples > FIRST:
+        early = _score(stitched, statistics, _first(statistics))
         if early > give_up:
             return stitched, early
-    return stitched, _score(stitched, statistics.logits, statistics.batches)
+    return stitched, _score(stitched, statistics, _all(statistics))
 
 
 def score_early(model: nn.Module, graph: Graph, database: LayerDatabase, candidate: Candidate) -> float:
@@ -68,24 +55,42 @@ def score_early(model: nn.Module, graph: Graph, database: LayerDatabase, candida
     if database.space.normalise(candidate) == database.space.dense():
         return 0.0
     stitched = stitch(model, graph, database, candidate, reestimate=False)
-    return _score(stitched, database.statistics.logits, _first(database.statistics.batches))
+    return _score(stitched, database.statistics, _first(database.statistics))
 
 
-def _first(batches: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-    first, left = [], FIRST
-    for batch in batches:
-        if left > 0:
-            first.append(tuple(tensor[:left] for tensor in batch))
-            left -= len(batch[0])
-    return first
+def _all(statistics: Statistics) -> list[int]:
+    """How many samples of each batch are looked at: all."""
+    return [count(batch, statistics.axes) for batch in statistics.batches]
 
 
-def _score(stitched: nn.Module, logits: Tensor, batches: Sequence[tuple[Tensor, ...]]) -> float:
-    """Re-estimate BatchNorm on the data or the first part of it, and return the divergence there."""
-    from autocomp.compress.apply import reestimate_batchnorm
+def _first(statistics: Statistics) -> list[int]:
+    """64 of all: the first of each batch, as many as its share. Batches differ in their shapes, so none stands for the others."""
+    sizes = _all(statistics)
+    share = min(1.0, FIRST / sum(sizes))
+    ends = [round(sum(sizes[: index + 1]) * share) for index in range(len(sizes))]
+    return [min(size, end - start) for size, start, end in zip(sizes, [0, *ends], ends, strict=False)]
 
-    with sums_in_float32(), torch.no_grad():
-        answers = reestimate_batchnorm(stitched, batches)
-        if answers is None:
-            answers = _answers(stitched, batches)
-    return divergence(logits[: len(answers)], answers)
+
+def _score(stitched: nn.Module, statistics: Statistics, counts: Sequence[int]) -> float:
+    """Re-estimate BatchNorm on so many samples of each batch, and return the divergence there."""
+    from autocomp.compress.batchnorm import reestimate_batchnorm
+
+    batches = [part(batch, 0, n, statistics.axes) for batch, n in zip(statistics.batches, counts, strict=True) if n]
+    with torch.no_grad(), sums_in_float32():
+        answers = reestimate_batchnorm(stitched, batches, statistics.axes)
+        return _divergence(stitched, statistics, counts, answers)
+
+
+def _divergence(
+    model: nn.Module, statistics: Statistics, counts: Sequence[int], answers: Sequence[Any] | None = None
+) -> float:
+    """The divergence over the first samples of each batch; ``answers`` are the model's to those that have any, where they are known."""
+    known = iter(answers or ())
+
+    def pairs() -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
+        for batch, rows, samples in zip(statistics.batches, statistics.answers, counts, strict=True):
+            if samples:
+                found = model(*part(batch, 0, samples, statistics.axes)) if answers is None else next(known)
+                yield [x[:samples] for x in rows], statistics.comparison.rows(found, samples)
+
+    return total(statistics.comparison, pairs())

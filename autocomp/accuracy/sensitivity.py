@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from autocomp.records import Candidate, Sensitivity
 
 if TYPE_CHECKING:
@@ -50,13 +48,15 @@ def masks(model: nn.Module, graph: Graph, statistics: Statistics) -> Iterator[li
 
     A study of accuracy and size: no kernel skips single zeros, so no candidate is masked. It takes O K^3 operations a layer and mask.
     """
+    from autocomp.compress.convolution import Layers, outputs_first
     from autocomp.compress.sparse import study
 
     for name, layer in graph.layers.items():
         if layer.conv_groups > 1 or layer.fixed:
             continue
-        weight, seen = model.get_submodule(name).weight, statistics.layers[name]
-        assert isinstance(weight, Tensor)
+        module, seen = model.get_submodule(name), statistics.layers[name]
+        assert isinstance(module, Layers)
+        weight = outputs_first(module)
         points = study(name, weight.detach().flatten(1), seen.covariance, seen.fisher)
         yield [
             Sensitivity(

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from autocomp.compiler.importer import export_program, import_program
+from autocomp.compiler.importer import export_program, import_program, unsupported
 from autocomp.compiler.layout import to_channels_last
 from autocomp.compiler.link import link_shared
 from autocomp.compiler.lower import lower
 from autocomp.devices.timing import median_and_spread, quiet_core
-from autocomp.errors import UsageError
+from autocomp.errors import ExportError, UsageError
 from autocomp.hardware import Profile
 from autocomp.kernels.tune import Tuner
+from autocomp.quiet import quiet_stderr
 from autocomp.records import KernelTime, Latency
 
 if TYPE_CHECKING:
@@ -83,21 +79,40 @@ class CompiledModel:
 
     def time(self, *inputs: torch.Tensor, repeats: int = 20, seconds: float = 0.01) -> Latency:
         """Measure one inference: pinned, warmed up, ``repeats`` samples that each average over about ``seconds``."""
-        arguments = self._arguments(inputs)
-        with quiet_core(self.profile.cores):
-            warm = self._machine.time_evaluator("main", self._device, number=2, repeat=3)(*arguments)
-            number = int(min(max(seconds / max(min(warm.results), 1e-7), 1), 100_000))
-            result = self._machine.time_evaluator("main", self._device, number=number, repeat=repeats)(*arguments)
-        samples = [float(value) for value in result.results]
-        middle, spread = median_and_spread(samples)
-        return Latency(
-            middle, spread, "measured", self.profile.name, describe_device(self.profile), tuple(samples), self.kernels
-        )
+        return time_in_turn([self], *inputs, repeats=repeats, seconds=seconds)[0]
+
+    def sample(self, arguments: Sequence[Any], number: int, repeat: int) -> list[float]:
+        """Seconds of one inference, ``repeat`` averages of ``number`` runs each."""
+        result = self._machine.time_evaluator("main", self._device, number=number, repeat=repeat)(*arguments)
+        return [float(value) for value in result.results]
 
     def _arguments(self, inputs: Sequence[torch.Tensor]) -> list[Any]:
         import tvm
 
-        return [tvm.runtime.tensor(np.ascontiguousarray(tensor.detach().numpy())) for tensor in inputs]
+        from autocomp.plain import plain_tensor
+
+        return [tvm.runtime.tensor(plain_tensor(tensor).detach().contiguous().numpy()) for tensor in inputs]
+
+
+def time_in_turn(
+    models: Sequence[CompiledModel], *inputs: torch.Tensor, repeats: int = 20, seconds: float = 0.01
+) -> list[Latency]:
+    """Measure one inference of each of several models of one profile on this machine, sample after sample in turn."""
+    arguments = models[0]._arguments(inputs)
+    samples: list[list[float]] = [[] for _ in models]
+    with quiet_core(models[0].profile.cores):
+        warm = [min(model.sample(arguments, number=2, repeat=3)) for model in models]
+        numbers = [int(min(max(seconds / max(one, 1e-7), 1), 100_000)) for one in warm]
+        turns = 1 if len(models) == 1 else repeats  # nobody to take turns with: all samples at once
+        for _ in range(turns):
+            for model, number, taken in zip(models, numbers, samples, strict=True):
+                taken += model.sample(arguments, number, repeats // turns)
+    latencies = []
+    for model, taken in zip(models, samples, strict=True):
+        middle, spread = median_and_spread(taken)
+        device = describe_device(model.profile)
+        latencies.append(Latency(middle, spread, "measured", model.profile.name, device, tuple(taken), model.kernels))
+    return latencies
 
 
 def describe_device(profile: Profile) -> str:
@@ -124,11 +139,21 @@ def schedule(
     """
     import tvm
 
+    from autocomp.canonical import canonical
     from autocomp.compress.fold import fold_batchnorm
     from autocomp.compress.parts import decoded
+    from autocomp.program import CanonicalModel
 
+    given = model
+    if not isinstance(model, CanonicalModel):
+        model = canonical(model, example_inputs)
     program = export_program(decoded(fold_batchnorm(model), profile.precisions).eval(), example_inputs)
-    mod = lower(to_channels_last(import_program(program, profile)), profile, tuner.target)
+    try:
+        imported = import_program(program, profile)
+    except ExportError as error:  # the model as it was given knows its modules and lines
+        faults = unsupported(export_program(given.eval(), example_inputs), profile)
+        raise ExportError("\n".join(faults) or str(error)) from error
+    mod = lower(to_channels_last(imported, profile.lanes), profile, tuner.target)
     calls = _kernel_calls(mod)
     scheduled, records = dict(mod.functions.items()), {}
     kernels = [name for name, function in scheduled.items() if isinstance(function, tvm.tirx.PrimFunc)]
@@ -172,18 +197,3 @@ def _kernel_calls(mod: Any) -> list[str]:
             if isinstance(value, relax.Call) and isinstance(value.op, ir.Op) and value.op.name == "relax.call_tir":
                 names.append(value.args[0].name_hint)
     return names
-
-
-@contextmanager
-def quiet_stderr() -> Iterator[None]:
-    """Silence what TVM's C++ side prints while a module is saved or loaded (a warning for every storage scope)."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    null = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from autocomp.compiler import convolutions
 from autocomp.compiler.half import HalfConverter
-from autocomp.compiler.normalise import decomposed, origin
+from autocomp.compiler.normalise import decomposed
+from autocomp.compiler.recurrent import KINDS, LoopConverter, RecurrentConverter
 from autocomp.compiler.weight_only import WeightOnlyConverter
 from autocomp.errors import ExportError
 from autocomp.hardware import Profile
 from autocomp.kernels import compute, packing, requantise
 from autocomp.kernels.intrinsics import dot_product
+from autocomp.kernels.volumes import unfolded
 
 if TYPE_CHECKING:
     import torch
@@ -40,38 +44,39 @@ def export_program(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, .
 
 
 def import_program(program: torch.export.ExportedProgram, profile: Profile) -> tvm.IRModule:
-    """Translate an exported program to a Relax module with one function ``main``. ExportError for an unknown operation."""
-    from tvm.relax.frontend.torch import from_exported_program
+    """Translate a decomposed program to a Relax module with one function ``main``. ExportError for what cannot be translated."""
+    from autocomp.compiler.translate import Importer
 
+    quantised = _QuantisedConverter(program, profile, convolution=True)
+    special: dict[str, Callable[[Any, Any], Any]] = {
+        "conv2d_w8a8.default": quantised,
+        "convolution_w8a8.default": quantised.general,
+        "linear_w8a8.default": _QuantisedConverter(program, profile, convolution=False),
+        "conv2d_fp16.default": HalfConverter(program, profile, convolution=True),
+        "linear_fp16.default": HalfConverter(program, profile, convolution=False),
+        "linear_weight_only.default": WeightOnlyConverter(program, profile),
+        "convolution.default": convolutions.imported,
+        **dict.fromkeys(("lstm.default", "lstm_w8a8.default", "rnn.default"), LoopConverter(program, profile)),
+        **{name: RecurrentConverter(program, profile, kind) for name, kind in KINDS.items()},
+    }
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TVM copies the graph in a way torch deprecates
-            return from_exported_program(
-                program,
-                keep_params_as_input=False,
-                unwrap_unit_return_tuple=True,
-                run_ep_decomposition=False,  # `decomposed` has done it: another pass takes longer than the translation
-                custom_convert_map={
-                    "conv2d_w8a8.default": _QuantisedConverter(program, profile, convolution=True),
-                    "linear_w8a8.default": _QuantisedConverter(program, profile, convolution=False),
-                    "conv2d_fp16.default": HalfConverter(program, profile, convolution=True),
-                    "linear_fp16.default": HalfConverter(program, profile, convolution=False),
-                    "linear_weight_only.default": WeightOnlyConverter(program, profile),
-                    "embedding.default": _embedding,
-                },
-            )
+            return Importer(program, special).from_exported_program(program, False, True, False, None)
+    except ExportError:
+        raise
     except Exception as error:
         detail = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise ExportError(f"the compiler cannot import the model: {detail}{_culprit(program, detail)}") from error
+        raise ExportError(f"the compiler cannot import the model: {detail}") from error
 
 
-def _culprit(program: torch.export.ExportedProgram, detail: str) -> str:
-    for node in program.graph.nodes:
-        if node.op == "call_function":
-            name = str(node.target).removeprefix("aten.")
-            if name in detail or name.split(".")[0] + "'" in detail:
-                return f" (used by {origin(node)})"
-    return ""
+def unsupported(program: torch.export.ExportedProgram, profile: Profile) -> list[str]:
+    """What the compiler would refuse of a decomposed program: each operation, where it stands in the model, and what to do."""
+    try:
+        import_program(program, profile)
+    except ExportError as error:
+        return str(error).splitlines()
+    return []
 
 
 def _whole_vectors(weight: np.ndarray, groups: int, lanes: int) -> np.ndarray:
@@ -94,23 +99,6 @@ def _without_padding(sums: Any, groups: int, channels: int) -> Any:
         lambda *i: sums[(*i[:-1], i[-1] // outputs * padded + i[-1] % outputs)],
         name="take",
     )
-
-
-def _embedding(node: Any, importer: Any) -> Any:
-    """Look rows up; an index outside the table means its nearest row, where TVM's own translation reads foreign memory."""
-    from tvm import relax
-
-    table, indices = importer.env[node.args[0]], importer.env[node.args[1]]
-    extents = [*indices.ty.shape.values, table.ty.shape.values[-1]]
-    value = indices
-    for step in (
-        lambda x: relax.op.astype(x, "int32"),
-        lambda x: relax.op.reshape(x, (-1,)),
-        lambda x: relax.op.take(table, x, axis=0, mode="clip"),
-        lambda x: relax.op.reshape(x, extents),
-    ):
-        value = importer.block_builder.emit(step(value))
-    return value
 
 
 class _QuantisedConverter:
@@ -141,37 +129,112 @@ class _QuantisedConverter:
         quantised = self._quantise(builder, x, data, float(inv_xs), int(zero_point))
         if self.convolution:
             stride, padding, dilation, groups = node.args[6:10]
-            shape = [int(size) for size in data.ty.shape]
-            tiled = _whole_vectors(weight_array, int(groups), max(self.lanes, self.dot.lanes))
-            spec = compute.ConvSpec.of(
-                shape, tiled.shape, stride, [*padding, *padding], dilation, int(groups), self.lanes
+            sums = self._sums(
+                builder, quantised, weight_array, stride, [*padding, *padding], dilation, int(groups), zero
             )
-            packed = packing.pack_conv_weight(tiled, spec, self.dot)
-            accumulator = builder.emit_te(
-                lambda data, w, z: compute.conv2d(data, w, spec, self.dot, z),
-                quantised, relax.const(packed), relax.const(zero), primfunc_name_hint="conv2d_int8",
-            )  # fmt: skip
-            if len(tiled) != len(weight_array):
-                accumulator = builder.emit_te(
-                    _without_padding, accumulator, int(groups), len(weight_array), primfunc_name_hint="take_channels"
-                )
+            result = self._floats(builder, sums, weight_array, scale, bias, zero_point)
+            return builder.emit(relax.op.permute_dims(result, [0, 3, 1, 2]))
+        rows = [int(size) for size in data.ty.shape]
+        spec = compute.DenseSpec.of(rows, weight_array.shape[0], self.lanes)
+        packed = packing.pack_dense_weight(weight_array, self.lanes, self.dot)
+        sums = builder.emit_te(
+            lambda data, w: compute.dense(data, w, spec, self.dot),
+            quantised, relax.const(packed), primfunc_name_hint="dense_int8",
+        )  # fmt: skip
+        return self._floats(builder, sums, weight_array, scale, bias, zero_point)
+
+    def general(self, node: Any, importer: Any) -> Any:
+        """``autocomp::convolution_w8a8``: three dimensions unfolded to two, transposed ones in phases, each with its own integers."""
+        import torch
+        from tvm import relax
+
+        from autocomp.compress.convolution import turned
+
+        builder = importer.block_builder
+        x = importer.env[node.args[0]]
+        weight_array, scale, bias = (self._array(argument) for argument in node.args[1:4])
+        inv_xs, zero_point = node.args[4:6]
+        stride, padding, dilation, groups, output_padding = node.args[6:11]
+        zero_point -= self.dot.offset
+        zero = np.array([zero_point], "int32")
+        rank = len(stride) + 2
+        data = builder.emit(relax.op.permute_dims(x, [0, *range(2, rank), 1]))
+        quantised = self._quantise(builder, x, data, float(inv_xs), int(zero_point))
+
+        def emit(data: Any, weight: Any, strides: Any, borders: Any, dilation: Any, groups: int) -> Any:
+            array = weight.value
+            phases = len(array) // len(scale)  # of a transposed one: outputs are ordered by group, phase and channel
+
+            def spread(values: np.ndarray) -> np.ndarray:
+                by_group = values.reshape(groups, 1, -1).repeat(phases, 1)
+                return np.ascontiguousarray(by_group.reshape(-1))
+
+            frames = None
+            if len(strides) == 3:
+                frames = int(data.ty.shape[0])
+                data = builder.emit_te(
+                    lambda data, z: unfolded(data, z, array.shape[2], strides[0], borders[0], dilation[0], groups),
+                    data, relax.const(zero), primfunc_name_hint="unfold",
+                )  # fmt: skip
+                array = array.swapaxes(1, 2).reshape(len(array), -1, *array.shape[3:])
+            low, high = zip(*borders[-2:], strict=True)
+            sums = self._sums(builder, data, array, strides[-2:], [*low, *high], dilation[-2:], groups, zero)
+            result = self._floats(builder, sums, array, spread(scale), spread(bias), zero_point)
+            if frames is None:
+                return result
+            many, *rest = (int(size) for size in result.ty.shape)
+            return builder.emit(relax.op.reshape(result, [frames, many // frames, *rest]))
+
+        if output_padding is None:
+            borders = [(p, p) for p in padding]
+            weight = convolutions.Weight(builder, weight_array)
+            result, shape = convolutions.plain(builder, quantised, weight, stride, borders, dilation, groups, emit)
+            result = builder.emit(relax.op.reshape(result, list(shape)))
         else:
-            rows = [int(size) for size in data.ty.shape]
-            spec_d = compute.DenseSpec.of(rows, weight_array.shape[0], self.lanes)
-            packed = packing.pack_dense_weight(weight_array, self.lanes, self.dot)
-            accumulator = builder.emit_te(
-                lambda data, w: compute.dense(data, w, spec_d, self.dot),
-                quantised, relax.const(packed), primfunc_name_hint="dense_int8",
-            )  # fmt: skip
+            outputs = [int(size) for size in node.meta["val"].shape[2:]]
+            inputs_first = convolutions.Weight(builder, turned(torch.from_numpy(weight_array), groups).numpy())
+            result = convolutions.in_phases(
+                builder, quantised, inputs_first, stride, padding, dilation, groups, outputs, self.lanes, emit
+            )
+        return builder.emit(relax.op.permute_dims(result, [0, rank - 1, *range(1, rank - 1)]))
+
+    def _sums(
+        self,
+        builder: Any,
+        data: Any,
+        weight: np.ndarray,
+        stride: Any,
+        borders: Any,
+        dilation: Any,
+        groups: int,
+        zero: Any,
+    ) -> Any:
+        """The int32 sums of products of stored integers ``data [N, H, W, C]`` with ``weight`` OIHW."""
+        from tvm import relax
+
+        tiled = _whole_vectors(weight, groups, max(self.lanes, self.dot.lanes))
+        shape = [int(size) for size in data.ty.shape]
+        spec = compute.ConvSpec.of(shape, tiled.shape, stride, borders, dilation, groups, self.lanes)
+        packed = packing.pack_conv_weight(tiled, spec, self.dot)
+        sums = builder.emit_te(
+            lambda data, w, z: compute.conv2d(data, w, spec, self.dot, z),
+            data, relax.const(packed), relax.const(zero), primfunc_name_hint="conv2d_int8",
+        )  # fmt: skip
+        if len(tiled) != len(weight):
+            sums = builder.emit_te(_without_padding, sums, groups, len(weight), primfunc_name_hint="take_channels")
+        return sums
+
+    def _floats(
+        self, builder: Any, sums: Any, weight: np.ndarray, scale: np.ndarray, bias: np.ndarray, zero_point: int
+    ) -> Any:
+        from tvm import relax
+
         # sum (q - zp) w = sum q w - zp sum w: the second term is known now
-        compensation = (weight_array.reshape(len(weight_array), -1).astype("int64").sum(1) * int(zero_point)).astype(
-            "int32"
-        )
-        result = builder.emit_te(
-            requantise.dequantise, accumulator, relax.const(compensation), relax.const(scale), relax.const(bias),
+        taken = (weight.reshape(len(weight), -1).astype("int64").sum(1) * int(zero_point)).astype("int32")
+        return builder.emit_te(
+            requantise.dequantise, sums, relax.const(taken), relax.const(scale), relax.const(bias),
             primfunc_name_hint="dequantise",
         )  # fmt: skip
-        return builder.emit(relax.op.permute_dims(result, [0, 3, 1, 2])) if self.convolution else result
 
     def _array(self, node: Any) -> np.ndarray:
         """The array of a weight, which the exported graph takes as an input."""

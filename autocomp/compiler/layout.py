@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from autocomp.compiler import convolutions
 from autocomp.compiler.expressions import array_of, is_constant, reshape_parts, shape_of
+from autocomp.compiler.views import Views
 
-_TO_NHWC = (0, 2, 3, 1)
-_TO_NCHW = (0, 3, 1, 2)
-_TO_NCL = (0, 2, 1)
 _ELEMENTWISE = {
     "relax." + name
     for name in """
@@ -25,19 +24,23 @@ _ELEMENTWISE = {
     abs negative round floor ceil clip astype
     """.split()  # noqa: SIM905 - a list of quoted names would be harder to read
 }
-_POOLS = {"relax.nn.max_pool2d", "relax.nn.avg_pool2d", "relax.nn.adaptive_avg_pool2d"}
+_LAYOUTS = {4: "NHWC", 5: "NDHWC"}
+_POOLS = {f"relax.nn.{kind}_pool{rank}d" for kind in ("max", "avg", "adaptive_avg") for rank in (2, 3)}
 _REDUCTIONS = {"relax.mean", "relax.sum", "relax.max", "relax.min"}
 
 
-def to_channels_last(mod: Any) -> Any:
-    """Rewrite ``main`` of a Relax module so that its 2-D convolutions and pools are NHWC. Results are unchanged."""
+def to_channels_last(mod: Any, lanes: int = 16) -> Any:
+    """Rewrite ``main`` of a Relax module so that its convolutions and pools have channels last. Results are unchanged.
+
+    ``lanes`` is a vector's: it decides how transposed convolutions are split.
+    """
     import tvm
     from tvm import relax
 
     function = mod["main"]
     others = {name: body for name, body in mod.functions.items() if name.name_hint != "main"}
     builder = relax.BlockBuilder(tvm.IRModule(others))
-    walk = _Walk(builder)
+    walk = _Walk(builder, lanes)
     with builder.function("main", list(function.params)):
         with builder.dataflow():
             for block in function.body.blocks:
@@ -64,8 +67,8 @@ class _Outputs:
 
 
 class _Walk:
-    def __init__(self, builder: Any) -> None:
-        self.builder = builder
+    def __init__(self, builder: Any, lanes: int) -> None:
+        self.builder, self.lanes, self.views = builder, lanes, Views(builder)
         self.known: dict[Any, Any] = {}  # variable of the old function -> new expression or _Permuted
         self.made: dict[Any, Any] = {}  # _Permuted key -> transposed value already emitted
 
@@ -106,13 +109,11 @@ class _Walk:
         name = value.op.name
         if name == "relax.permute_dims":
             return self._permute(value)
-        if name == "relax.nn.conv2d" and value.attrs.data_layout == "NCHW" and is_constant(value.args[1]):
-            return self._conv2d(value)
-        if name == "relax.nn.conv1d" and value.attrs.data_layout == "NCW" and is_constant(value.args[1]):
-            return self._conv1d(value)
+        if name in convolutions.CONVOLUTIONS + convolutions.TRANSPOSED and convolutions.channels_first(value):
+            return self._convolution(value)
         if name == "relax.nn.batch_norm" and not value.attrs.training and all(map(is_constant, value.args[1:])):
             return self._batch_norm(value)
-        if name in _POOLS and value.attrs.layout == "NCHW":
+        if name in _POOLS and value.attrs.layout in ("NCHW", "NCDHW"):
             return self._pool(value)
         if name in _ELEMENTWISE:
             return self._elementwise(value)
@@ -130,6 +131,8 @@ class _Walk:
             return self._slice(value)
         if name == "relax.split":
             return self._split(value)
+        if name == "relax.take":
+            return self._take(value)
         return self._emit(value)
 
     def _emit(self, value: Any) -> Any:
@@ -179,44 +182,12 @@ class _Walk:
         composed = tuple(value.axes[axis] for axis in axes)
         return value.source if composed == tuple(range(rank)) else _Permuted(value.source, composed)
 
-    def _conv2d(self, call: Any) -> Any:
-        from tvm import relax
-
-        attrs = call.attrs
-        weight = relax.const(np.ascontiguousarray(array_of(call.args[1]).transpose(0, 2, 3, 1)))
-        out = self.builder.emit(
-            relax.op.nn.conv2d(
-                self._as(call.args[0], _TO_NCHW),
-                weight,
-                attrs.strides,
-                attrs.padding,
-                attrs.dilation,
-                attrs.groups,
-                "NHWC",
-                "OHWI",
-                out_dtype=attrs.out_dtype,
-            )
-        )
-        return _Permuted(out, _TO_NCHW)
-
-    def _conv1d(self, call: Any) -> Any:
-        """A convolution over a picture one row high: the templates of 2-D convolutions serve it."""
-        from tvm import relax
-
-        attrs = call.attrs
-        data = self._as(call.args[0], _TO_NCL)
-        n, length, channels = shape_of(data) or ()
-        weight = array_of(call.args[1])[:, :, None].transpose(0, 2, 3, 1)
-        (left, right), (stride,), (dilation,) = attrs.padding, attrs.strides, attrs.dilation
-        row = self.builder.emit(relax.op.reshape(data, [n, 1, length, channels]))
-        out = self.builder.emit(
-            relax.op.nn.conv2d(
-                row, relax.const(np.ascontiguousarray(weight)), [1, stride], [0, left, 0, right], [1, dilation], attrs.groups,
-                "NHWC", "OHWI", out_dtype=attrs.out_dtype,
-            )
-        )  # fmt: skip
-        n, _, length, channels = shape_of(out) or ()
-        return _Permuted(self.builder.emit(relax.op.reshape(out, [n, length, channels])), _TO_NCL)
+    def _convolution(self, call: Any) -> Any:
+        axes = _channels_first(len(shape_of(call) or ()))
+        data, weight = self._as(call.args[0], axes), self.rewrite(call.args[1])
+        if call.op.name in convolutions.TRANSPOSED:
+            return _Permuted(convolutions.transposed(self.builder, call, data, weight, self.lanes), axes)
+        return _Permuted(convolutions.convolution(self.views, call, data, weight), axes)
 
     def _batch_norm(self, call: Any) -> Any:
         """A BatchNorm that could not be folded, as one multiplication and one addition with constants."""
@@ -238,24 +209,23 @@ class _Walk:
     def _pool(self, call: Any) -> Any:
         from tvm import relax
 
-        data, attrs = self._as(call.args[0], _TO_NCHW), call.attrs
-        if call.op.name == "relax.nn.adaptive_avg_pool2d":
-            pooled = relax.op.nn.adaptive_avg_pool2d(data, attrs.output_size, "NHWC")
+        rank, attrs = len(shape_of(call.args[0]) or ()), call.attrs
+        axes = _channels_first(rank)
+        data, layout = self._as(call.args[0], axes), _LAYOUTS[rank]
+        operation = getattr(relax.op.nn, call.op.name.removeprefix("relax.nn."))
+        if "adaptive" in call.op.name:
+            pooled = operation(data, attrs.output_size, layout)
         else:
-            pool = relax.op.nn.max_pool2d if "max" in call.op.name else relax.op.nn.avg_pool2d
-            pooled = pool(
-                data, attrs.pool_size, attrs.strides, attrs.padding, attrs.dilation, attrs.ceil_mode, attrs.count_include_pad, "NHWC"
+            pooled = operation(
+                data, attrs.pool_size, attrs.strides, attrs.padding, attrs.dilation, attrs.ceil_mode, attrs.count_include_pad, layout
             )  # fmt: skip
-        return _Permuted(self.builder.emit(pooled), _TO_NCHW)
+        return _Permuted(self.builder.emit(pooled), axes)
 
     def _elementwise(self, call: Any) -> Any:
-        from tvm import relax
-
         axes = self._common_axes(call.args)
         if axes is None:
             return self._emit(call)
-        arguments = [self._aligned(argument, axes) for argument in call.args]
-        return _Permuted(self.builder.emit(relax.Call(call.op, arguments, call.attrs, call.ty_args)), axes)
+        return _Permuted(self.views.elementwise(call, [self._aligned(argument, axes) for argument in call.args]), axes)
 
     def _common_axes(self, arguments: Any) -> tuple[int, ...] | None:
         """The order that the permuted inputs share, if every other input can be brought to it."""
@@ -266,7 +236,7 @@ class _Walk:
         rank = len(permuted[0].axes)
         for argument in arguments:
             shape = shape_of(argument)
-            if shape is not None and len(shape) not in (0, rank) and not is_constant(argument):
+            if shape is not None and len(shape) not in (0, rank) and not is_constant(self._lookup(argument)):
                 return None
         return permuted[0].axes
 
@@ -276,8 +246,8 @@ class _Walk:
         shape = shape_of(argument)
         if not shape:  # a scalar, or no tensor at all
             return self._lookup(argument)
-        if is_constant(argument):
-            array = array_of(argument)
+        if is_constant(value := self._lookup(argument)):
+            array = array_of(value)
             array = array.reshape((1,) * (len(axes) - array.ndim) + array.shape).transpose(_inverse(axes))
             return relax.const(np.ascontiguousarray(array))
         return self._as(argument, axes)
@@ -358,6 +328,17 @@ class _Walk:
             self.builder.emit(relax.op.strided_slice(value.source, axes, begin, end, *strides)), value.axes
         )
 
+    def _take(self, call: Any) -> Any:
+        """Lookups at a list of places (resizing, reflection at the edges), along whichever axis holds them now."""
+        from tvm import relax
+
+        value, places = self._lookup(call.args[0]), shape_of(call.args[1])
+        if not isinstance(value, _Permuted) or places is None or len(places) != 1 or call.attrs.axis is None:
+            return self._emit(call)
+        axis = value.axes[int(call.attrs.axis) % len(value.axes)]
+        taken = relax.op.take(value.source, self.rewrite(call.args[1]), axis=axis, mode=str(call.attrs.mode))
+        return _Permuted(self.builder.emit(taken), value.axes)
+
     def _split(self, call: Any) -> Any:
         from tvm import relax
 
@@ -374,6 +355,11 @@ class _Walk:
         return _Outputs(
             tuple(_Permuted(self.builder.emit(relax.TupleGetItem(parts, i)), value.axes) for i in range(count))
         )
+
+
+def _channels_first(rank: int) -> tuple[int, ...]:
+    """The axes that bring channels from the last to the second place."""
+    return (0, rank - 1, *range(1, rank - 1))
 
 
 def _inverse(axes: tuple[int, ...]) -> tuple[int, ...]:

@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from autocomp.compiler.convolve import convolve
 from autocomp.compiler.expressions import array_of, is_constant, shape_of
 from autocomp.hardware import Profile
-from autocomp.kernels import compute, packing, rows, vector_math
+from autocomp.kernels import compute, packing, rows, vector_math, volumes
 
 
 def lower(mod: Any, profile: Profile, target: Any) -> Any:
@@ -49,35 +50,24 @@ class _Anchors:
         """Legalisation by name of the Relax operation."""
         return {
             "relax.nn.conv2d": self.conv2d,
+            "relax.nn.conv3d": self.conv3d,
             "relax.matmul": self.matmul,
             "relax.permute_dims": self.permute_dims,
+            "relax.power": _power,
             "relax.nn.softmax": self.softmax,
             "relax.nn.layer_norm": self.layer_norm,
             **{f"relax.{name}": _vectorised(function) for name, function in _ELEMENTWISE.items()},
         }
 
     def conv2d(self, builder: Any, call: Any) -> Any:
-        from tvm import relax
+        if call.attrs.data_layout != "NHWC" or call.attrs.kernel_layout != "OHWI" or shape_of(call) is None:
+            return _default(builder, call)
+        return convolve(builder, call, self.lanes, compute.ConvSpec, compute.conv2d)
 
-        attrs = call.attrs
-        data, weight = call.args
-        if attrs.data_layout == "NHWC" and attrs.kernel_layout == "OHWI" and is_constant(weight) and shape_of(data):
-            array = array_of(weight).transpose(0, 3, 1, 2)
-            spec = compute.ConvSpec.of(
-                shape_of(data) or (),
-                array.shape,
-                attrs.strides,
-                attrs.padding,
-                attrs.dilation,
-                int(attrs.groups),
-                self.lanes,
-            )
-            if spec.tileable:
-                packed = relax.const(packing.pack_conv_weight(array, spec, None))
-                return builder.call_te(
-                    lambda x, w: compute.conv2d(x, w, spec), data, packed, primfunc_name_hint=_name(spec)
-                )
-        return _default(builder, call)
+    def conv3d(self, builder: Any, call: Any) -> Any:
+        if call.attrs.data_layout != "NDHWC" or call.attrs.kernel_layout != "ODHWI" or shape_of(call) is None:
+            return _default(builder, call)
+        return convolve(builder, call, self.lanes, volumes.VolumeSpec, volumes.conv3d)
 
     def matmul(self, builder: Any, call: Any) -> Any:
         from tvm import relax
@@ -163,6 +153,23 @@ def _vectorised(function: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
     return legalise
 
 
+def _power(builder: Any, call: Any) -> Any:
+    """A power with a constant exponent, as multiplications where they suffice."""
+    from tvm import te
+
+    base, exponent = call.args
+    values = list(array_of(exponent).ravel()) if is_constant(exponent) else []
+    if len(values) != 1 or _dtype(call) != "float32" or len(shape_of(exponent) or ()) > len(shape_of(base) or ()):
+        return _default(builder, call)
+    if not vector_math.has_power(value := float(values[0])):
+        return _default(builder, call)
+    return builder.call_te(
+        lambda x: te.compute(x.shape, lambda *i: vector_math.power(x[i], value), name="power"),
+        base,
+        primfunc_name_hint="power",
+    )
+
+
 def _by_rows(builder: Any, name: str, function: Any, arguments: list[Any], shape: tuple[int, ...]) -> Any:
     """Call a function over ``[rows, length]`` on a tensor of any rank; the reshapes are views."""
     from tvm import relax
@@ -176,10 +183,6 @@ def _by_rows(builder: Any, name: str, function: Any, arguments: list[Any], shape
 
 def _dtype(call: Any) -> str:
     return str(call.args[0].ty.dtype).removeprefix("T.")
-
-
-def _name(spec: compute.ConvSpec) -> str:
-    return "depthwise" if spec.depthwise else "conv2d"
 
 
 def _default(builder: Any, call: Any) -> Any:

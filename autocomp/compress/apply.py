@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections import Counter
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from autocomp.groups import narrowed, tensor_at
+from autocomp.compress.batchnorm import reestimate_batchnorm
+from autocomp.groups import Changes, narrowed
+from autocomp.program import tensor_at
 from autocomp.records import Candidate, Method
 
 if TYPE_CHECKING:
     from autocomp.compress.database import LayerDatabase
     from autocomp.graph import Graph
-
-Norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-# Input elements of one pass at most that is made with all samples at once: 256 samples of 3 x 64 x 64.
-ONE_PASS = 256 * 3 * 64 * 64
 
 
 def stitch(
@@ -41,50 +38,18 @@ def stitch(
             continue
         original = model.get_submodule(name)
         memo[id(original)] = database.entry(name, width_in, method).module(layer, original, rows)
-    integers: dict[tuple[str, str], int] = {}
+    less: Counter[str] = Counter()  # by how much each size shrinks: one may follow several groups
     for group in graph.groups.values():
         kept = database.kept(group.name, candidate.widths[group.name])
         if kept is not None:
             changes = narrowed(model, group, kept)
             memo |= {id(model.get_submodule(name)): module for name, module in changes.modules.items()}
             memo |= {id(tensor_at(model, path)): tensor for path, tensor in changes.tensors.items()}
-            integers |= changes.integers
+            less.update(changes.sizes)
     changed = bool(memo)
     # Deep copies go through the memo: what was replaced is never copied.
     stitched: nn.Module = copy.deepcopy(model, memo).eval()
-    for (owner, attribute), value in integers.items():
-        setattr(stitched.get_submodule(owner), attribute, value)
+    Changes({}, {}, less).apply(stitched)
     if changed and reestimate:
-        reestimate_batchnorm(stitched, database.statistics.batches)
+        reestimate_batchnorm(stitched, database.statistics.batches, database.statistics.axes)
     return stitched
-
-
-def reestimate_batchnorm(model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> Tensor | None:
-    """Replace the running statistics of every BatchNorm by those of ``batches``, in place.
-
-    Everything else stays in evaluation mode. A single batch small enough is run at once: each BatchNorm then sees what
-    the re-estimated ones before it make, and the logits [N, classes] are returned: the model's own on this data (but for N
-    against N - 1 in the variances). Several batches are averaged (None).
-    """
-    from autocomp.accuracy.calibrate import logits_of
-
-    norms = [module for module in model.modules() if isinstance(module, Norms) and module.track_running_stats]
-    if not norms:
-        return None
-    momenta = [norm.momentum for norm in norms]
-    whole = len(batches) == 1 and sum(tensor.numel() for tensor in batches[0]) <= ONE_PASS
-    parts = list(batches) if whole else [p for b in batches for p in zip(*(t.split(64) for t in b), strict=True)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the cumulative average
-        norm.train()
-    output = None
-    try:
-        with torch.no_grad():
-            for part in parts:
-                output = model(*part)
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.eval()
-            norm.momentum = momentum
-    return logits_of(output).float() if whole else None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autocomp.compress.convolution import Convolution, Geometry, OneRow
+from autocomp.compress.convolution import Convolution, Geometry, OneRow, convolved
 from autocomp.compress.rounding import Feedback, Metric
 from autocomp.precisions import CENTROIDS
 
@@ -158,14 +158,14 @@ class CodebookConv2d(Convolution):
         codebook: Tensor,
         scale: Tensor,
         bias: Tensor,
-        kernel: tuple[int, int, int],
+        kernel: tuple[int, ...],
         geometry: Geometry,
     ) -> None:
         super().__init__({"weight": weight, "codebook": codebook, "scale": scale, "bias": bias}, geometry)
         self.kernel = kernel
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.conv2d(x, self.float_weight(), self.bias, *self.geometry)
+        return convolved(x, self.float_weight(), self.bias, self.geometry)
 
     def float_weight(self) -> Tensor:
         """The float32 weight OIHW that is multiplied."""

@@ -11,8 +11,9 @@ import hashlib
 import io
 import json
 import math
+import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,10 +91,16 @@ class LayerDatabase:
         self._held = 0
         self._orders: dict[str, tuple[Tensor, str]] | None = None
 
-    def build(self, progress: Progress | None = None, workers: int = 1) -> None:
+    def build(
+        self,
+        progress: Progress | None = None,
+        workers: int = 1,
+        told: Callable[[float, float], None] = lambda share, seconds: None,
+    ) -> None:
         """Compute what is missing; what is there is checked. A killed build loses at most one layer at one width and worker.
 
         With several ``workers``, so many processes compute the missing files, where processes can be forked; this one then reads them.
+        ``told`` is called as the work goes on, with about what share of it is done and how many seconds that took.
         """
         progress = progress or Progress()
         work = [(name, width) for name in self.graph.layers for width in self.widths_in(name)]
@@ -101,25 +108,31 @@ class LayerDatabase:
             self.orders(workers)
             stage.advance()
             if workers > 1:
-                self._compute_missing(work, workers)
+                self._compute_missing(work, workers, told)
             for name, width in work:
                 self._entries(name, width)
                 stage.advance(note=f"{name} at {width}")
             for text in self.warnings:
                 stage.warn(text)
 
-    def _compute_missing(self, work: Sequence[tuple[str, int]], workers: int) -> None:
+    def _compute_missing(
+        self, work: Sequence[tuple[str, int]], workers: int, told: Callable[[float, float], None]
+    ) -> None:
         missing = [item for item in work if not self._entries_path(*item).exists()]
         layers = self.graph.layers
-        missing.sort(
-            key=lambda item: -self.space.columns(*item) * math.prod(layers[item[0]].kernel)
-        )  # the dearest first
+
+        def columns(item: tuple[str, int]) -> int:
+            return self.space.columns(*item) * math.prod(layers[item[0]].kernel)
+
+        missing.sort(key=lambda item: -columns(item))  # the dearest first
+        whole, done, start = sum(columns(item) ** 2 for item in missing), 0, time.monotonic()
 
         def compute(item: tuple[str, int]) -> None:
             self.compute(*item)
 
-        for _ in map_in_processes(compute, missing, workers):
-            pass
+        for item, _ in zip(missing, map_in_processes(compute, missing, workers), strict=True):
+            done += columns(item) ** 2
+            told(done / whole, time.monotonic() - start)
 
     def orders(self, workers: int = 1) -> Mapping[str, tuple[Tensor, str]]:
         """Return each group's units, best first, and the ordering that won (one of `orders.ORDERINGS`)."""
@@ -230,7 +243,15 @@ class LayerDatabase:
             return self._loaded[key][1]
         path = self._entries_path(name, width)
         data = self._read(path)
-        entries = self.compute(name, width) if data is None else unpack(name, width, data)
+        entries = None
+        if data is not None:
+            try:
+                entries = unpack(name, width, data)
+            except (KeyError, TypeError, ValueError, AttributeError):
+                # written whole, by an autocomp with other entries
+                self.warnings.append(f"layer database: {path.name} holds no entries of this autocomp; it was rebuilt")
+        if entries is None:
+            entries = self.compute(name, width)
         self._hold(key, entries)
         return entries
 

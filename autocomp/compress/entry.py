@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from autocomp.compress.convolution import AnyLayer, Layers, outputs_first
 from autocomp.compress.lowrank import Factors, Whitened
 from autocomp.compress.parts import Part, part_module, whole_part
-from autocomp.compress.prune import AnyLayer, Layers, least_squares, output_error, spread, with_weights
+from autocomp.compress.prune import least_squares, output_error, spread, with_weights
 from autocomp.compress.quantize import Observer, observe
 from autocomp.compress.rounding import Metric
 from autocomp.compress.store import Inputs, Stored, store
@@ -92,12 +93,12 @@ class _Compression:
         update: bool,
     ) -> None:
         self.layer, self.seen, self.in_width, self.observer = layer, seen, in_width, observer
-        self.taps = layer.kernel[0] * layer.kernel[1]
+        self.taps = layer.taps
         self.module = module
         self.pruned = columns is not None
         self.channels = torch.arange(layer.in_channels) if columns is None else columns
         self.columns = spread(self.channels, self.taps)
-        self.weight = module.weight.detach().double().flatten(1)
+        self.weight = outputs_first(module).detach().double().flatten(1)
         self.kept = torch.arange(layer.out_channels) if rows is None else rows  # of a grouped convolution
         self.fisher = seen.fisher
         if layer.conv_groups > 1:

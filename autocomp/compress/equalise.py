@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from autocomp.compress.prune import Layers
+from autocomp.batches import split
+from autocomp.compress.convolution import Layers
 
 if TYPE_CHECKING:
+    from autocomp.batches import Axes, Batch
     from autocomp.graph import Graph
 
 Between = Literal["nothing", "relu", "relu6"]
@@ -33,7 +35,6 @@ _ACTIVATIONS: dict[str, Between] = {
     "aten.hardtanh.default": "relu6",  # with the bounds 0 and 6; others are no site
     "aten.hardtanh_.default": "relu6",
 }
-_LAYERS = ("aten.conv2d.default", "aten.conv1d.default", "aten.linear.default")
 CEILING = 6.0  # of ReLU6
 LARGEST = 2.0**8  # a channel is scaled by no more: what is smaller than that is noise
 
@@ -54,28 +55,34 @@ class Site:
 
 
 def equalised(
-    model: nn.Module, graph: Graph, example_inputs: tuple[Tensor, ...], batches: Sequence[tuple[Tensor, ...]]
+    model: nn.Module,
+    graph: Graph,
+    example_inputs: tuple[Tensor, ...],
+    batches: Sequence[Batch],
+    axes: Axes | None = None,
 ) -> tuple[nn.Module, list[Site]]:
     """Return a copy of ``model`` whose channels have like ranges on the calibration ``batches``, and what was done where.
+
+    ``axes`` is as ``Task.batch_axes``.
 
     ``graph`` is that of the model. Nothing is changed (and the list is empty) where no two layers follow each other directly.
     """
     found = sites(model, graph, example_inputs)
     result = copy.deepcopy(model).eval()
-    ranges = _ranges(result, [site.second for site in found], batches, graph)
+    ranges = _ranges(result, [site.second for site in found], batches, graph, axes)
     done = [_equalise(result, graph, site, ranges[site.second]) for site in found]
     return result, done
 
 
 def sites(model: nn.Module, graph: Graph, example_inputs: tuple[Tensor, ...]) -> list[Site]:
     """Find the pairs of layers with at most a BatchNorm and a ReLU or ReLU6 between them, nothing else reading what is between."""
-    from autocomp.graph import export
+    from autocomp.canonical import canonical
 
-    program = export(copy.deepcopy(model).eval(), example_inputs)
-    parameters = program.graph_signature.inputs_to_parameters
+    model = canonical(model, example_inputs)
+    assert model.code.graph is not None
     found = []
-    for node in program.graph.nodes:
-        second = _layer_at(node, parameters, graph)
+    for node in model.code.graph.nodes:
+        second = _layer_at(node, graph)
         if second is None or not isinstance(node.args[0], fx.Node):
             continue
         described = graph.layers[second]
@@ -91,32 +98,31 @@ def sites(model: nn.Module, graph: Graph, example_inputs: tuple[Tensor, ...]) ->
                 continue
             before = before.args[0]
         norm = None
-        if isinstance(before, fx.Node) and str(before.target) == "aten.batch_norm.default":
-            if len(before.users) > 1:
-                continue
-            before, norm = before.args[0], ""
         if not isinstance(before, fx.Node):
             continue
-        first = _layer_at(before, parameters, graph)
+        if before.op == "call_module" and before.target in graph.norms().values():
+            if len(before.users) > 1:
+                continue
+            norm = str(before.target)
+            before = before.args[0]
+        if not isinstance(before, fx.Node):
+            continue
+        first = _layer_at(before, graph)
         if first is None or len(before.users) > 1 or graph.layers[first].out_channels != described.in_channels:
             continue
-        if norm is not None:
-            norm = graph.layers[first].norm
-            if norm is None or getattr(model.get_submodule(norm), "weight", None) is None:
-                continue
+        if norm is not None and getattr(model.get_submodule(norm), "weight", None) is None:
+            continue
         found.append(Site(first, norm, second, between))
     return found
 
 
-def _layer_at(node: fx.Node, parameters: dict[str, str], graph: Graph) -> str | None:
-    if str(node.target) not in _LAYERS or not isinstance(node.args[1], fx.Node):
-        return None
-    name = parameters.get(node.args[1].name, "").removesuffix(".weight")
-    return name if name in graph.layers else None
+def _layer_at(node: fx.Node, graph: Graph) -> str | None:
+    layer = graph.layers.get(str(node.target)) if node.op == "call_module" else None
+    return layer.name if layer is not None and layer.calls == 1 and layer.is_plain else None
 
 
 def _ranges(
-    model: nn.Module, names: Sequence[str], batches: Sequence[tuple[Tensor, ...]], graph: Graph
+    model: nn.Module, names: Sequence[str], batches: Sequence[Batch], graph: Graph, axes: Axes | None
 ) -> dict[str, Tensor]:
     """The largest magnitude of each input channel of some layers."""
     ranges: dict[str, Tensor] = {}
@@ -134,8 +140,8 @@ def _ranges(
     try:
         with torch.no_grad():
             for batch in batches:
-                for part in zip(*(tensor.split(64) for tensor in batch), strict=True):
-                    model(*part)
+                for piece in split(batch, 64, axes):
+                    model(*piece)
     finally:
         for handle in handles:
             handle.remove()

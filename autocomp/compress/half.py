@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autocomp.compress.convolution import Convolution, Geometry, OneRow, empty_result
+from autocomp.compress.convolution import Convolution, Geometry, OneRow, convolved, empty_result
 from autocomp.compress.quantize import plain_geometry
 
 
@@ -36,7 +36,7 @@ def conv2d_fp16(
 def _(
     x: Tensor, w: Tensor, bias: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
 ) -> Tensor:
-    return empty_result(x, w, stride, padding, dilation)
+    return empty_result(x, w, Geometry(tuple(stride), tuple(padding), tuple(dilation), groups))
 
 
 @torch.library.custom_op(
@@ -78,13 +78,15 @@ class HalfLinear(nn.Module):
 
 
 class HalfConv2d(Convolution):
-    """A convolution in 16 bits: float16 weight OIHW, float32 bias [O]."""
+    """A convolution in 16 bits: float16 weight OIHW, float32 bias [O]. One that is not plain has no kernel, and decodes its weight."""
 
     def __init__(self, weight: Tensor, bias: Tensor, geometry: Geometry) -> None:
         super().__init__({"weight": weight, "bias": bias}, geometry)
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv2d_fp16(x, self.weight, self.bias, *self.geometry)
+        if not self.geometry.is_plain:
+            return convolved(x, self.float_weight(), self.bias, self.geometry)
+        return conv2d_fp16(x, self.weight, self.bias, *self.geometry[:4])
 
     def float_weight(self) -> Tensor:
         """The weight OIHW in float32."""

@@ -7,13 +7,14 @@ kernels of arXiv:1405.3866, their factors fitted to outputs instead of weights).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from autocomp.compress.prune import damped
+from autocomp.compress.prune import cholesky, damped
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Whitened:
     product is ``weight``.
     """
 
-    def __init__(self, weight: Tensor, covariance: Tensor, fisher: Tensor, kernel: tuple[int, int]) -> None:
+    def __init__(self, weight: Tensor, covariance: Tensor, fisher: Tensor, kernel: Sequence[int]) -> None:
         self.weight, self.covariance, self.fisher, self.kernel = weight, damped(covariance), fisher, kernel
         self._plain = covariance
         self._bases: dict[int, tuple[Tensor, Tensor]] = {}
@@ -116,7 +117,7 @@ class Whitened:
     def _first(self, taps: int, rank: int) -> Tensor:
         """The first factor [rank, p]: the leading left singular vectors of the weighted kernel, whitened by place."""
         if taps not in self._bases:
-            lower = torch.linalg.cholesky(damped(_over_taps(self._plain, taps)))
+            lower = cholesky(damped(_over_taps(self._plain, taps)))
             weighted = (self.fisher.sqrt()[:, None] * self.weight).unflatten(1, (-1, taps))
             unfolded = lower.T @ weighted.permute(1, 0, 2).flatten(1)
             # The left singular vectors of a wide matrix, from the small Gram matrix of its rows.
@@ -128,7 +129,7 @@ class Whitened:
         """Regress the outputs on the features z = first x: return their matrix, and the covariance of z."""
         seen = _lift(self.covariance, first, taps).T.contiguous()
         inner = _lift(seen, first, taps)
-        return torch.cholesky_solve(seen @ self.weight.T, torch.linalg.cholesky(inner)).T, inner
+        return torch.cholesky_solve(seen @ self.weight.T, cholesky(inner)).T, inner
 
     def _core(self, rank: int) -> tuple[Tensor, _Decomposed]:
         if rank not in self._cores:
@@ -143,7 +144,7 @@ class _Decomposed:
     """The singular value decomposition of a whitened, weighted matrix: the best factors of every rank."""
 
     def __init__(self, weight: Tensor, covariance: Tensor, fisher: Tensor) -> None:
-        self.lower, self.importance = torch.linalg.cholesky(covariance), fisher.sqrt()
+        self.lower, self.importance = cholesky(covariance), fisher.sqrt()
         weighted = (self.importance[:, None] * weight) @ self.lower
         self.u, self.s, self.vt = torch.linalg.svd(weighted, full_matrices=False)
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from autocomp.compress.prune import Layers, damped
+from autocomp.compress.convolution import Layers, outputs_first
+from autocomp.compress.prune import Norms, cholesky, damped
 from autocomp.processes import map_in_processes
 
 if TYPE_CHECKING:
@@ -88,9 +89,9 @@ def filter_norms(model: nn.Module, graph: Graph, group: Group, power: int) -> Te
     for name in group.producers:
         layer, module = graph.layers[name], model.get_submodule(name)
         assert isinstance(module, Layers)
-        size = module.weight.detach().double().flatten(1).abs().pow(power).sum(1)
+        size = outputs_first(module).detach().double().flatten(1).abs().pow(power).sum(1)
         after = model.get_submodule(layer.norm) if layer.norm is not None else None
-        if isinstance(after, nn.BatchNorm1d | nn.BatchNorm2d) and after.running_mean is not None:
+        if isinstance(after, Norms) and after.running_mean is not None:
             size = size * affine(after)[0].abs().pow(power)
         units = torch.tensor(group.rows[name])
         norm.index_add_(0, units[units >= 0], size[units >= 0])
@@ -151,13 +152,16 @@ class Reader:
     def of(cls, model: nn.Module, graph: Graph, statistics: Statistics, group: Group, name: str) -> Reader:
         layer, module = graph.layers[name], model.get_submodule(name)
         assert isinstance(module, Layers)
-        taps = layer.kernel[0] * layer.kernel[1]
-        members = torch.tensor(group.columns[name]).repeat_interleave(taps)
+        members = torch.tensor(group.columns[name]).repeat_interleave(layer.taps)
         units = members[members >= 0].unique()
         blocks = tuple((members == unit).nonzero().flatten() for unit in units)
         seen = statistics.layers[name]
         return cls(
-            module.weight.detach().float().flatten(1), seen.covariance.float(), seen.fisher.float(), units, blocks
+            outputs_first(module).detach().float().flatten(1),
+            seen.covariance.float(),
+            seen.fisher.float(),
+            units,
+            blocks,
         )
 
     def errors(self, order: Tensor) -> Tensor:
@@ -171,7 +175,7 @@ class Reader:
         stays = torch.ones(self.weight.shape[1], dtype=torch.bool)
         stays[torch.cat(blocks)] = False
         columns = torch.cat([stays.nonzero().flatten(), *blocks])
-        lower = torch.linalg.cholesky(damped(self.covariance)[columns][:, columns])
+        lower = cholesky(damped(self.covariance)[columns][:, columns])
         lost = (self.weight[:, columns] @ lower).square_().T @ self.fisher
         lost = lost.double()
         beyond = torch.cat([lost.flip(0).cumsum(0).flip(0), lost.new_zeros(1)])  # the sum over the columns from each on
@@ -185,7 +189,7 @@ class _Obs:
     def __init__(self, reader: Reader) -> None:
         self.fisher = reader.fisher
         self.weight = reader.weight.clone()
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(reader.covariance)))
+        self.inverse = torch.cholesky_inverse(cholesky(damped(reader.covariance)))
         self.left = torch.ones(self.weight.shape[1], dtype=torch.bool)
         sizes = {len(block) for block in reader.blocks}
         self.kinds: list[tuple[Tensor, Tensor]] = []  # units of one size, and the positions of their columns

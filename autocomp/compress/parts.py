@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from autocomp.compress.codebook import CodebookConv1d, CodebookConv2d, CodebookLinear
-from autocomp.compress.convolution import Convolution, Geometry, OneRow
+from autocomp.compress.convolution import Convolution, Geometry, OneRow, float_convolution
 from autocomp.compress.half import HalfConv1d, HalfConv2d, HalfLinear
 from autocomp.compress.quantize import QuantConv1d, QuantConv2d, QuantLinear
 from autocomp.compress.weight_only import WeightOnlyConv1d, WeightOnlyConv2d, WeightOnlyLinear
@@ -66,9 +66,9 @@ def part_module(shape: Layer, part: Part) -> nn.Module:
     kind, linear, one_d = FORMATS[part.precision], shape.kind == "linear", shape.one_d
     grouped = shape.conv_groups > 1
     groups = len(weight) * shape.conv_groups // shape.out_channels if grouped else 1
-    geometry = (shape.stride, shape.padding, shape.dilation, groups)
+    geometry = Geometry(shape.stride, shape.padding, shape.dilation, groups, shape.output_padding)
     if part.precision == "fp32":
-        return _float(linear, one_d, weight, bias, geometry)
+        return _linear(weight, bias) if linear else _convolution(one_d, weight, bias, geometry)
     assert bias is not None
     if part.precision == "fp16":
         return HalfLinear(weight, bias) if linear else (HalfConv1d if one_d else HalfConv2d)(weight, bias, geometry)
@@ -77,7 +77,7 @@ def part_module(shape: Layer, part: Part) -> nn.Module:
         if linear:
             return QuantLinear(weight, scale, bias, part.inv_xs, part.zp)
         return (QuantConv1d if one_d else QuantConv2d)(weight, scale, bias, part.inv_xs, part.zp, geometry)
-    kernel = (part.columns // (shape.kernel[0] * shape.kernel[1]), *shape.kernel)
+    kernel = (part.columns // shape.taps, *shape.kernel)
     if kind.kind == "grouped":
         bits, group = int(kind.bits), group_of(part.precision, part.columns)
         if linear:
@@ -95,28 +95,23 @@ def whole_part(weight: Tensor) -> Part:
     return Part(weight.float(), columns=weight.shape[1])
 
 
-def _float(
-    linear: bool, one_d: bool, weight: Tensor, bias: Tensor | None, geometry: Geometry
-) -> nn.Conv1d | nn.Conv2d | nn.Linear:
-    module: nn.Conv1d | nn.Conv2d | nn.Linear
-    if linear:
-        module = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    elif one_d:
-        weight = weight.squeeze(2)
-        (_, stride), (_, padding), (_, dilation), groups = geometry
-        sizes = (weight.shape[1] * groups, len(weight), weight.shape[2])
-        module = nn.Conv1d(*sizes, stride, padding, dilation, groups, bias is not None, device="meta")
-    else:
-        inputs, kernel = weight.shape[1] * geometry[3], (weight.shape[2], weight.shape[3])
-        module = nn.Conv2d(inputs, len(weight), kernel, *geometry, bias is not None, device="meta")
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     module.weight = nn.Parameter(weight)
-    module.bias = None if bias is None else nn.Parameter(bias)
+    if bias is not None:
+        module.bias = nn.Parameter(bias)
     return module
+
+
+def _convolution(one_d: bool, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> nn.Module:
+    if one_d:
+        return float_convolution(weight.squeeze(2), bias, geometry.one_row())
+    return float_convolution(weight, bias, geometry)
 
 
 def columns_of(shape: Layer) -> int:
     """The weights of one output: input columns times taps."""
-    return shape.in_channels // shape.conv_groups * shape.kernel[0] * shape.kernel[1]
+    return shape.in_channels // shape.conv_groups * shape.taps
 
 
 def stored_bytes(layer: Layer, inputs: int, outputs: int, method: Method, changed: bool) -> int:
@@ -161,19 +156,21 @@ Stored = (HalfConv2d, HalfLinear, WeightOnlyConv2d, WeightOnlyLinear, CodebookCo
 def decoded(model: nn.Module, precisions: Collection[Precision]) -> nn.Module:
     """Return ``model`` with every stored weight that no kernel reads decoded to float32, once, as when a file is loaded.
 
-    ``precisions`` are those with kernels: only fp16 is asked for. w8 and w4 linear layers have kernels everywhere, convolutions and
-    codebooks nowhere. The model is returned as it is if there is nothing to do, else a copy.
+    ``precisions`` are those with kernels: only fp16 is asked for. w8 and w4 linear layers have kernels everywhere, convolutions,
+    codebooks and the weights of loops over time nowhere. The model is returned as it is if there is nothing to do, else a copy.
     """
     import copy
 
+    from autocomp.compress.recurrent import Recurrence
+
+    in_loops = {id(module.hidden) for module in model.modules() if isinstance(module, Recurrence)}
     memo: dict[int, object] = {}
     for module in model.modules():
-        half = isinstance(module, HalfConv2d | HalfLinear)
-        if (
-            isinstance(module, Stored)
-            and not isinstance(module, WeightOnlyLinear)
-            and not (half and "fp16" in precisions)
-        ):
+        half = isinstance(module, HalfLinear) or (isinstance(module, HalfConv2d) and module.geometry.is_plain)
+        has_kernel = id(module) not in in_loops and (
+            isinstance(module, WeightOnlyLinear) or (half and "fp16" in precisions)
+        )
+        if isinstance(module, Stored) and not has_kernel:
             memo[id(module)] = float_module(module)
     if not memo:
         return model
@@ -191,5 +188,5 @@ def float_module(module: nn.Module) -> nn.Module:
         raise TypeError(f"a {type(module).__name__} stores no weights to decode")
     weight, bias = module.float_weight(), module.bias.clone()
     if isinstance(module, Convolution):
-        return _float(False, isinstance(module, OneRow), weight, bias, module.geometry).eval()
-    return _float(True, False, weight, bias, ((1, 1), (0, 0), (1, 1), 1)).eval()
+        return _convolution(isinstance(module, OneRow), weight, bias, module.geometry).eval()
+    return _linear(weight, bias).eval()

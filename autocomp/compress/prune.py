@@ -9,23 +9,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-Layers = (nn.Conv1d, nn.Conv2d, nn.Linear)
-AnyLayer = nn.Conv1d | nn.Conv2d | nn.Linear
+from autocomp.compress.convolution import AnyLayer, Geometry, Layers, Transposed, float_convolution, outputs_first
+from autocomp.errors import UsageError
 
+Norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# Of the mean diagonal, one after the other, where a factorisation fails all the same.
+_MORE_DAMPING = (1e-6, 1e-4, 1e-2, 1.0)
 DAMPING = 1e-2  # of the mean diagonal of H, added to the diagonal: as in GPTQ (arXiv:2210.17323, section 3.3)
 
 
 def take(module: nn.Module, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Module:
     """Return a smaller copy that keeps the output channels ``rows`` and the input columns ``columns`` (None keeps all).
 
-    Conv1d, Conv2d (``columns`` are input channels; a grouped one takes the ``rows`` of whole groups only), Linear and
+    Convolutions, transposed or not (``columns`` are input channels; a grouped one takes the ``rows`` of whole groups only), Linear and
     BatchNorm. The copy has its own weights. TypeError for any other module.
     """
-    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+    if isinstance(module, Norms):
         return _take_norm(module, rows)
     if not isinstance(module, Layers):
         raise TypeError(f"cannot take channels of a {type(module).__name__}")
-    weight, bias = module.weight.detach(), module.bias
+    weight, bias = outputs_first(module).detach(), module.bias
     if rows is not None:
         weight = weight[rows]
         bias = None if bias is None else bias[rows]
@@ -35,35 +38,29 @@ def take(module: nn.Module, rows: Tensor | None = None, columns: Tensor | None =
 
 
 def with_weights(module: AnyLayer, weight: Tensor, bias: Tensor | None) -> AnyLayer:
-    """Return a module like ``module`` but with these weights, whose shape sets its channels.
+    """Return a module like ``module`` but with these weights, outputs first, whose shape sets its channels.
 
-    The weights of a Conv1d may come with the height of 1 that its description has: [O, I, 1, K].
+    The weights of a convolution of one dimension may come with the height of 1 that its description has: [O, I, 1, K].
     """
     small: AnyLayer
     if isinstance(module, nn.Linear):
         small = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    else:
-        groups = weight.shape[0] * module.groups // module.out_channels if module.groups > 1 else 1
-        if isinstance(module, nn.Conv1d) and weight.dim() == 4:
-            weight = weight.squeeze(2)
-        small = type(module)(
-            weight.shape[1] * groups,
-            weight.shape[0],
-            module.kernel_size,  # type: ignore[arg-type]  # torch types these four as tuples of any length
-            module.stride,  # type: ignore[arg-type]
-            module.padding,  # type: ignore[arg-type]
-            module.dilation,  # type: ignore[arg-type]
-            groups,
-            bias is not None,
-            module.padding_mode,
-            device="meta",
-        )
-    small.weight = nn.Parameter(weight)
-    small.bias = None if bias is None else nn.Parameter(bias)
+        small.weight = nn.Parameter(weight)
+        if bias is not None:
+            small.bias = nn.Parameter(bias)
+        return small.train(module.training)
+    groups = weight.shape[0] * module.groups // module.out_channels if module.groups > 1 else 1
+    if len(module.kernel_size) == 1 and weight.dim() == 4:
+        weight = weight.squeeze(2)
+    assert not isinstance(module.padding, str)
+    more = tuple(module.output_padding) if isinstance(module, Transposed) else None
+    geometry = Geometry(tuple(module.stride), tuple(module.padding), tuple(module.dilation), groups, more)
+    small = float_convolution(weight, bias, geometry)
+    small.padding_mode = module.padding_mode
     return small.train(module.training)
 
 
-def _take_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, rows: Tensor | None) -> nn.Module:
+def _take_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, rows: Tensor | None) -> nn.Module:
     keep = torch.arange(norm.num_features) if rows is None else rows
     small = type(norm)(len(keep), norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     for name in ("weight", "bias"):
@@ -92,6 +89,27 @@ def damped(covariance: Tensor) -> Tensor:
     return result
 
 
+def cholesky(matrix: Tensor) -> Tensor:
+    """The lower triangle L of a matrix, or of each of several, L L^T: damped further where rounding, or data of few kinds, made it singular.
+
+    UsageError where nothing helps, since it holds values that are not finite.
+    """
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    for step in _MORE_DAMPING:
+        if not bool(failed.any()):
+            return lower
+        more = matrix.clone()
+        more.diagonal(dim1=-2, dim2=-1).add_(torch.where(mean > 0, step * mean, 1.0))
+        lower, failed = torch.linalg.cholesky_ex(more)
+    if not bool(failed.any()):
+        return lower
+    raise UsageError(
+        "the calibration data drive a layer to values that cannot be computed with (their squares are beyond the range of the numbers): look "
+        "for samples far out of range among Task.calibration"
+    )
+
+
 def least_squares(weight: Tensor, covariance: Tensor, columns: Tensor) -> Tensor:
     """Return the weights [O, kept columns] of the kept inputs that best reproduce ``weight`` [O, K] on all inputs.
 
@@ -99,7 +117,7 @@ def least_squares(weight: Tensor, covariance: Tensor, columns: Tensor) -> Tensor
     """
     h = damped(covariance)
     kept = h[columns][:, columns]
-    return torch.cholesky_solve(h[columns] @ weight.T, torch.linalg.cholesky(kept)).T
+    return torch.cholesky_solve(h[columns] @ weight.T, cholesky(kept)).T
 
 
 def output_error(difference: Tensor, covariance: Tensor) -> Tensor:

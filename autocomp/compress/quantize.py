@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autocomp.compress.convolution import Convolution, Geometry, OneRow, empty_result
+from autocomp.compress.convolution import Convolution, Geometry, OneRow, convolved, empty_result
 from autocomp.errors import UsageError
 
 FLOAT32_EXACT = 2**24  # integers up to here are exact in float32, in any order of summation
@@ -33,7 +33,7 @@ def quantise_centred(x: Tensor, inv_xs: float, zp: int) -> Tensor:
     return x.mul(inv_xs).round_().clamp_(-zp, 255 - zp)
 
 
-def _largest_sum(weight: Tensor, zp: int) -> int:
+def largest_sum(weight: Tensor, zp: int) -> int:
     """Bound |acc| from the weights at hand: max over outputs of sum |w|, times the largest |q - zp|."""
     if weight.numel() == 0:
         return 0
@@ -94,13 +94,13 @@ def conv2d_w8a8(
 ) -> Tensor:
     """Convolve float32 NCHW ``x`` with int8 OIHW ``w`` in integers; ``scale`` and ``bias`` are float32 [O]."""
     q = quantise_centred(x, inv_xs, zp)
-    largest = _largest_sum(w, zp)
+    largest = largest_sum(w, zp)
     if largest < FLOAT32_EXACT or not _exact:
         acc = functional.conv2d(q, w.float(), None, stride, padding, dilation, groups)
     elif groups == 1 and w.shape[1] > 1:
         # Each part of the input channels is summed exactly in float32, the parts in float64.
         parts = min(w.shape[1], -(-largest // FLOAT32_EXACT) * 2)
-        if any(_largest_sum(w[:, part], zp) >= FLOAT32_EXACT for part in _chunks(w.shape[1], parts)):
+        if any(largest_sum(w[:, part], zp) >= FLOAT32_EXACT for part in _chunks(w.shape[1], parts)):
             acc = functional.conv2d(q.double(), w.double(), None, stride, padding, dilation, groups)
         else:
             acc = torch.zeros((), dtype=torch.float64)
@@ -112,8 +112,14 @@ def conv2d_w8a8(
     return _rescale(acc.flatten(2), scale, bias).view(acc.shape)
 
 
-@conv2d_w8a8.register_fake
-def _(
+@torch.library.custom_op(
+    "autocomp::convolution_w8a8",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor x, Tensor w, Tensor scale, Tensor bias, float inv_xs, int zp, int[] stride, int[] padding, "
+    "int[] dilation, int groups, int[]? output_padding) -> Tensor",
+)
+def convolution_w8a8(
     x: Tensor,
     w: Tensor,
     scale: Tensor,
@@ -124,8 +130,29 @@ def _(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    output_padding: list[int] | None,
 ) -> Tensor:
-    return empty_result(x, w, stride, padding, dilation)
+    """Convolve in three dimensions, or transposed (``output_padding`` is given), as `conv2d_w8a8`; int8 ``w`` has the outputs first."""
+    q = quantise_centred(x, inv_xs, zp)
+    exact = torch.float32 if largest_sum(w, zp) < FLOAT32_EXACT or not _exact else torch.float64
+    acc = convolved(q.to(exact), w.to(exact), None, _geometry(stride, padding, dilation, groups, output_padding))
+    acc = acc.contiguous()
+    return _rescale(acc.flatten(2), scale, bias).view(acc.shape)
+
+
+def _result_of(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor, inv_xs: float, zp: int, *sizes: Any) -> Tensor:
+    return empty_result(x, w, _geometry(*sizes))
+
+
+conv2d_w8a8.register_fake(_result_of)
+convolution_w8a8.register_fake(_result_of)
+
+
+def _geometry(
+    stride: list[int], padding: list[int], dilation: list[int], groups: int, output_padding: list[int] | None = None
+) -> Geometry:
+    more = None if output_padding is None else tuple(output_padding)
+    return Geometry(tuple(stride), tuple(padding), tuple(dilation), groups, more)
 
 
 @torch.library.custom_op(
@@ -137,7 +164,7 @@ def _(
 def linear_w8a8(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor, inv_xs: float, zp: int) -> Tensor:
     """Multiply float32 ``x`` [..., K] by int8 ``w`` [N, K] in integers; ``scale`` and ``bias`` are float32 [N]."""
     q = quantise_centred(x, inv_xs, zp)
-    exact = torch.float32 if _largest_sum(w, zp) < FLOAT32_EXACT or not _exact else torch.float64
+    exact = torch.float32 if largest_sum(w, zp) < FLOAT32_EXACT or not _exact else torch.float64
     acc = functional.linear(q.to(exact), w.to(exact))
     return _rescale(acc.reshape(-1, w.shape[0], 1), scale, bias).view(acc.shape)
 
@@ -198,7 +225,7 @@ def observe(sample: Tensor, low: float, high: float, observer: Observer = "mse")
 
 
 def _check_overflow(weight: Tensor, zp: int, name: str) -> None:
-    largest = _largest_sum(weight, zp)
+    largest = largest_sum(weight, zp)
     if largest >= INT32_LIMIT:
         raise UsageError(
             f"{name}: an int32 sum of {weight[0].numel()} products may reach {largest}, past {INT32_LIMIT - 1}; "
@@ -232,7 +259,7 @@ class QuantLinear(nn.Module):
 
 
 class QuantConv2d(Convolution):
-    """A convolution in 8 bits: int8 weight OIHW, float32 scale [O] and bias [O].
+    """A convolution in 8 bits: int8 weight [O, I / groups, ...], float32 scale [O] and bias [O].
 
     ``scale`` is weight scale times activation scale; (``inv_xs``, ``zp``) quantise the input.
     """
@@ -245,7 +272,10 @@ class QuantConv2d(Convolution):
         self.inv_xs, self.zp = inv_xs, zp
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv2d_w8a8(x, self.weight, self.scale, self.bias, self.inv_xs, self.zp, *self.geometry)
+        tensors = (x, self.weight, self.scale, self.bias, self.inv_xs, self.zp)
+        if not self.geometry.is_plain:
+            return convolution_w8a8(*tensors, *self.geometry)
+        return conv2d_w8a8(*tensors, *self.geometry[:4])
 
     def extra_repr(self) -> str:
         return f"{self.sizes(self.weight.shape[1:])}, zp={self.zp}"
@@ -276,8 +306,8 @@ def plain_geometry(layer: nn.Conv1d | nn.Conv2d) -> Geometry:
     if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
         raise ValueError("only zero padding by a number of pixels has a compressed form")
     if isinstance(layer, nn.Conv1d):
-        return (1, layer.stride[0]), (0, int(layer.padding[0])), (1, layer.dilation[0]), layer.groups
-    return pair(layer.stride), pair(layer.padding), pair(layer.dilation), layer.groups
+        return Geometry((1, layer.stride[0]), (0, int(layer.padding[0])), (1, layer.dilation[0]), layer.groups)
+    return Geometry(pair(layer.stride), pair(layer.padding), pair(layer.dilation), layer.groups)
 
 
 def pair(value: Iterable[int]) -> tuple[int, int]:

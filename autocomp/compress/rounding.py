@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from autocomp.compress.prune import damped
+from autocomp.compress.prune import cholesky, damped
 
 BLOCK = 64  # columns whose errors are collected before they move on: one matrix product instead of many
 
@@ -61,7 +61,11 @@ class Metric:
             order = (runs[:, None] * dim + torch.arange(dim)).flatten()
             # Cholesky of the columns in reverse: its lower triangle, turned round, is the upper one wanted.
             backwards = order.flip(0)
-            lower = torch.linalg.cholesky(damped(self.blocks).float()[:, backwards][:, :, backwards])
+            blocks = damped(self.blocks)
+            unit = (
+                blocks.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-300)[:, None, None]
+            )  # squares may be beyond float32
+            lower = cholesky((blocks / unit).float()[:, backwards][:, :, backwards]) * unit.sqrt().float()
             scale = lower.diagonal(dim1=1, dim2=2)
             moves = (lower / scale[:, None, :]).flip(1, 2).permute(1, 2, 0).contiguous()
             self._factors[dim] = order, moves, scale.flip(1).T.contiguous()

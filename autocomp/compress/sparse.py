@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from autocomp.compress.prune import damped, output_error
+from autocomp.compress.prune import cholesky, damped, output_error
 
 PATTERNS = ((2, 4), (1, 4), (4, 8))  # N weights kept of M neighbours along K
 _SOLVED = 64 * 2**20  # bytes of the systems that are solved at once
@@ -43,7 +43,7 @@ class SparsePoint:
 
 def saliency(weight: Tensor, covariance: Tensor) -> Tensor:
     """Return the OBS saliency [O, K] of single weights, float64."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(covariance)))
+    inverse = torch.cholesky_inverse(cholesky(damped(covariance)))
     return weight.double().square() / inverse.diagonal()
 
 

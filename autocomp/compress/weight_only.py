@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autocomp.compress.convolution import Convolution, Geometry, OneRow
+from autocomp.compress.convolution import Convolution, Geometry, OneRow, convolved
 from autocomp.precisions import GROUPS
 
 BITS = (4, 8)
@@ -129,7 +129,7 @@ class WeightOnlyConv2d(Convolution):
         weight: Tensor,
         scales: Tensor,
         bias: Tensor,
-        kernel: tuple[int, int, int],
+        kernel: tuple[int, ...],
         bits: int,
         group: int,
         geometry: Geometry,
@@ -138,7 +138,7 @@ class WeightOnlyConv2d(Convolution):
         self.kernel, self.bits, self.group = kernel, bits, group
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.conv2d(x, self.float_weight(), self.bias, *self.geometry)
+        return convolved(x, self.float_weight(), self.bias, self.geometry)
 
     def float_weight(self) -> Tensor:
         """The float32 weight OIHW that is multiplied."""

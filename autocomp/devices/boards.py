@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autocomp.errors import AutocompError, BoardError, UsageError, suggest
+from autocomp.errors import AutocompError, BoardError, UsageError, last_line, suggest
 from autocomp.hardware import Rpc
-from autocomp.kernels.children import last_line
 
 _ANSWER = 5.0  # seconds in which a tracker answers anything but a request for a board
 _RESTART = 8.0  # seconds in which a server that a kernel has crashed comes back (a loop starts it again)

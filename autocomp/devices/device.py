@@ -65,6 +65,10 @@ class Device(Protocol):
         """``compiled.time``, once more where the samples spread too far."""
         ...
 
+    def time_in_turn(self, modules: Sequence[Compiled], example_inputs: tuple[torch.Tensor, ...]) -> list[Latency]:
+        """The latencies of several modules, sample after sample of each in turn, so that a drift of the machine meets all alike."""
+        ...
+
 
 def open_device(profile: Profile, store: KernelStore | None = None) -> Device:
     """Open a profile's target. UsageError if it cannot be reached; ``store`` replaces the user's kernel store."""

@@ -46,14 +46,34 @@ class EstimateTimer:
 
         self.core = core_of(profile)
         self.target = Target(dict(profile.target))
+        self._ready = False
 
     def attempt(self, jobs: Sequence[Job]) -> list[tuple[float | None, str]]:
         from autocomp.estimate import compile_object, estimate_kernel
+
+        self._make_ready()
 
         def estimate(job: Job) -> float:
             return estimate_kernel(compile_object(job.build(), self.target), signature(job.function), self.core).seconds
 
         return attempt_shared(jobs, estimate, min(_WORKERS, len(jobs)), _TIMEOUT)
+
+    def _make_ready(self) -> None:
+        """Estimate a trifle here, so that the forked processes find what numba compiles.
+
+        Where nothing is cached that takes 15 seconds and more. A process that is stopped before its end leaves no cache to the next.
+        """
+        if self._ready:
+            return
+        from tvm import te
+
+        from autocomp.estimate import compile_object, estimate_kernel
+
+        x = te.placeholder((64,), name="x")
+        doubled = te.create_prim_func([x, te.compute((64,), lambda i: x[i] + x[i], name="y")])
+        code = compile_object(doubled, self.target)
+        estimate_kernel(code, [("float32", (64,))] * 2, self.core, store=False)
+        self._ready = True
 
 
 class EstimatedModel:
@@ -74,8 +94,9 @@ class EstimatedModel:
         import torch
 
         from autocomp.compiler.interpret import interpret
+        from autocomp.plain import plain_tensor
 
-        arrays = [np.ascontiguousarray(tensor.detach().numpy()) for tensor in inputs]
+        arrays = [plain_tensor(tensor).detach().contiguous().numpy() for tensor in inputs]
         result = interpret(self._scheduled.module, arrays, self._runner())
         return tuple(map(torch.from_numpy, result)) if isinstance(result, tuple) else torch.from_numpy(result)
 
@@ -163,6 +184,10 @@ class EstimatedDevice:
     def time(self, compiled: Compiled, example_inputs: tuple[torch.Tensor, ...]) -> Latency:
         """The module's estimate; it is the same every time."""
         return compiled.time(*example_inputs)
+
+    def time_in_turn(self, modules: Sequence[Compiled], example_inputs: tuple[torch.Tensor, ...]) -> list[Latency]:
+        """The modules' estimates."""
+        return [module.time(*example_inputs) for module in modules]
 
     def _build(self, model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> EstimatedModel:
         from autocomp.compiler.build import schedule

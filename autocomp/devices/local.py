@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from autocomp.compiler.build import CompiledModel, build
+from autocomp.compiler.build import CompiledModel, build, time_in_turn
 from autocomp.devices.device import Compiled, latency_model, quieter
 from autocomp.errors import MismatchError, UsageError
 from autocomp.hardware import Profile
@@ -45,6 +45,10 @@ class LocalDevice:
     def time(self, compiled: Compiled, example_inputs: tuple[torch.Tensor, ...]) -> Latency:
         """Measure a module; a noisy measurement is taken twice and the quieter one kept."""
         return quieter(compiled, example_inputs)
+
+    def time_in_turn(self, modules: Sequence[Compiled], example_inputs: tuple[torch.Tensor, ...]) -> list[Latency]:
+        """Measure modules in turn, as ``time`` measures one."""
+        return time_in_turn([module for module in modules if isinstance(module, CompiledModel)], *example_inputs)
 
 
 def check_compiled(

@@ -12,9 +12,8 @@ from autocomp.devices.device import Compiled, latency_model, quieter
 from autocomp.devices.features import fit_to_board, read_board
 from autocomp.devices.local import check_compiled
 from autocomp.devices.timing import median_and_spread
-from autocomp.errors import BoardError, UsageError
+from autocomp.errors import BoardError, UsageError, last_line
 from autocomp.hardware import Profile, Rpc
-from autocomp.kernels.children import last_line
 from autocomp.kernels.store import KernelStore
 from autocomp.kernels.timers import Job, compile_function, random_arrays
 from autocomp.kernels.tune import Tuner
@@ -164,28 +163,43 @@ class RemoteModel:
         """Read what ``save`` wrote."""
         return RemoteModel.load(path, self.profile, self.limits)
 
-    def time(self, *inputs: torch.Tensor, repeats: int = 20, seconds: float = _MODULE_SECONDS) -> Latency:
-        """Measure one inference on a board: warmed up, ``repeats`` samples of about ``seconds``. BoardError if two tries fail."""
-        arrays = _arrays(inputs)
-
-        def job(session: Session) -> _Timed:
-            machine = _machine(session, self.library)
-            arguments = [session.array(array) for array in arrays]
-            warm = machine.time_evaluator("main", session.device, number=2, repeat=3)(*arguments)
-            number = int(min(max(seconds / max(min(warm.results), 1e-7), 1), 100_000))
-            timed = machine.time_evaluator("main", session.device, number=number, repeat=repeats)(*arguments)
-            facts = read_board(session)
-            return _Timed(
-                tuple(float(value) for value in timed.results), session.address, facts.clock_hz, facts.full_clock_hz
-            )
-
-        timed: _Timed = self._on_a_board(job)
-        middle, spread = median_and_spread(list(timed.samples))
-        device = _describe(self.profile, timed)
-        return Latency(middle, spread, "measured", self.profile.name, device, timed.samples, self.kernels)
+    def time(self, *inputs: torch.Tensor) -> Latency:
+        """Measure one inference on a board: warmed up, 20 samples of about 10 ms. BoardError if two tries fail."""
+        return time_in_turn([self], inputs)[0]
 
     def _on_a_board(self, job: Callable[[Session], Any]) -> Any:
         return on_a_board(rpc_of(self.profile), job, self.limits, self.profile.cores)
+
+
+def time_in_turn(models: Sequence[RemoteModel], inputs: tuple[torch.Tensor, ...], repeats: int = 20) -> list[Latency]:
+    """Measure one inference of each of several models on one board, sample after sample in turn. BoardError if two tries fail."""
+    arrays = _arrays(inputs)
+
+    def job(session: Session) -> list[_Timed]:
+        arguments = [session.array(array) for array in arrays]
+        runs = []
+        for model in models:
+            machine = _machine(session, model.library)
+            warm = machine.time_evaluator("main", session.device, number=2, repeat=3)(*arguments)
+            number = int(min(max(_MODULE_SECONDS / max(min(warm.results), 1e-7), 1), 100_000))
+            runs.append((machine, number))
+        turns = 1 if len(models) == 1 else repeats  # each turn is a call over the network
+        samples: list[list[float]] = [[] for _ in models]
+        for _ in range(turns):
+            for (machine, number), taken in zip(runs, samples, strict=True):
+                timed = machine.time_evaluator("main", session.device, number=number, repeat=repeats // turns)
+                taken += map(float, timed(*arguments).results)
+        facts = read_board(session)
+        return [_Timed(tuple(taken), session.address, facts.clock_hz, facts.full_clock_hz) for taken in samples]
+
+    first = models[0]
+    latencies = []
+    for model, timed in zip(models, first._on_a_board(job), strict=True):
+        middle, spread = median_and_spread(list(timed.samples))
+        device = _describe(model.profile, timed)
+        name = model.profile.name
+        latencies.append(Latency(middle, spread, "measured", name, device, timed.samples, model.kernels))
+    return latencies
 
 
 class RpcDevice:
@@ -217,6 +231,10 @@ class RpcDevice:
     def time(self, compiled: Compiled, example_inputs: tuple[torch.Tensor, ...]) -> Latency:
         """Measure a module; a noisy measurement is taken twice and the quieter one kept."""
         return quieter(compiled, example_inputs)
+
+    def time_in_turn(self, modules: Sequence[Compiled], example_inputs: tuple[torch.Tensor, ...]) -> list[Latency]:
+        """Measure modules in turn on one board, as ``time`` measures one."""
+        return time_in_turn([module for module in modules if isinstance(module, RemoteModel)], example_inputs)
 
     def _build(self, model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> RemoteModel:
         import tvm
@@ -261,9 +279,10 @@ def _machine(session: Session, library: bytes) -> Any:
 
 
 def _arrays(inputs: Sequence[torch.Tensor]) -> list[np.ndarray]:
-    import numpy as np
 
-    return [np.ascontiguousarray(tensor.detach().numpy()) for tensor in inputs]
+    from autocomp.plain import plain_tensor
+
+    return [plain_tensor(tensor).detach().contiguous().numpy() for tensor in inputs]
 
 
 def _outputs(machine: Any, arguments: list[Any]) -> Any:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 _HEADER = struct.Struct("<Q")
@@ -21,12 +21,16 @@ _PART = 1 << 20  # bytes read at a time
 
 @dataclass(eq=False)
 class Child:
-    """A child process: the end of a pipe that takes what it is asked, and that of one that gives its answers."""
+    """A child process: the end of a pipe that takes what it is asked, and that of one that gives its answers.
+
+    ``parent`` is the process that started it. A copy of the record in a process forked later can close its pipes, and no more.
+    """
 
     pid: int
     commands: int
     answers: int
     gone: bool = False
+    parent: int = field(default_factory=os.getpid)
 
     @classmethod
     def start(cls, serve: Callable[[int, int], None]) -> Child:
@@ -55,13 +59,14 @@ class Child:
     def end(self) -> str:
         """Let it end, or end it; say how it ended."""
         self._close()
-        return _end(self.pid)
+        return _end(self.pid) if self.parent == os.getpid() else "it is another process's child"
 
     def leave(self, deadline: float | None = None) -> None:
         """Let it end and wait for it no longer; `reap` kills it where it has not ended a second after ``deadline`` (monotonic; None: now)."""
         if not self.gone:
             self._close()
-            _leaving[self.pid] = time.monotonic() if deadline is None else deadline
+            if self.parent == os.getpid():
+                _leaving[self.pid] = time.monotonic() if deadline is None else deadline
             reap()
 
     def _close(self) -> None:
@@ -92,14 +97,11 @@ def answer_each(commands: int, answers: int, answer: Callable[[Any], Any]) -> No
         send(answers, answer(question))
 
 
-def last_line(error: Exception) -> str:
-    """The line of an error that says what was wrong; TVM's are preceded by pages of trace."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
-
-
 def send(writer: int, message: Any) -> None:
-    """Pickle one message and write it whole: a pipe takes a large one (the outputs of a model) in parts."""
+    """Pickle one message and write it whole: a pipe takes a large one (the outputs of a model) in parts.
+
+    Nothing is written if it cannot be pickled, whose error is raised.
+    """
     data = pickle.dumps(message)
     left = memoryview(_HEADER.pack(len(data)) + data)
     while left:
@@ -131,28 +133,47 @@ def _read(reader: int, count: int, deadline: float | None) -> bytes | None:
 def _end(child: int) -> str:
     """Give the child a moment to end by itself, then kill it; say how it ended."""
     for _ in range(20):
-        ended, status = os.waitpid(child, os.WNOHANG)
+        ended, status = _wait(child, os.WNOHANG)
         if ended:
+            if status is None:
+                return "its process ended, nobody knows how"
             if os.WIFSIGNALED(status):
                 return f"it crashed with {signal.Signals(os.WTERMSIG(status)).name}"
             return f"its process ended with exit code {os.WEXITSTATUS(status)}"
         time.sleep(0.001)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    _kill(child)
     return "it did not answer in time"
+
+
+def _wait(child: int, options: int = 0) -> tuple[bool, int | None]:
+    """Whether a child has ended, and its status: None where another took note of it.
+
+    A handler of SIGCHLD, a signal that is ignored, or a library that waits for whatever ends may have been faster.
+    """
+    try:
+        pid, status = os.waitpid(child, options)
+    except ChildProcessError:
+        return True, None
+    return pid != 0, status
+
+
+def _kill(child: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    _wait(child)
 
 
 # Children that were told to end, by when they must. The end of a large process takes 50 ms, which nobody need wait for.
 _leaving: dict[int, float] = {}
+os.register_at_fork(after_in_child=_leaving.clear)  # a forked process has none of its parent's children to wait for
 
 
 def reap() -> None:
     """Take note of the children let go that have ended, and end those that are late."""
     for child, deadline in list(_leaving.items()):
-        ended, _ = os.waitpid(child, os.WNOHANG)
+        ended, _ = _wait(child, os.WNOHANG)
         if not ended and time.monotonic() > deadline + 1.0:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            ended = child
+            _kill(child)
+            ended = True
         if ended:
             del _leaving[child]

@@ -12,18 +12,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from autocomp.cache import write_atomically
-from autocomp.errors import UsageError
+from autocomp.errors import UsageError, shown
 from autocomp.kernels.store import (
     KernelRecord,
     KernelStore,
+    RecordFields,
     StoreLines,
     read_lines,
     record_from_json,
     stores_folder,
 )
+from autocomp.reading import RECORDS_BYTES, parse_json, read_text
 
 FORMAT_VERSION = 1  # of exported files
 
@@ -67,26 +69,13 @@ def read_store(folder: Path) -> StoreAtRest:
     return StoreAtRest(folder, identity if isinstance(identity, dict) else None, read_lines(folder / "kernels.jsonl"))
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    key: str = Field(min_length=1)
-    operator: str
-    tile: dict[str, int | bool | float | str]
-    seconds: float = Field(gt=0)
-    flops: int = Field(ge=0)
-    trials: int = Field(ge=0)
-    spatial: tuple[int, ...]
-    reduction: tuple[int, ...]
-
-
 class _ExportFile(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     format_version: Literal[1]
     identity: dict[str, Any]
     sha256: str
-    records: list[_Record]
+    records: list[RecordFields]
 
 
 @dataclass(frozen=True)
@@ -113,27 +102,25 @@ def export_store(store: KernelStore, path: Path) -> int:
 def read_export(path: Path) -> Exported:
     """Read an exported file. UsageError if it is absent, of a newer format, incomplete, or was altered."""
     try:
-        text = path.read_text(encoding="utf-8")
-        document = json.loads(text)
+        text = read_text(path, RECORDS_BYTES)
+        document = parse_json(text, path)
     except FileNotFoundError:
         raise UsageError(f"there is no file {path}") from None
-    except IsADirectoryError:
-        raise UsageError(f"{path} is a folder: name a file that `autocomp kernels export` wrote") from None
-    except ValueError as error:  # UnicodeDecodeError is one
-        raise UsageError(f"{path} is no file of exported kernels: it is not JSON ({error})") from None
+    except UsageError as error:
+        raise UsageError(f"{error}; name a file that `autocomp kernels export` wrote") from error
     stated = document.get("format_version") if isinstance(document, dict) else None
     if not isinstance(stated, int):
         raise UsageError(f"{path} is no file of exported kernels: it states no format_version")
     if stated > FORMAT_VERSION:
         raise UsageError(
-            f"{path} has format_version {stated}, and this autocomp reads up to {FORMAT_VERSION}: install a newer autocomp"
+            f"{path} has format_version {shown(stated)}, and this autocomp reads up to {FORMAT_VERSION}: install a newer autocomp"
         )
     try:
         _ExportFile.model_validate_json(text)
     except ValidationError as error:
         fault = error.errors()[0]
         place = ".".join(map(str, fault["loc"]))
-        raise UsageError(f"{path}: {place}: {fault['msg']}, got {str(fault['input'])[:60]}") from None
+        raise UsageError(f"{path}: {place}: {fault['msg']}, got {shown(fault['input'], 60)}") from None
     if _checksum(document["records"]) != document["sha256"]:
         raise UsageError(f"{path} was damaged or altered: its records do not match its checksum. Export it again")
     return Exported(document["identity"], tuple(record_from_json(fields) for fields in document["records"]))

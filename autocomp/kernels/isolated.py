@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from autocomp.kernels.children import Child, answer_each, last_line, reap, receive, send
+from autocomp.errors import last_line
+from autocomp.kernels.children import Child, answer_each, reap, receive, send
 
 T = TypeVar("T")
 P = TypeVar("P")

@@ -35,6 +35,15 @@ def pack_conv_weight(weight: np.ndarray, spec: ConvSpec, dot: DotProduct | None)
     return _blocked(weight, spec.lanes, dot)
 
 
+def pack_volume_weight(weight: np.ndarray, lanes: int, *, depthwise: bool) -> np.ndarray:
+    """OIDHW weight → ``[O/L][KD][KH][KW][I][L]``; depthwise ones become ``[KD][KH][KW][C]``."""
+    if depthwise:
+        return np.ascontiguousarray(weight[:, 0].transpose(1, 2, 3, 0))
+    outputs, inputs, depth, height, width = weight.shape
+    flat = _blocked(weight.reshape(outputs, inputs, depth * height, width), lanes, None)
+    return flat.reshape(len(flat), depth, height, width, inputs, lanes)
+
+
 def pack_dense_weight(weight: np.ndarray, lanes: int, dot: DotProduct | None) -> np.ndarray:
     """``[N, K]`` weight → ``[N/L][K][L]`` or ``[N/L][K/depth][L][depth]``, zero-padded to whole blocks."""
     return _blocked(weight[:, :, None, None], lanes, dot)[:, 0, 0]

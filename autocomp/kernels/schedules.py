@@ -98,7 +98,7 @@ def _schedule_reduction(schedule: Any, block: Any, profile: Profile) -> None:
 
 def vectorise_last(schedule: Any, block: Any, profile: Profile) -> None:
     loops = schedule.get_loops(block)
-    if not loops:
+    if not loops or not is_spatial(schedule, block):
         return
     extent = extent_of(schedule, loops[-1])
     lanes = math.gcd(extent, profile.lanes)
@@ -112,9 +112,9 @@ def inline_epilogue(schedule: Any, anchor: Any, profile: Profile) -> Any:
     Blocks that spread the result over a larger tensor (the gate of a squeeze-and-excite, multiplied with all pixels) stay behind it as
     loops of their own: in the write-back they would be unrolled over that tensor, and compute the gate anew for each of its elements.
     """
-    blocks = blocks_of(schedule)
-    names = [schedule.get(block).name_hint for block in blocks]
-    after = blocks[names.index(schedule.get(anchor).name_hint) + 1 :]
+    _inline_side_inputs(schedule, anchor, profile)
+    reached = reached_from(schedule, anchor)
+    after = [block for block in blocks_of(schedule) if schedule.get(block).name_hint in reached]
     size = elements_of(schedule, anchor)
     spread = next((index for index, block in enumerate(after) if elements_of(schedule, block) > size), len(after))
     for block in [*after[: spread - 1], *after[spread:-1]]:
@@ -124,6 +124,32 @@ def inline_epilogue(schedule: Any, anchor: Any, profile: Profile) -> Any:
         if profile.cores > 1:
             schedule.parallel(schedule.get_loops(after[-1])[0])
     return after[spread - 1] if spread else None
+
+
+def _inline_side_inputs(schedule: Any, anchor: Any, profile: Profile) -> None:
+    """Inline what an epilogue reads beside the anchor's result and computes itself (the ``x * 2`` of ``x * 2 + f(x)``)."""
+    own = {schedule.get(anchor).name_hint, *reached_from(schedule, anchor), *reached_from(schedule, anchor, back=True)}
+    for block in blocks_of(schedule):
+        if schedule.get(block).name_hint in own:
+            continue
+        try:
+            schedule.compute_inline(block)
+        except Exception:  # a reduction, say: it runs before, as loops of its own
+            vectorise_last(schedule, block, profile)
+
+
+def reached_from(schedule: Any, block: Any, back: bool = False) -> set[str]:
+    """Names of the blocks that read what a block computes, at once or through others; with ``back``, of those it reads."""
+    found: set[str] = set()
+    left = [block]
+    while left:
+        step = left.pop()
+        for near in schedule.get_producers(step) if back else schedule.get_consumers(step):
+            name = schedule.get(near).name_hint
+            if name not in found:
+                found.add(name)
+                left.append(near)
+    return found
 
 
 def keep_in_registers(schedule: Any, anchor: Any, profile: Profile) -> Any:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from autocomp.cache import cache_dir, write_atomically
+from autocomp.cache import cache_dir, sweep, write_atomically
 from autocomp.errors import UsageError
 from autocomp.hardware import Profile
 from autocomp.records import FORMAT_VERSION
@@ -73,6 +74,7 @@ class KernelStore:
         self._records: dict[str, KernelRecord] = {}
         self._by_loops: dict[tuple[str, tuple[int, ...], tuple[int, ...]], KernelRecord] = {}
         folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
         self._lock = FileLock(folder / "lock")
         self._path = folder / "kernels.jsonl"
         with self._lock:
@@ -226,7 +228,40 @@ def _decode(line: bytes) -> KernelRecord | None:
     checksum, _, body = line.partition(b" ")
     if hashlib.sha256(body).hexdigest()[:12].encode() != checksum:
         return None
+    try:
+        RecordFields.model_validate_json(body)
+    except ValidationError:  # written whole, by an autocomp with other records
+        return None
     return record_from_json(json.loads(body))
+
+
+class _TileFields(BaseModel):
+    """What `kernels.templates.Tile` has; a field that is not there has its default."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    rows: int = Field(default=1, ge=1, le=4096)
+    vectors: int = Field(default=1, ge=1, le=64)
+    unroll: int = Field(default=1, ge=1, le=4096)
+    channels_outer: bool = True
+    rows_up: int = Field(default=1, ge=1, le=4096)
+    band: int = Field(default=0, ge=0, le=1 << 20)
+    bytes: int = Field(default=0, ge=0)  # that the record of a stream has in a tile's place
+
+
+class RecordFields(BaseModel):
+    """A record as a file has it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    key: str = Field(min_length=1)
+    operator: str
+    tile: _TileFields
+    seconds: float = Field(gt=0)
+    flops: int = Field(ge=0)
+    trials: int = Field(ge=0)
+    spatial: tuple[int, ...]
+    reduction: tuple[int, ...]
 
 
 def record_from_json(fields: Mapping[str, Any]) -> KernelRecord:

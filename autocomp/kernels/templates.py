@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,8 +33,11 @@ VERSION = 7  # raise when a change here makes stored choices worth finding again
 _MOST_BAND = 14
 _BAND_BYTES = 40 << 10  # of 48 KB nearest cache; measured on depthwise layers of MobileNetV2 and V3
 _CONTRACTIONS = (
-    "conv2d", "conv2d_int8", "conv2d_fp16", "dense", "dense_int8", "dense_fp16", "batch_matmul", "depthwise", "depthwise_fp16",
+    "conv2d", "conv2d_int8", "conv2d_fp16", "conv3d", "dense", "dense_int8", "dense_fp16", "batch_matmul", "depthwise", "depthwise_fp16",
 )  # fmt: skip
+
+
+_SPATIAL, _REDUCTION = "autocomp.spatial", "autocomp.reduction"  # attributes of functions
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def describe(function: Any) -> Anchor:
     from tvm import s_tir
 
     if _is_scheduled(function):
-        return Anchor("rowwise", 0)
+        return _stated(function)
     schedule = s_tir.Schedule(function)
     block = _anchor_block(schedule)
     if block is None:
@@ -85,6 +88,10 @@ def describe(function: Any) -> Anchor:
     return Anchor(
         str(node.annotations[TEMPLATE]), int(node.annotations[FLOPS]), spatial[runs:], (*spatial[:runs], *reduction)
     )
+
+
+# for what the template cannot schedule: loops over the last axis in vectors, and at the very last the loops as they are
+LAST_RESORT = (Tile(vectors=0), Tile(rows=0, vectors=0))
 
 
 def tiles(anchor: Anchor, profile: Profile) -> list[Tile]:
@@ -110,7 +117,7 @@ def _contraction_tiles(anchor: Anchor, vectors: int, profile: Profile) -> Iterat
     if anchor.template.startswith("depthwise") and up > 1:
         yield from _depthwise_tiles(anchor, vectors, profile)
         return
-    square = anchor.template.startswith(("conv2d", "depthwise"))
+    square = anchor.template.startswith(("conv", "depthwise"))
     steps = 1
     unrolls: tuple[int, ...] = (1, 4) if anchor.reduction[-1] % 4 == 0 else (1,)
     if anchor.template.endswith("int8"):
@@ -127,7 +134,7 @@ def _contraction_tiles(anchor: Anchor, vectors: int, profile: Profile) -> Iterat
 
 def _depthwise_tiles(anchor: Anchor, vectors: int, profile: Profile) -> Iterator[Tile]:
     """Long rows of one or two registers; bands whose padded inputs fit the nearest cache, and the ones beside them."""
-    _, up, across, _ = anchor.spatial
+    *_, up, across, _ = anchor.spatial
     bands = [band for band in _divisors(up, _MOST_BAND) if _band_bytes(band, anchor, profile) <= _BAND_BYTES]
     most = 4 if neon.is_neon(profile) else 2
     for rows, count, band in itertools.product(_divisors(across, 14), _divisors(vectors, most), [*bands[-2:], 0]):
@@ -137,8 +144,8 @@ def _depthwise_tiles(anchor: Anchor, vectors: int, profile: Profile) -> Iterator
 
 def _band_bytes(band: int, anchor: Anchor, profile: Profile) -> int:
     """Bytes of the inputs of a band of one register's channels, at the stride of 2 that is the most in use."""
-    (height, width), lanes = anchor.reduction, lanes_of(anchor, profile)
-    return 4 * lanes * (2 * band + height - 1) * (2 * anchor.spatial[2] + width - 1)
+    (*depth, height, width), lanes = anchor.reduction, lanes_of(anchor, profile)
+    return 4 * lanes * math.prod(depth) * (2 * band + height - 1) * (2 * anchor.spatial[-2] + width - 1)
 
 
 def _cost(tile: Tile, anchor: Anchor, profile: Profile) -> float:
@@ -171,6 +178,11 @@ def apply(function: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:
     if _is_scheduled(function):
         return function
     schedule = s_tir.Schedule(_short_indices(function))
+    if not tile.rows:
+        return schedule.mod["main"].with_attr("tirx.is_scheduled", True)
+    if not tile.vectors:
+        schedule_rowwise(schedule, profile)
+        return schedule.mod["main"].with_attr("tirx.is_scheduled", True)
     if weight_only.is_weight_only(anchor):
         weight_only.tile_weight_only(schedule, tile, anchor, profile)
     elif anchor.template.endswith("fp16") and tile.vectors and len(reductions(schedule)) > 1:
@@ -264,6 +276,22 @@ def _tile_contraction(schedule: Any, tile: Tile, anchor: Anchor, profile: Profil
 def _is_scheduled(function: Any) -> bool:
     """Whether a function was written as loops already (``kernels.rows``)."""
     return bool(function.attrs and function.attrs.get("tirx.is_scheduled", False))
+
+
+def _stated(function: Any) -> Anchor:
+    """What a function that was written as loops says of itself, as `stating` has it."""
+    if TEMPLATE not in function.attrs:
+        return Anchor("rowwise", 0)
+    spatial, reduction = (tuple(int(size) for size in function.attrs[name]) for name in (_SPATIAL, _REDUCTION))
+    return Anchor(str(function.attrs[TEMPLATE]), 2 * math.prod((*spatial, *reduction)), spatial, reduction)
+
+
+def stating(function: Any, template: str, spatial: Sequence[int], reduction: Sequence[int]) -> Any:
+    """A function that was written as loops, with what its products are, so that its time is known by its size."""
+    stated = {TEMPLATE: template, _SPATIAL: list(spatial), _REDUCTION: list(reduction)}
+    for name, value in stated.items():
+        function = function.with_attr(name, value)
+    return function
 
 
 def _anchor_block(schedule: Any) -> Any:

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from autocomp.devices.timing import quiet_core
+from autocomp.errors import last_line
 from autocomp.hardware import Profile
-from autocomp.kernels.children import last_line
 from autocomp.kernels.isolated import attempt_alone
 from autocomp.processes import cores
 from autocomp.records import How

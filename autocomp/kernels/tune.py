@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -168,6 +169,11 @@ class Tuner:
             return [templates.Tile(**sibling.tile)]
         return templates.tiles(kernel.anchor, self.profile)[: self.budget]
 
+    def _others(self, kernel: _Kernel, tried: Sequence[templates.Tile]) -> list[templates.Tile]:
+        """What to fall back on, one after the other, where none of the tiles builds: there is always a schedule."""
+        first = templates.tiles(kernel.anchor, self.profile)[:1]
+        return [tile for tile in (*first, *templates.LAST_RESORT) if tile not in tried]
+
     def _search(self, kernels: Sequence[_Kernel], *, stop_early: bool = True) -> list[_Found | AutocompError]:
         """Try tiles of all kernels in rounds, one of each that is not done yet; what each kernel's search ends with."""
         searches = [self._tries(kernel, stop_early) for kernel in kernels]
@@ -198,7 +204,10 @@ class Tuner:
         peak = self.peak(anchor.template) if stop_early else None
         best: _Found | None = None
         since, trials, failure = 0, 0, ""
-        for tile in self._tiles(kernel, stop_early):
+        tiles = self._tiles(kernel, stop_early)
+        for tile in itertools.chain(tiles, self._others(kernel, tiles)):
+            if best is not None and trials >= len(tiles):
+                break
             answer = yield tile
             assert answer is not None
             seconds, refused = answer

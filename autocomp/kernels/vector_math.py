@@ -88,6 +88,29 @@ def erf(x: Any) -> Any:
     return _let(x, value)
 
 
+def has_power(exponent: float) -> bool:
+    """Whether ``power`` computes this exponent: halves and whole numbers up to 16, by multiplications and a square root."""
+    return 2 * exponent == int(2 * exponent) and abs(exponent) <= 16
+
+
+def power(x: Any, exponent: float) -> Any:
+    """x^exponent of a float32 expression, where the C library's function would be called for every lane."""
+    from tvm import tirx
+
+    def product(v: Any) -> Any:
+        whole, half = divmod(abs(exponent), 1)
+        result = tirx.sqrt(v) if half else None
+        factor, left = v, int(whole)
+        while left:
+            if left % 2:
+                result = factor if result is None else result * factor
+            factor, left = factor * factor, left // 2
+        result = _f(1.0) if result is None else result
+        return _f(1.0) / result if exponent < 0 else result
+
+    return _let(x, product)
+
+
 def gelu(x: Any) -> Any:
     return _f(0.5) * x * (_f(1.0) + erf(x * _f(_SQRT_HALF)))
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from autocomp.errors import BoardError
-from autocomp.kernels.children import Child, answer_each, last_line, reap, receive
+from autocomp.errors import BoardError, last_line
+from autocomp.kernels.children import Child, answer_each, reap, receive
 
 T = TypeVar("T")
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from autocomp.accuracy.calibrate import logits_of
+from autocomp.accuracy.divergence import Comparison, compare
+from autocomp.accuracy.guess import describe
+from autocomp.accuracy.outputs import Stated
+from autocomp.batches import Axes, count
 from autocomp.errors import AutocompError, UsageError
 
 HOT, COLD = 4.0, 1.0  # temperatures at the first and the last step
+LOOKED_AT = 4  # batches that say what the outputs are, and how much those that are numbers vary
 
 
 def temperature(step: int, steps: int, hot: float = HOT, cold: float = COLD) -> float:
@@ -21,11 +25,15 @@ def temperature(step: int, steps: int, hot: float = HOT, cold: float = COLD) -> 
     return cold + (hot - cold) * 0.5 * (1 + math.cos(math.pi * along))
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, at: float) -> Tensor:
-    """Return T^2 KL(teacher / T || student / T), the mean over rows of logits ``[N, classes]`` (Hinton et al. 2015, arXiv:1503.02531)."""
-    expected = functional.log_softmax(teacher / at, dim=-1)
-    actual = functional.log_softmax(student / at, dim=-1)
-    return at * at * functional.kl_div(actual, expected, reduction="batchmean", log_target=True)
+def distillation_loss(
+    comparison: Comparison, expected: Sequence[Tensor], actual: Sequence[Tensor], at: float
+) -> Tensor:
+    """Return the divergence of rows of outputs from the teacher's, a mean over samples and places.
+
+    Of classes it is T^2 KL(teacher / T || student / T) at the temperature ``at`` (Hinton et al. 2015, arXiv:1503.02531).
+    """
+    terms = comparison.terms(expected, actual, at)
+    return torch.stack([term.mean() for term in terms if term.requires_grad] or [torch.zeros(())]).sum()
 
 
 def distil(
@@ -34,11 +42,14 @@ def distil(
     train: Iterable[tuple[tuple[Tensor, ...], Tensor]],
     steps: int,
     learning_rate: float = 1e-3,
+    axes: Axes | None = None,
+    stated: Stated | None = None,
 ) -> nn.Module:
     """Train ``model`` in place against ``teacher`` for some steps (AdamW, one cycle); both are in evaluation mode after it.
 
-    ``train`` is as ``Task.train``: gone through again and again, its targets unread. UsageError if it yields nothing or nothing of the model
-    can be trained (all its weights are integers); AutocompError if the loss stops being finite.
+    ``train`` is as ``Task.train``: gone through again and again, its targets unread; ``axes`` and ``stated`` as ``Task.batch_axes`` and
+    ``Task.outputs``. UsageError if it yields nothing or nothing of the model can be trained (all its weights are integers); AutocompError if
+    the loss stops being finite.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
     if not parameters:
@@ -48,13 +59,19 @@ def distil(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     teacher.eval()
-    model.train()
     batches = _endless(train)
-    for step in range(steps):
-        inputs = next(batches)
+    looked_at = [next(batches) for _ in range(min(steps, LOOKED_AT))]
+    outputs = describe(teacher, looked_at, axes, stated)
+    with torch.no_grad():
+        known = [(teacher(*inputs), count(inputs, axes)) for inputs in looked_at]
+    comparison, _ = compare(outputs, known, sum(samples for _, samples in known))
+    model.train()
+    for step, inputs in zip(range(steps), chain(looked_at, batches), strict=False):
+        samples = count(inputs, axes)
         with torch.no_grad():
-            expected = logits_of(teacher(*inputs))
-        loss = distillation_loss(logits_of(model(*inputs)), expected, temperature(step, steps))
+            expected = comparison.rows(teacher(*inputs), samples)
+        actual = comparison.rows(model(*inputs), samples)
+        loss = distillation_loss(comparison, expected, actual, temperature(step, steps))
         if not bool(torch.isfinite(loss)):
             raise AutocompError(
                 f"distillation diverged at step {step} of {steps}: lower the learning rate {learning_rate}"

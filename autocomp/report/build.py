@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from autocomp.cache import write_atomically
-from autocomp.errors import CorruptError, InfeasibleError
+from autocomp.errors import CorruptError, InfeasibleError, UsageError, shown
 from autocomp.quantities import format_bytes
+from autocomp.reading import read_json, read_yaml
 from autocomp.records import Evaluation, Latency, Reference, Sensitivity
 from autocomp.report import figures
 from autocomp.report.curves import sensitivity_figures
-from autocomp.report.data import FrontPoint, Run, check_version, finite, read_evaluations, read_run
+from autocomp.report.data import FrontPoint, Run, check_version, finite, read_evaluations, read_run, speedup
 from autocomp.report.figures import Metric, milliseconds
 from autocomp.report.targets import knee_of, targets
 from autocomp.search.goals import best
@@ -38,9 +40,18 @@ def build_report(folder: Path) -> Path:
     Returns its path. UsageError and CorruptError as ``read_run``; a missing config or provenance is left out.
     """
     run, evaluations = read_run(folder), read_evaluations(folder)
-    config, provenance = _read_yaml(folder / "config.yaml"), _read_json(folder / "provenance.json")
+    config = _read(folder / "config.yaml", read_yaml)
+    provenance = _read(folder / "provenance.json", read_json)
     path = folder / REPORT
-    write_atomically(path, render(run, evaluations, config, provenance, folder).encode())
+    try:
+        page = render(run, evaluations, config, provenance, folder)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        # The records are whole files of a known format: what is in them of another kind than it should be shows when it is drawn.
+        raise CorruptError(
+            f"the records of {folder} do not make a report ({type(error).__name__}: {shown(error)}): they were changed since the search "
+            "wrote them; write them again with `autocomp search --resume`"
+        ) from error
+    write_atomically(path, page.encode())
     return path
 
 
@@ -132,7 +143,7 @@ class _Page:
             cards.append(
                 {
                     "title": "faster than dense",
-                    "value": f"{there.seconds / here.seconds:.1f}×",
+                    "value": f"{speedup(evaluation, self.dense, profile):.1f}×",
                     "note": f"{milliseconds(there.seconds)} → {milliseconds(here.seconds)}, {here.how}",
                 }
             )
@@ -177,7 +188,7 @@ class _Page:
             "validation": [self.metric.bare(e.metrics.get(key)) for key in (name, *self.slices)],
             "test": [self.metric.bare(point.test_metrics.get(key)) for key in (name, *self.slices)],
             "change": self.metric.change(e.metrics.get(name), self.dense.metrics.get(name)),
-            "latency": [self.time(e.latency.get(profile), profile) for profile in self.profiles],
+            "latency": [self.time(e.latency.get(profile), profile, e) for profile in self.profiles],
             "size": format_bytes(e.bytes),
             "smaller": f"{self.dense.bytes / e.bytes:.1f}×" if e.bytes else "–",
             "files": self._files(point),
@@ -189,12 +200,10 @@ class _Page:
         """Kinds of files with their check, where one was made, and their path, where it is there to be opened."""
         found = []
         for kind in dict.fromkeys([*point.verified, *point.files]):
-            path, check = point.files.get(kind), point.verified.get(kind)
-            if path is not None and self.folder is not None and not (self.folder / path).exists():
-                path = None
+            path, check = self._link(point.files.get(kind)), point.verified.get(kind)
             said = []
             if check is not None:
-                said.append("verified" if check.ok else "verification failed")
+                said.append("verified" if check.ok else "verification failed" if path else "not there")
                 said += [check.note] if check.note else []
                 said += [f"largest relative error {check.max_error:.1e}"] if check.max_error is not None else []
                 said += [f"timed again at {milliseconds(check.seconds)}"] if check.seconds is not None else []
@@ -202,8 +211,17 @@ class _Page:
                 found.append({"kind": kind, "path": path, "check": check, "title": ", ".join(said)})
         return found
 
+    def _link(self, path: str | None) -> str | None:
+        """The address of a file of the run folder; None for what is not there, or leads out of it."""
+        if not isinstance(path, str) or self.folder is None:
+            return None if path is None else quote(str(path))
+        place = (self.folder / path).resolve()
+        inside = place.is_relative_to(self.folder.resolve()) and place.is_file()
+        return quote(path) if inside and not Path(path).is_absolute() else None
+
     def other(self, item: Evaluation | Reference) -> dict[str, Any]:
         """A baseline or a reference in the same table."""
+        measured = item if isinstance(item, Evaluation) else None
         latencies = item.latency if isinstance(item, Evaluation) else {item.latency.profile: item.latency}
         value = item.metrics.get(self.metric.name)
         if isinstance(item, Evaluation):
@@ -215,7 +233,7 @@ class _Page:
             "note": note,
             "validation": [self.metric.bare(item.metrics.get(key)) for key in (self.metric.name, *self.slices)],
             "change": self.metric.change(value, self.dense.metrics.get(self.metric.name)),
-            "latency": [self.time(latencies.get(profile), profile) for profile in self.profiles],
+            "latency": [self.time(latencies.get(profile), profile, measured) for profile in self.profiles],
             "size": format_bytes(item.bytes),
             "smaller": f"{self.dense.bytes / item.bytes:.1f}×" if item.bytes else "–",
         }
@@ -251,16 +269,21 @@ class _Page:
         longest = max(seconds.values(), default=0.0) or 1.0
         return [(name, value, value / longest) for name, value in seconds.items()]
 
-    def time(self, latency: Latency | None, profile: str) -> dict[str, str] | None:
+    def time(self, latency: Latency | None, profile: str, of: Evaluation | None) -> dict[str, Any] | None:
+        """A time and how many times faster than dense that is; ``of`` is whose it is, None for a reference's."""
         if latency is None:
             return None
         error = latency.spread / 2 if latency.how == "measured" else latency.error
         there = self.dense.latency.get(profile)
+        times = None
+        if there and latency.seconds:
+            times = speedup(of, self.dense, profile) if of is not None else there.seconds / latency.seconds
         return {
             "ms": milliseconds(latency.seconds).removesuffix(" ms"),
             "around": f"± {error * 100:.1f} %" if error is not None else "",
             "how": latency.how,
-            "times": f"{there.seconds / latency.seconds:.2f}×" if there and latency.seconds else "–",
+            "noisy": latency.noisy,
+            "times": f"{times:.2f}×" if times is not None else "–",
         }
 
     def layers(self, evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -362,25 +385,13 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _read_yaml(path: Path) -> Mapping[str, Any] | None:
-    import yaml
-
-    if not path.exists():
-        return None
+def _read(path: Path, read: Callable[[Path], Any]) -> Mapping[str, Any] | None:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CorruptError(f"{path} does not read as YAML: {error}") from error
-    return _checked(data, path)
-
-
-def _read_json(path: Path) -> Mapping[str, Any] | None:
-    if not path.exists():
+        data = read(path)
+    except FileNotFoundError:
         return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CorruptError(f"{path} does not read as JSON: {error}") from error
+    except UsageError as error:
+        raise CorruptError(str(error)) from error
     return _checked(data, path)
 
 

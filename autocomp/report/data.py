@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from autocomp.cache import write_atomically
-from autocomp.errors import CorruptError, UsageError
+from autocomp.errors import CorruptError, UsageError, shown
+from autocomp.reading import RECORDS_BYTES, read_json, read_text
 from autocomp.records import (
     Candidate,
     Evaluation,
@@ -52,12 +54,16 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class Verified:
-    """Whether an exported file, loaded again, computes what was searched (``max_error``, relative), and its seconds."""
+    """Whether an exported file, loaded again, computes what was searched (``max_error``, relative), and its seconds.
+
+    ``note`` says why it failed, or why it was allowed a larger error than usual; ``wrong`` that it was read back and computes something else.
+    """
 
     ok: bool
     max_error: float | None = None
     seconds: float | None = None
     note: str = ""
+    wrong: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,16 @@ class Run:
     sensitivity: tuple[Sensitivity, ...] = ()
 
 
+def speedup(evaluation: Evaluation, dense: Evaluation, profile: str) -> float:
+    """How many times faster than the dense model, by times taken at one moment.
+
+    What is on the front was timed again beside dense, in turn with it; the others were timed while searching, as dense was then.
+    """
+    again = profile in evaluation.earlier or evaluation.trial == dense.trial
+    yardstick = dense.latency[profile] if again else dense.earlier.get(profile, dense.latency[profile])
+    return yardstick.seconds / evaluation.latency[profile].seconds
+
+
 def write_front(folder: Path, run: Run) -> Path:
     """Write ``front.json`` into a run folder, whole or not at all; numbers that are not finite become null."""
     data = {
@@ -139,15 +155,13 @@ def read_run(folder: Path) -> Run:
     """
     path = folder / FRONT
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except FileNotFoundError as error:
         raise UsageError(
             f"{folder} holds no {FRONT}: it is no run folder, or its search has not finished (--resume)"
         ) from error
-    except (OSError, ValueError) as error:
-        raise CorruptError(
-            f"{path} does not read as JSON ({error}): write it again with `autocomp search --resume`"
-        ) from error
+    except UsageError as error:
+        raise CorruptError(f"{error}; write it again with `autocomp search --resume`") from error
     version = data.get("format_version") if isinstance(data, dict) else None
     check_version(version, path)
     try:
@@ -166,7 +180,7 @@ def read_run(folder: Path) -> Run:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptError(
-            f"{path} has format_version {version} but not its content ({type(error).__name__}: {error}): "
+            f"{path} has format_version {version} but not its content ({type(error).__name__}: {shown(error)}): "
             "write it again with `autocomp search --resume`"
         ) from error
 
@@ -174,10 +188,10 @@ def read_run(folder: Path) -> Run:
 def check_version(version: object, path: Path) -> None:
     """Refuse a file of a newer format, saying what to do; CorruptError where there is no version at all."""
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise CorruptError(f"{path} carries no format_version (found {version!r}): it was not written by autocomp")
+        raise CorruptError(f"{path} carries no format_version (found {shown(version)}): it was not written by autocomp")
     if version > FORMAT_VERSION:
         raise UsageError(
-            f"{path} has format_version {version}, and this autocomp reads up to {FORMAT_VERSION}: a newer one wrote it; "
+            f"{path} has format_version {shown(version)}, and this autocomp reads up to {FORMAT_VERSION}: a newer one wrote it; "
             "upgrade (pip install --upgrade autocomp), or open the report.html beside it, which needs no autocomp"
         )
 
@@ -200,16 +214,20 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
 
     path = folder / EVALUATIONS
     try:
-        table = pd.read_csv(path, dtype={"id": str, "failure": str}, keep_default_na=True)
-        for version in table.get("format_version", pd.Series(dtype=int)).unique():
-            check_version(int(version), path)
-        return [_evaluation({str(k): v for k, v in row.items() if not _missing(v)}) for row in table.to_dict("records")]
+        text = read_text(path, RECORDS_BYTES)
+    except UsageError as error:
+        raise CorruptError(str(error)) from error
     except FileNotFoundError as error:
         raise UsageError(
             f"{folder} holds no {EVALUATIONS}: it is no run folder, or its search has not finished"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptError(f"{path} does not read as a table of evaluations: {error}") from error
+    try:
+        table = pd.read_csv(io.StringIO(text), dtype={"id": str, "failure": str})
+        for version in table.get("format_version", pd.Series(dtype=int)).unique():
+            check_version(int(version), path)
+        return [_evaluation({str(k): v for k, v in row.items() if not _missing(v)}) for row in table.to_dict("records")]
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise CorruptError(f"{path} does not read as a table of evaluations: {shown(error)}") from error
 
 
 def finite(value: Any) -> Any:
@@ -311,9 +329,16 @@ def _point_to_json(point: FrontPoint) -> dict[str, Any]:
     return {
         "evaluation": evaluation_to_json(point.evaluation),
         "test_metrics": dict(point.test_metrics),
-        "verified": {kind: asdict(check) for kind, check in point.verified.items()},
+        "verified": {kind: _check_to_json(check) for kind, check in point.verified.items()},
         "files": dict(point.files),
     }
+
+
+def _check_to_json(check: Verified) -> dict[str, Any]:
+    fields = asdict(check)
+    if not check.wrong:  # of which files of before know nothing
+        del fields["wrong"]
+    return fields
 
 
 def _point_from_json(data: Mapping[str, Any]) -> FrontPoint:

@@ -11,7 +11,7 @@ from typing import Any
 
 from autocomp.quantities import format_bytes
 from autocomp.records import Evaluation, Latency
-from autocomp.report.data import Run
+from autocomp.report.data import Run, speedup
 from autocomp.search.pareto import pareto_set
 
 Figure = dict[str, Any]
@@ -241,7 +241,7 @@ def hypervolume_figure(run: Run, evaluations: Sequence[Evaluation]) -> Figure | 
 def proxy_figure(run: Run, evaluations: Sequence[Evaluation], proxy: str) -> Figure | None:
     """What an accuracy proxy (``error`` or ``kl``) said against the metric that was read; None with fewer than 3 points."""
     metric = Metric(run)
-    titles = {"error": "tier 0: sum of layer errors", "kl": "tier 1: KL from the dense model (nats)"}
+    titles = {"error": "tier 0: sum of layer errors", "kl": "tier 1: divergence from the dense model"}
 
     def value(e: Evaluation) -> float | None:
         return e.kl if proxy == "kl" else e.error
@@ -312,7 +312,7 @@ def _hover(run: Run, profile: str) -> Callable[[Evaluation], str]:
 def _times(dense: Evaluation, e: Evaluation, profile: str) -> str:
     if profile not in dense.latency or not e.latency[profile].seconds or e is dense:
         return ""
-    return f", {dense.latency[profile].seconds / e.latency[profile].seconds:.2f}× dense"
+    return f", {speedup(e, dense, profile):.2f}× dense"
 
 
 def _by_area(largest: int) -> Figure:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from autocomp.records import Evaluation, Latency
 from autocomp.report.data import Run
 from autocomp.report.figures import Metric
+from autocomp.search.goals import undisturbed
 from autocomp.search.pareto import knee
 
 
@@ -20,7 +21,7 @@ class Page(Protocol):
 
     def layers(self, evaluation: Evaluation) -> list[dict[str, Any]]: ...
 
-    def time(self, latency: Latency | None, profile: str) -> Mapping[str, str] | None: ...
+    def time(self, latency: Latency | None, profile: str, of: Evaluation | None) -> Mapping[str, Any] | None: ...
 
 
 def knee_of(run: Run, metric: Metric, profile: str) -> Evaluation | None:
@@ -30,6 +31,7 @@ def knee_of(run: Run, metric: Metric, profile: str) -> Evaluation | None:
         for point in run.front
         if profile in point.evaluation.latency and metric.name in point.evaluation.metrics
     ]
+    kept = undisturbed(kept)
     dense = run.dense.evaluation.metrics.get(metric.name, 0.0)
     at = knee([(metric.loss(e.metrics[metric.name], dense), e.latency[profile].seconds) for e in kept])
     return None if at is None else kept[at]
@@ -55,7 +57,7 @@ def targets(page: Page) -> dict[str, Any] | None:
                 "profile": profile,
                 "id": evaluation.candidate.id,
                 "metric": page.metric.bare(evaluation.metrics.get(page.metric.name)),
-                "times": [page.time(evaluation.latency.get(other), other) for other in chosen],
+                "times": [page.time(evaluation.latency.get(other), other, evaluation) for other in chosen],
             }
             for profile, evaluation in chosen.items()
         ],

@@ -66,16 +66,21 @@ def feasible(
     return not violations(evaluation, dense, goals, objective, higher_is_better)
 
 
+def undisturbed(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Those whose latencies were measured without noise; all of them where none was."""
+    return [e for e in evaluations if not e.noisy] or list(evaluations)
+
+
 def best(
     evaluations: Sequence[Evaluation], dense: Evaluation, goals: Limits, objective: str, higher_is_better: bool = True
 ) -> Evaluation:
     """The evaluation to take: what is not limited is optimised.
 
     With a limit on the drop the fastest feasible one; with a limit on latency (or bytes) alone the most accurate; with
-    none the knee of drop against latency. Ties go to the smaller model. InfeasibleError names what the nearest one
-    misses.
+    none the knee of drop against latency. Ties go to the smaller model. One whose latency is noisy is taken only where all are.
+    InfeasibleError names what the nearest one misses.
     """
-    met = [e for e in evaluations if feasible(e, dense, goals, objective, higher_is_better)]
+    met = undisturbed([e for e in evaluations if feasible(e, dense, goals, objective, higher_is_better)])
     if not met:
         raise InfeasibleError(_nearest(evaluations, dense, goals, objective, higher_is_better))
     losses = {e.trial: drop(e, dense, objective, higher_is_better) for e in met}

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from autocomp.errors import UsageError
-from autocomp.records import Candidate, Evaluation, Method, Source, evaluation_from_json, evaluation_to_json
+from autocomp.records import Candidate, Evaluation, Method, Source, evaluation_from_json, evaluation_to_json, sound
 from autocomp.search.pareto import Floats, hypervolume_history, pareto_set
 from autocomp.search.propose import Levels, Tpe, propose, quiet_optuna
 from autocomp.search.solver import Problem
+from autocomp.search.storage import Claim, masked, open_storage, storage_errors
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -62,11 +63,12 @@ def open_search(
     resume: bool = False,
     problem: Callable[[], Problem] | None = None,
     normalise: Callable[[Candidate], Candidate] | None = None,
+    records: Mapping[str, Any] | None = None,
 ) -> Search:
     """Open or create the study ``name`` in an Optuna storage (``sqlite:///path`` or another RDB URL).
 
     ``problem`` (gives the solver's, of the same space, as it is fitted at the time) and ``normalise`` (``Space.normalise``)
-    sharpen the proposals.
+    sharpen the proposals. ``records`` are kept with a study in which nothing was asked yet, as by ``set_attr``.
     UsageError if the storage cannot be opened, the study exists and ``resume`` is not set, or its levels are others.
     """
     import optuna
@@ -75,19 +77,21 @@ def open_search(
         "widths": {group: list(widths) for group, widths in space.widths.items()},
         "methods": {layer: [str(method) for method in methods] for layer, methods in space.methods.items()},
     }
-    with _storage_errors(storage_url, "be opened"):
-        storage = _open_storage(storage_url)
+    with storage_errors(storage_url, "be opened"):
+        storage = open_storage(storage_url)
         exists = name in {study.study_name for study in storage.get_all_studies()}
         if exists and not resume:
             raise UsageError(
-                f"{storage_url} holds a study {name!r} already: continue it with --resume, or choose another --out"
+                f"{masked(storage_url)} holds a study {name!r} already: continue it with --resume, or choose another --out"
             )
         if not exists:
             with quiet_optuna():
                 optuna.create_study(storage=storage, study_name=name, directions=["minimize", "minimize"])
         study_id = storage.get_study_id_from_name(name)
         attrs = storage.get_study_user_attrs(study_id)
-        if "space" not in attrs:  # also after a kill between the two statements
+        if "space" not in attrs:  # also after a kill between these statements
+            for key, value in (records or {}).items():
+                storage.set_study_user_attr(study_id, key, value)
             storage.set_study_user_attr(study_id, "space", levels)
         elif attrs["space"] != levels:
             changed = sorted(
@@ -97,10 +101,11 @@ def open_search(
                 if levels[part].get(key) != attrs["space"][part].get(key)
             )
             raise UsageError(
-                f"study {name!r} in {storage_url} is of another search space (it differs in {', '.join(changed)}): "
+                f"study {name!r} in {masked(storage_url)} is of another search space (it differs in {', '.join(changed)}): "
                 "resume with the same model, space and profiles, or choose another --out"
             )
-        return Search(storage, study_id, space, seed, problem, normalise)
+        claim = Claim(storage, study_id, storage_url)
+        return Search(storage, study_id, space, seed, problem, normalise, claim)
 
 
 class Search:
@@ -117,10 +122,11 @@ class Search:
         seed: int,
         problem: Callable[[], Problem] | None,
         normalise: Callable[[Candidate], Candidate] | None,
+        claim: Claim,
     ) -> None:
         self.space = space
         self.seed = seed
-        self._storage, self._study_id = storage, study_id
+        self._storage, self._study_id, self._held = storage, study_id, claim
         self._problem, self._normalise = problem, normalise or (lambda candidate: candidate)
         self._names = [*(f"width:{g}" for g in space.widths), *(f"method:{m}" for m in space.methods)]
         options = [*space.widths.values(), *space.methods.values()]
@@ -133,6 +139,7 @@ class Search:
         self._levels: dict[int, list[int]] = {}  # by told trial, each worked out once
         self._values: dict[int, tuple[float, float]] = {}  # objectives as told: updates change no yardstick
         self._tpe = Tpe(self._names, self._sizes)
+        self.unreadable = 0  # trials whose records are not as this autocomp writes them; they are left out
         self._load()
 
     @property
@@ -220,7 +227,9 @@ class Search:
         return hypervolume_history(points / np.array([error_cap, 1.0]), (1.0, 1.0))
 
     def close(self) -> None:
-        """Let go of the storage; SQLite then folds its write-ahead log into the one file."""
+        """Let go of the study and its storage; SQLite then folds its write-ahead log into the one file."""
+        with self._writing():
+            self._held.release()
         self._storage.remove_session()
         self._storage.engine.dispose()
 
@@ -229,28 +238,33 @@ class Search:
         from optuna.trial import TrialState
 
         updates = self._storage.get_study_user_attrs(self._study_id)
-        unfinished: list[FrozenTrial] = []
+        unfinished: list[tuple[FrozenTrial, Candidate, Source]] = []
         for row in sorted(self._storage.get_all_trials(self._study_id, deepcopy=False), key=lambda t: t.number):
             if "asked" not in row.user_attrs:  # made by no search of ours
                 continue
-            candidate = Candidate.from_json(row.user_attrs["asked"]["candidate"])
-            stored = updates.get(f"{_UPDATE}{row.number}", row.user_attrs.get("evaluation"))
-            if stored is not None:
-                evaluation = evaluation_from_json(stored)
+            try:
+                candidate = Candidate.from_json(row.user_attrs["asked"]["candidate"])
+                source = row.user_attrs["asked"]["source"]
+                self._encode(candidate)
+                stored = updates.get(f"{_UPDATE}{row.number}", row.user_attrs.get("evaluation"))
+                evaluation = None if stored is None else sound(evaluation_from_json(stored), row.number, candidate)
+            except (KeyError, TypeError, ValueError, AttributeError):
+                self.unreadable += 1
+                continue
+            if evaluation is not None:
                 self._remember(evaluation, None if row.state != TrialState.COMPLETE else tuple(row.values))
                 self._seen.add(candidate)
                 if not row.state.is_finished():
                     self._finish(row._trial_id, evaluation)
             elif row.state == TrialState.WAITING:
-                self._waiting.append((row._trial_id, Asked(row.number, candidate, row.user_attrs["asked"]["source"])))
+                self._waiting.append((row._trial_id, Asked(row.number, candidate, source)))
                 self._seen.add(candidate)
             elif row.state == TrialState.RUNNING:
-                unfinished.append(row)
+                unfinished.append((row, candidate, source))
         lost = []
-        for row in unfinished:
-            candidate = Candidate.from_json(row.user_attrs["asked"]["candidate"])
+        for row, candidate, source in unfinished:
             if candidate not in self._seen:  # else a kill came between the next line and the last one
-                lost.append(self._create(candidate, row.user_attrs["asked"]["source"], running=False))
+                lost.append(self._create(candidate, source, running=False))
             self._storage.set_trial_state_values(row._trial_id, TrialState.FAIL)
         self._waiting = lost + self._waiting
 
@@ -345,8 +359,11 @@ class Search:
         assert self._problem is not None
         return np.stack(self._problem().costs(rows[:, self._columns])[:2], axis=1)
 
-    def _writing(self) -> Any:
-        return _storage_errors(self._storage.url, "be written")
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with storage_errors(self._storage.url, "be written"):
+            yield
+            self._held.sign()
 
 
 def _problem_columns(problem: Problem, space: Space) -> list[int]:
@@ -360,38 +377,3 @@ def _problem_columns(problem: Problem, space: Space) -> list[int]:
     methods = {layer: len(space.widths) + k for k, layer in enumerate(space.methods)}
     groups = {group: k for k, group in enumerate(space.widths)}
     return [*(groups[g] for g in problem.groups), *(methods[f.layer] for f in problem.factors)]
-
-
-def _open_storage(url: str) -> RDBStorage:
-    """An RDB storage; SQLite writes ahead, so that a commit waits for no disk and a kill loses none."""
-    from optuna.storages import RDBStorage
-    from sqlalchemy import event
-
-    storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None)
-    if url.startswith("sqlite"):
-
-        @event.listens_for(storage.engine, "connect")
-        def write_ahead(connection: Any, _record: object) -> None:
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute(
-                "PRAGMA synchronous=NORMAL"
-            )  # with WAL: safe against kills; a power cut may cost seconds
-
-        storage.engine.dispose()  # the connections made so far know nothing of it
-    return storage
-
-
-@contextmanager
-def _storage_errors(url: str, what: str) -> Iterator[None]:
-    """Turn what SQL and Optuna raise into one message."""
-    from optuna.exceptions import StorageInternalError
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (StorageInternalError, SQLAlchemyError, ImportError) as error:
-        reason = str(getattr(error, "orig", None) or error.__cause__ or error).splitlines()[0]
-        raise UsageError(
-            f"the study's storage {url} cannot {what}: {reason}; what was told before is kept. "
-            "Check the path and the free space, or name another with --storage"
-        ) from error

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from autocomp.devices.device import Device
-from autocomp.errors import AutocompError
+from autocomp.devices.device import Compiled, Device
+from autocomp.errors import AutocompError, last_line
+from autocomp.preflight import Rehearsed
 from autocomp.processes import cores
 from autocomp.records import Candidate, Evaluation, Latency
+from autocomp.runfolder import unwritable_reason
 from autocomp.side_by_side import side_by_side
 from autocomp.task import Task, evaluate_task
 
@@ -38,20 +41,32 @@ class Measurer:
         stitch: Stitch,
     ) -> None:
         self.task, self.devices, self.inputs, self.stitch = task, devices, inputs, stitch
-        self._here = any(d.profile.how == "local" and d.profile.cores > 1 for d in devices.values())
-        self.together = 1 if self._here else min(cores(), TOGETHER)
+        self.names: tuple[str, ...] | None = None  # of dense's metrics, once they are known: no model may have others
+        self.rehearsed: Rehearsed | None = None  # dense, where it was compiled and judged before
+        self.here = any(d.profile.how == "local" and d.profile.cores > 1 for d in devices.values())
+        self.together = 1 if self.here else min(cores(), TOGETHER)
 
-    def measure(self, evaluation: Evaluation) -> Evaluation:
-        """Measure one candidate in this process. AutocompError if it cannot be compiled, differs from torch, or has no metric."""
+    def measure_dense(self, evaluation: Evaluation) -> Evaluation:
+        """Measure the uncompressed model in this process. AutocompError if it cannot be compiled, differs from torch, or has no metric."""
         start = time.perf_counter()
-        latency = self._time(evaluation.candidate, lambda: None)
-        metrics = evaluate_task(self.task, self.stitch(evaluation.candidate))
+        if self.rehearsed is None:
+            model = self.stitch(evaluation.candidate)
+            compiled, metrics = self._compile(model), evaluate_task(self.task, model)
+        else:
+            compiled, metrics = dict(self.rehearsed.compiled), dict(self.rehearsed.metrics)
+        latency = {name: device.time(compiled[name], self.inputs[0]) for name, device in self.devices.items()}
         spent = evaluation.seconds_spent + time.perf_counter() - start
         return replace(evaluation, state="measured", latency=latency, metrics=metrics, seconds_spent=spent)
 
+    def dense_module(self, name: str) -> Compiled:
+        """The uncompressed model compiled for a profile."""
+        if self.rehearsed is not None:
+            return self.rehearsed.compiled[name]
+        return self.devices[name].compile(self.task.model, self.inputs)
+
     def measure_all(self, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
         """Measure up to ``together`` candidates; a failure is recorded with its candidate."""
-        if self._here:
+        if self.here:
             return [self._tried(evaluation) for evaluation in evaluations]
         start = time.perf_counter()
         metrics: list[Mapping[str, float] | str] = []
@@ -72,19 +87,35 @@ class Measurer:
         return done
 
     def _tried(self, evaluation: Evaluation) -> Evaluation:
+        start = time.perf_counter()
         try:
-            return self.measure(evaluation)
-        except (AutocompError, RuntimeError) as error:
-            return replace(evaluation, state="failed", failure=str(error))
+            latency = self._time(evaluation.candidate, lambda: None)
+            metrics = evaluate_task(self.task, self.stitch(evaluation.candidate), names=self.names)
+        except Exception as error:
+            return replace(evaluation, state="failed", failure=reason_of(error))
+        spent = evaluation.seconds_spent + time.perf_counter() - start
+        return replace(evaluation, state="measured", latency=latency, metrics=metrics, seconds_spent=spent)
 
     def _metrics(self, candidate: Candidate) -> Mapping[str, float] | str:
         try:
-            return evaluate_task(self.task, self.stitch(candidate))
-        except (AutocompError, RuntimeError) as error:
-            return str(error)
+            return evaluate_task(self.task, self.stitch(candidate), names=self.names)
+        except Exception as error:
+            return reason_of(error)
 
     def _time(self, candidate: Candidate, alone: Callable[[], None]) -> dict[str, Latency]:
-        model = self.stitch(candidate)
-        compiled = {name: device.compile(model, self.inputs) for name, device in self.devices.items()}
+        compiled = self._compile(self.stitch(candidate))
         alone()
         return {name: device.time(compiled[name], self.inputs[0]) for name, device in self.devices.items()}
+
+    def _compile(self, model: torch.nn.Module) -> dict[str, Compiled]:
+        return {name: device.compile(model, self.inputs) for name, device in self.devices.items()}
+
+
+def reason_of(error: Exception) -> str:
+    """Why a candidate failed, in one line; the rest goes to the run's log."""
+    if isinstance(error, AutocompError):
+        return str(error)
+    if isinstance(error, OSError) and unwritable_reason(error):
+        raise error  # the next one would fail alike
+    traceback.print_exc()
+    return f"{type(error).__name__}: {last_line(error)}"

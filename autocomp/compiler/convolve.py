@@ -1,0 +1,67 @@
+"""Channels-last convolutions → the templates' own: weights packed now or by the module, groups made whole vectors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from autocomp.compiler.expressions import array_of, is_constant, shape_of
+from autocomp.kernels import packing
+from autocomp.kernels.compute import ConvSpec
+from autocomp.kernels.grouped import Regrouping
+
+
+def convolve(builder: Any, call: Any, lanes: int, kind: Any, compute: Any) -> Any:
+    """Emit ``call``, a convolution of ``data [N, *S, C]`` with ``weight [O, *K, I]``.
+
+    ``kind`` is the class of its shapes (ConvSpec, VolumeSpec) and ``compute(data, packed, spec)`` the template's operator.
+    """
+    from tvm import relax
+
+    attrs, (data, weight) = call.attrs, call.args
+    outputs, *kernel, depth = shape_of(weight) or ()
+    shape = (outputs, depth, *kernel)
+    spec = kind.of(shape_of(data) or (), shape, attrs.strides, attrs.padding, attrs.dilation, int(attrs.groups), lanes)
+    regrouping = None
+    if not (spec.groups == 1 or spec.depthwise or outputs // spec.groups % lanes == 0):
+        regrouping = Regrouping.of(spec.groups, outputs, lanes)
+        spec = replace(spec, groups=regrouping.fewer, out_channels=regrouping.fewer * regrouping.padded)
+    if is_constant(weight):
+        array = array_of(weight).transpose(0, len(kernel) + 1, *range(1, len(kernel) + 1))
+        array = regrouping.weight(array) if regrouping else array
+        if isinstance(spec, ConvSpec):
+            packed = relax.const(packing.pack_conv_weight(array, spec, None))
+        else:
+            packed = relax.const(packing.pack_volume_weight(array, lanes, depthwise=spec.depthwise))
+    else:
+        if regrouping:
+            weight = builder.emit_te(regrouping.computed_weight, weight, primfunc_name_hint="regroup")
+        packed = builder.emit_te(lambda w: _packed(w, spec), weight, primfunc_name_hint="pack")
+    name = "depthwise" if spec.depthwise else f"conv{len(kernel)}d"
+    result = builder.call_te(lambda x, w: compute(x, w, spec), data, packed, primfunc_name_hint=name)
+    if regrouping and regrouping.pads:
+        return builder.call_te(regrouping.drop, builder.emit(result), primfunc_name_hint="take_channels")
+    return result
+
+
+def _packed(weight: Any, spec: Any) -> Any:
+    """``weight [O, *K, I]`` as ``kernels.packing`` packs constants."""
+    from tvm import te, tirx
+
+    outputs, *kernel, depth = (int(size) for size in weight.shape)
+    if spec.depthwise:
+        return te.compute((*kernel, outputs), lambda *i: weight[(i[-1], *i[:-1], 0)], name="pack")
+    lanes, blocks = spec.lanes, -(-outputs // spec.lanes)
+    kernel = [] if getattr(spec, "is_dense", False) else kernel
+
+    def value(*i: Any) -> Any:
+        block, *tap, channel, lane = i
+        o = block * lanes + lane
+        at = (o, *(tap or (0, 0)), channel)
+        return (
+            weight[at]
+            if outputs % lanes == 0
+            else tirx.if_then_else(o < outputs, weight[at], tirx.const(0, weight.dtype))
+        )
+
+    return te.compute((blocks, *kernel, depth, lanes), value, name="pack")

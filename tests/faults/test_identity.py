@@ -1,0 +1,285 @@
+"""A run that goes on is the run that began: the same model and data, the same study, the same machine, one process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_task
+import torch
+
+import autocomp
+from autocomp.errors import UsageError
+from autocomp.identity import identity_of, source_of
+from autocomp.report.data import read_evaluations
+from autocomp.search.storage import Claim, masked, open_storage, read_study
+from autocomp.search.study import Space, open_search
+
+pytestmark = pytest.mark.usefixtures("short_tuning", "without_exports")
+OPTIONS = {"trials": 4, "measure": 1, "references": False}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, spaces: dict[str, str], short_tuning: None) -> Path:
+    """A run folder that is done; to be copied, not changed."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    autocomp.search(task=tiny_task.task(), out=out, space=spaces["full"], **OPTIONS)
+    return out
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def resume(run: Path, spaces: dict[str, str]) -> Callable[..., autocomp.SearchResult]:
+    def again(task: autocomp.Task | None = None, **options: Any) -> autocomp.SearchResult:
+        given = {"out": run, "space": spaces["full"], **OPTIONS, **options}
+        return autocomp.search(task=task or tiny_task.task(), resume=True, **given)
+
+    return again
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a run but its lock."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def other_weights() -> autocomp.Task:
+    net = tiny_task.model()
+    with torch.no_grad():
+        net.head.weight.add_(0.01)
+    return replace(tiny_task.task(), model=net)
+
+
+def other_graph() -> autocomp.Task:
+    class Scaled(tiny_task.TinyNet):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    net = Scaled()
+    net.load_state_dict(tiny_task.weights())
+    return replace(tiny_task.task(), model=net.eval())
+
+
+def other_calibration() -> autocomp.Task:
+    return replace(tiny_task.task(), calibration=[(tiny_task.data(64, seed=9)[0],)])
+
+
+def other_examples() -> autocomp.Task:
+    return replace(tiny_task.task(), example_inputs=(tiny_task.data(2, seed=2)[0],))
+
+
+def other_metric() -> autocomp.Task:
+    return replace(tiny_task.task(), evaluate=lambda model: {"accuracy": 0.5})
+
+
+def other_objective() -> autocomp.Task:
+    return replace(tiny_task.task(), objective="accuracy/upright")
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (other_weights, "the model's weights"),
+        (other_graph, "the model's graph"),
+        (other_calibration, "the calibration data"),
+        (other_examples, "the example inputs"),
+        (other_metric, "the source of evaluate"),
+        (other_objective, "the objective"),
+    ],
+)
+def test_another_task_is_refused_and_touches_nothing(
+    make: Callable[[], autocomp.Task], named: str, run: Path, resume: Callable[..., Any]
+) -> None:
+    before = contents(run)
+    with pytest.raises(UsageError, match=named) as caught:
+        resume(make(), trials=6)
+    assert "another --out" in str(caught.value)
+    after = contents(run)
+    config = {"config.yaml"}  # the budgets that were asked for
+    assert {k: v for k, v in after.items() if k not in config and not k.startswith("study.db") and k != "log.txt"} == {
+        k: v for k, v in before.items() if k not in config and not k.startswith("study.db") and k != "log.txt"
+    }
+
+
+def test_identity_is_the_same_in_another_process() -> None:
+    code = "import tiny_task, json; from autocomp.identity import identity_of; print(json.dumps(identity_of(tiny_task.task())))"
+    tests = Path(tiny_task.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=tests, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == identity_of(tiny_task.task())
+
+
+def test_source_is_what_a_function_does_and_not_how_it_is_written(tmp_path: Path) -> None:
+    def of(text: str) -> str:
+        path = tmp_path / "module.py"
+        path.write_text(text)
+        names: dict[str, Any] = {}
+        exec(compile(text, str(path), "exec"), names)
+        return source_of(names["judge"])
+
+    first = of("def judge(model):\n    return {'a': 1.0}\n")
+    assert of("# judged\ndef judge(model):  # so\n\n    return {'a':1.0}\n") == first
+    assert of("def judge(model):\n    return {'a': 2.0}\n") != first
+    made = [eval(text) for text in ("lambda m: {'a': 1.0}", "lambda m: {'a': 1.0}", "lambda m: {'a': 2.0}")]  # no file
+    assert source_of(made[0]) == source_of(made[1]) != source_of(made[2])
+    assert source_of(None) == "none"
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "text", "cut"])
+def test_a_lost_study_is_not_begun_anew_over_its_results(damage: str, run: Path, resume: Callable[..., Any]) -> None:
+    database = run / "study.db"
+    content = database.read_bytes()
+    if damage == "missing":
+        database.unlink()
+    else:
+        kept = {"empty": b"", "text": b"no database at all" * 100, "cut": content[: len(content) // 2]}
+        database.write_bytes(kept[damage])
+    for part in run.glob("study.db-*"):
+        part.unlink()
+    before = contents(run)
+    with pytest.raises(UsageError, match=r"another --out|cannot be read") as caught:
+        resume()
+    assert len(str(caught.value).splitlines()) == 1
+    assert {k: v for k, v in contents(run).items() if not k.startswith("study.db-")} == before
+    database.write_bytes(content)
+    assert len(resume().front) > 0
+
+
+def test_results_without_their_settings_are_not_written_over(run: Path, spaces: dict[str, str]) -> None:
+    (run / "config.yaml").unlink()
+    before = contents(run)
+    with pytest.raises(UsageError, match=r"holds parts of a run .*front\.json"):
+        autocomp.search(task=tiny_task.task(), out=run, space=spaces["full"], **OPTIONS)
+    assert contents(run) == before
+
+
+def test_two_runs_of_one_name_share_a_database(tmp_path: Path, spaces: dict[str, str]) -> None:
+    storage = f"sqlite:///{tmp_path / 'shared.db'}"
+    found = [
+        autocomp.search(
+            task=tiny_task.task(), out=tmp_path / folder / "run", space=spaces["full"], storage=storage, **OPTIONS
+        )
+        for folder in ("a", "b")
+    ]
+    names = {study.study_name for study in open_storage(storage).get_all_studies()}
+    assert len(names) == 2
+    assert all(name.startswith("run-") for name in names)
+    assert [result.run.summary.told for result in found] == [4, 4]
+    shutil.move(tmp_path / "a", tmp_path / "c")  # a folder that moved is the same run
+    again = autocomp.search(
+        task=tiny_task.task(), out=tmp_path / "c" / "run", space=spaces["full"], storage=storage, resume=True, **OPTIONS
+    )
+    assert again.run.summary.told == 4
+    (tmp_path / "c" / "run" / "run.json").unlink()
+    with pytest.raises(UsageError, match=r"run\.json"):
+        autocomp.search(
+            task=tiny_task.task(),
+            out=tmp_path / "c" / "run",
+            space=spaces["full"],
+            storage=storage,
+            resume=True,
+            **OPTIONS,
+        )
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A study that another process searches in, and that process."""
+    url = f"sqlite:///{tmp_path / 'held.db'}"
+    open_search(url, "run", Space({"g": (2, 1)}, {})).close()
+    code = (
+        "import time; from autocomp.search.storage import Claim, open_storage\n"
+        f"storage = open_storage({url!r}); claim = Claim(storage, storage.get_study_id_from_name('run'), {url!r})\n"
+        "print('held', flush=True); time.sleep(600)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "held\n"
+    yield url, child
+    child.kill()
+    child.communicate()
+
+
+def test_a_study_at_work_is_refused_until_its_process_is_gone(holder: tuple[str, subprocess.Popen[str]]) -> None:
+    url, child = holder
+    space = Space({"g": (2, 1)}, {})
+    for attempt in (lambda: read_study(url, "run"), lambda: open_search(url, "run", space, resume=True)):
+        with pytest.raises(UsageError, match=f"another process \\({child.pid} on .*wait for it"):
+            attempt()
+    child.kill()
+    child.wait()
+    search = open_search(url, "run", space, resume=True)
+    asked = search.ask()
+    assert asked is not None
+    search.close()
+
+
+def test_a_process_of_another_machine_counts_as_gone_after_a_while(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'far.db'}"
+    open_search(url, "run", Space({"g": (2, 1)}, {})).close()
+    storage = open_storage(url)
+    study = storage.get_study_id_from_name("run")
+    far = {"token": "t", "host": "elsewhere ? ?", "pid": 1, "started": "1"}
+    storage.set_study_user_attr(study, "owner", {**far, "seen": time.time()})
+    with pytest.raises(UsageError, match="1 on elsewhere"):
+        Claim(storage, study, url)
+    storage.set_study_user_attr(study, "owner", {**far, "seen": time.time() - 7200})
+    Claim(storage, study, url).release()
+
+
+def test_what_another_machine_measured_is_measured_again(run: Path, resume: Callable[..., Any]) -> None:
+    url = f"sqlite:///{run / 'study.db'}"
+    storage = open_storage(url)
+    study = storage.get_study_id_from_name("autocomp")
+    storage.set_study_user_attr(study, "targets", {"x86-host": "another"})
+    storage.remove_session()
+    storage.engine.dispose()
+    before = times(run)
+    result = resume()
+    assert any("another machine" in text for text in result.run.warnings)
+    after = times(run)
+    assert len(after) == len(before) > 1
+    assert not after & before
+
+
+def times(run: Path) -> set[float]:
+    """Seconds of all that a run has measured."""
+    told = read_evaluations(run)
+    return {evaluation.latency["x86-host"].seconds for evaluation in told if evaluation.state == "measured"}
+
+
+def test_changed_judgement_is_said(run: Path, resume: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tiny_task.data
+
+    def relabelled(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, labels = data(count, seed)
+        return inputs, (labels + (seed == 3)) % tiny_task.CLASSES
+
+    monkeypatch.setattr(tiny_task, "data", relabelled)
+    result = resume()
+    assert any("judges the uncompressed model otherwise" in text for text in result.run.warnings)
+
+
+def test_passwords_are_masked_and_their_file_is_private(tmp_path: Path, spaces: dict[str, str]) -> None:
+    assert masked("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
+    out = tmp_path / "run"
+    storage = f"sqlite://user:secret@/{tmp_path / 'x.db'}"
+    with pytest.raises(UsageError) as caught:
+        autocomp.search(task=tiny_task.task(), out=out, space=spaces["full"], storage=storage, **OPTIONS)
+    assert "secret" not in str(caught.value)
+    from autocomp.config import load_settings
+    from autocomp.runfolder import open_run_folder
+
+    open_run_folder(load_settings(None, {"task": "digits", "out": str(out), "storage": storage}), resume=False)
+    assert stat.S_IMODE((out / "config.yaml").stat().st_mode) == 0o600

@@ -1,0 +1,147 @@
+"""What ``autocomp.compile`` hands over: compared on more than its example, on a second call, and of a model that repeats itself."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import autocomp
+from autocomp import handover
+from autocomp.compiler.build import CompiledModel
+from autocomp.errors import ExportError, MismatchError
+from autocomp.handover import checked_inputs, describe_outputs, varied
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("short_tuning")
+
+
+class Applied(nn.Module):
+    """A model that is one function of its input."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layer(x))
+
+
+class Counting(nn.Module):
+    """A model that keeps how often it was called where no export sees it."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+def test_integers_stay_in_their_table_and_values_in_their_range() -> None:
+    tokens, mask = torch.tensor([[5, 2, 9, 2]]), torch.ones(1, 4, dtype=torch.long)
+    values, flags = torch.rand(2, 3, 40), torch.tensor([[True, False, True, True]])
+    seen = [varied((tokens, mask, values, flags, torch.zeros(1, 20)), seed) for seed in range(20)]
+    assert {int(t) for made in seen for t in made[0].flatten()} == set(range(2, 10))
+    for _, ones, numbers, booleans, zeros in seen:
+        assert torch.equal(ones, mask)
+        assert float(numbers.min()) >= float(values.min())
+        assert float(numbers.max()) <= float(values.max())
+        assert booleans.dtype == torch.bool
+        assert float(zeros.std()) > 0, "a constant example says nothing of the range"
+    assert not torch.equal(seen[0][2], seen[1][2])
+
+
+def test_a_model_need_not_take_what_was_made_up() -> None:
+    class Picky(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if not torch.equal(x, torch.ones(1, 3)):
+                raise ValueError("not mine")
+            return x
+
+    example = (torch.ones(1, 3),)
+    assert len(checked_inputs(Picky(), example)) == 2
+    assert len(checked_inputs(nn.Identity(), example)) == 2 + handover.VARIED
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: functional.dropout(x, 0.5, training=True),
+        lambda x: x + torch.rand_like(x),
+        lambda x: torch.bernoulli(torch.full_like(x, 0.5)),
+    ],
+    ids=["dropout", "rand", "bernoulli"],
+)
+def test_a_random_model_is_said_to_be(function: Callable[[Tensor], Tensor]) -> None:
+    model, x = Applied(function).eval(), torch.randn(1, 8)
+    state = torch.random.get_rng_state()
+    with pytest.raises(ExportError, match="the model is random: two calls on the same inputs differ"):
+        autocomp.compile(model, (x,))
+    assert torch.equal(torch.random.get_rng_state(), state), "asking leaves the user's own chance alone"
+
+
+def test_a_model_with_a_state_is_said_to_have_one() -> None:
+    with pytest.raises(ExportError, match="the model keeps a state"):
+        autocomp.compile(Counting(), (torch.randn(1, 8),))
+
+
+def test_a_constant_model_is_said_to_be() -> None:
+    class Dead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+            nn.init.constant_(self.layer.bias, -100.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.layer(x))
+
+    with pytest.warns(UserWarning, match="outputs are the same for 3 different inputs"):
+        autocomp.compile(Dead().eval(), (torch.randn(1, 8),))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        autocomp.compile(Applied(torch.tanh).eval(), (torch.randn(1, 8),))
+    assert describe_outputs(Applied(torch.tanh).eval(), [(torch.randn(1, 8),)]) == ""
+
+
+def test_what_agrees_on_the_example_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled module that gives back its first answer for ever."""
+    honest, kept = CompiledModel.run, {}
+
+    def stuck(self: CompiledModel, *inputs: Tensor) -> Any:
+        return kept.setdefault(id(self), honest(self, *inputs))
+
+    monkeypatch.setattr(CompiledModel, "run", stuck)
+    with pytest.raises(MismatchError, match="differs from torch"):
+        autocomp.compile(Applied(torch.tanh).eval(), (torch.randn(1, 8),))
+
+
+def test_what_agrees_on_the_first_call_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled module that keeps a state."""
+    honest = CompiledModel.run
+    calls = []
+
+    def drifting(self: CompiledModel, *inputs: Tensor) -> Any:
+        calls.append(inputs)
+        result = honest(self, *inputs)
+        return result if len(calls) <= 1 + handover.VARIED else result * 1.5
+
+    monkeypatch.setattr(CompiledModel, "run", drifting)
+    with pytest.raises(MismatchError, match="differs from torch"):
+        autocomp.compile(Applied(torch.tanh).eval(), (torch.randn(1, 8),))
+
+
+def test_an_input_that_the_model_writes_to_is_left_alone() -> None:
+    class Centred(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sub_(x.mean())
+
+    x = torch.randn(1, 8)
+    before = x.clone()
+    checked_inputs(Centred(), (x,))
+    assert torch.equal(x, before)
