@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from autocomp.cache import write_atomically
 from autocomp.errors import AutocompError, MismatchError, last_line
-from autocomp.onnx_export import export_onnx, onnx_session, run_session
+from autocomp.onnx_export import EXACT, export_onnx, onnx_session, run_session
 from autocomp.records import FORMAT_VERSION, Evaluation, latency_to_json
 from autocomp.report.data import Verified
 from autocomp.runfolder import unwritable_reason
-from autocomp.verify import compare
+from autocomp.verify import compare, precision_of
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ def export_point(
     weights = _tried(folder / WEIGHTS, partial(_weights, model))
     if not weights.ok:
         verified["weights"] = weights
-    _write_manifest(folder, evaluation, inputs[0], verified)
+    _write_manifest(folder, evaluation, inputs[0], verified, precision_of(model) == "int8")
     return verified
 
 
@@ -117,7 +117,7 @@ def _library(
 
 def _onnx(model: torch.nn.Module, inputs: Sequence[tuple[torch.Tensor, ...]], path: Path) -> Verified:
     export_onnx(model, inputs[0], path)
-    session = onnx_session(path)
+    session = onnx_session(path, exact=True)
     found = compare(model, lambda *arguments: run_session(session, *arguments), inputs, path.name)
     return Verified(True, found.errors.worst, note=found.note)
 
@@ -132,7 +132,11 @@ def _weights(model: torch.nn.Module, path: Path) -> Verified:
 
 
 def _write_manifest(
-    folder: Path, evaluation: Evaluation, example: tuple[torch.Tensor, ...], verified: Mapping[str, Verified]
+    folder: Path,
+    evaluation: Evaluation,
+    example: tuple[torch.Tensor, ...],
+    verified: Mapping[str, Verified],
+    eight_bits: bool,
 ) -> None:
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -146,6 +150,7 @@ def _write_manifest(
         "bytes": evaluation.bytes,
         "latency": {name: _brief(latency_to_json(latency)) for name, latency in evaluation.latency.items()},
         "verified": {kind: asdict(check) for kind, check in verified.items()},
+        "onnx_session_options": EXACT if eight_bits else {},  # for processors without VNNI
         "sha256": {
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(folder.iterdir())

@@ -17,6 +17,10 @@ from autocomp.errors import ExportError
 if TYPE_CHECKING:
     import torch
 
+# Without VNNI, ONNX Runtime sums pairs of 8-bit products in 16 bits, which large weights beside large activations overflow. This option of a
+# session has it multiply exactly, more slowly [onnxruntime_session_options_config_keys.h, kOrtSessionOptionsAvx2PrecisionMode].
+EXACT = {"session.x64quantprecision": "1"}
+
 
 def export_onnx(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...], path: Path) -> Path:
     """Write ``model`` (BatchNorm folded) as one ONNX file for the shapes of the example inputs. ExportError if it cannot be.
@@ -37,6 +41,7 @@ def export_onnx(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...]
                 custom_translation_table=_translations(),
             )  # fmt: skip
             assert program is not None  # only dynamo=False returns nothing
+            _write_zero_points(program.model)
             program.save(str(path), external_data=False)
     except Exception as error:
         detail = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -44,9 +49,14 @@ def export_onnx(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...]
     return path
 
 
-def onnx_session(path: Path, threads: int = 1, profile_to: Path | None = None) -> Any:
-    """Open an ONNX Runtime session on the CPU with a fixed number of threads; ``profile_to`` starts its profiler's file name."""
+def onnx_session(path: Path, threads: int = 1, profile_to: Path | None = None, exact: bool = False) -> Any:
+    """Open an ONNX Runtime session on the CPU with a fixed number of threads; ``profile_to`` starts its profiler's file name.
+
+    ``exact`` asks for 8-bit products that do not saturate (`EXACT`), on a processor where ONNX Runtime's own choice does.
+    """
     import onnxruntime
+
+    from autocomp.host import this_cpu
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -54,6 +64,9 @@ def onnx_session(path: Path, threads: int = 1, profile_to: Path | None = None) -
     options.log_severity_level = 3
     if profile_to is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile_to)
+    if exact and this_cpu().int8 == "none":  # elsewhere it would only be slower
+        for key, value in EXACT.items():
+            options.add_session_config_entry(key, value)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
@@ -65,6 +78,23 @@ def run_session(session: Any, *inputs: torch.Tensor) -> torch.Tensor | tuple[tor
     feeds = {name: np.ascontiguousarray(tensor.detach().numpy()) for name, tensor in zip(names, inputs, strict=True)}
     outputs = tuple(torch.from_numpy(value) for value in session.run(None, feeds))
     return outputs[0] if len(outputs) == 1 else outputs
+
+
+def _write_zero_points(model: Any) -> None:
+    """Give every 8-bit weight's DequantizeLinear the zeros it means, each its own: a runtime that is asked for `EXACT` changes them in place."""
+    from onnxscript import ir
+
+    graph = model.graph
+    for index, node in enumerate(list(graph)):
+        weight = node.inputs[0] if node.op_type == "DequantizeLinear" and len(node.inputs) == 2 else None
+        if weight is not None and weight.is_initializer() and weight.dtype == ir.DataType.INT8:
+            zeros = ir.tensor(np.zeros(weight.shape[0], dtype=np.int8), name=f"{weight.name}_zero_{index}")
+            value = ir.Value(
+                name=zeros.name, const_value=zeros, shape=zeros.shape, type=ir.TensorType(ir.DataType.INT8)
+            )
+            graph.register_initializer(value)
+            node.resize_inputs(3)
+            node.replace_input_with(2, value)
 
 
 def _translations() -> dict[Any, Any]:

@@ -267,7 +267,7 @@ def test_onnx_has_one_node_for_a_layer_and_direction(case: str, tmp_path: Path) 
     assert sum(nodes.count(name) for name in ("MatMul", "Gemm")) == (
         3 if model.score else 2
     )  # those of linear layers alone
-    session = onnx_session(path)
+    session = onnx_session(path, exact=True)
     compare(model, lambda *arguments: run_session(session, *arguments), [inputs], "model.onnx")
 
 
@@ -283,7 +283,7 @@ def test_what_is_quantised_stays_so_in_onnx(name: str, node: str, tmp_path: Path
     assert [n.op_type for n in graph.node].count(node) == 1
     inner = [n.op_type for n in graph.node for a in n.attribute for n in a.g.node]
     assert [*(n.op_type for n in graph.node), *inner].count("QuantizeLinear") == 1
-    session = onnx_session(path)
+    session = onnx_session(path, exact=True)
     assert (
         compare(form, lambda *arguments: run_session(session, *arguments), [inputs], "model.onnx").errors.worst < 1e-3
     )

@@ -175,7 +175,10 @@ def test_loaded_model_equals_its_exports(finished: Finished) -> None:
         folder = finished.folder / "models" / point.candidate.id
         model = point.load()
         assert not model.training
-        library, session = local.CompiledModel.load(folder / "model.so", profile), onnx_session(folder / "model.onnx")
+        library, session = (
+            local.CompiledModel.load(folder / "model.so", profile),
+            onnx_session(folder / "model.onnx", exact=True),
+        )
         check_outputs(model, library.run, inputs, "the library")
         check_outputs(model, partial(run_session, session), inputs, "the ONNX file")
         size = sum(tensor.numel() for tensor in model.state_dict().values())

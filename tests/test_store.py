@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from autocomp.devices.local import LocalDevice
 from autocomp.errors import UsageError
 from autocomp.hardware import load_profile
+from autocomp.kernels import templates, weight_only
 from autocomp.kernels.store import KernelRecord, KernelStore
 
 IDENTITY = {"target": "one"}
@@ -44,6 +46,22 @@ def test_damaged_lines_are_skipped_and_counted(tmp_path: Path) -> None:
     assert again.get("b") is None
     again.add(record("d"))  # after a torn line a new one still reads back
     assert KernelStore(tmp_path, IDENTITY).get("d") == record("d")
+
+
+@pytest.mark.parametrize("profile_name", ["x86-host", "cortex-a76"])
+@pytest.mark.parametrize("template", sorted({*templates.CONTRACTIONS, *weight_only.TEMPLATES, "rowwise"}))
+def test_every_tile_that_is_tried_reads_back(template: str, profile_name: str, tmp_path: Path) -> None:
+    """A bound that a tile of ours exceeds would have its kernel tuned anew in each search."""
+    profile = load_profile(profile_name)
+    anchors = [templates.Anchor(template, 1000, (14, 14, channels), (channels, 9)) for channels in (1, 6, 16, 48, 1024)]
+    tried = {tile for anchor in anchors for tile in [*templates.tiles(anchor, profile), *templates.LAST_RESORT]}
+    made = [dataclasses.replace(record(f"k{i}"), tile=tile.to_json()) for i, tile in enumerate(tried)]
+    store = KernelStore(tmp_path, IDENTITY)
+    for each in made:
+        store.add(each)
+    again = KernelStore(tmp_path, IDENTITY)
+    assert again.corrupt == 0
+    assert [again.get(each.key) for each in made] == made
 
 
 def test_another_target_is_refused(tmp_path: Path) -> None:

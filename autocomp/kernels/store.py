@@ -240,8 +240,8 @@ class _TileFields(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    rows: int = Field(default=1, ge=1, le=4096)
-    vectors: int = Field(default=1, ge=1, le=64)
+    rows: int = Field(default=1, ge=0, le=4096)
+    vectors: int = Field(default=1, ge=0, le=64)
     unroll: int = Field(default=1, ge=1, le=4096)
     channels_outer: bool = True
     rows_up: int = Field(default=1, ge=1, le=4096)

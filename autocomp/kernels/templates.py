@@ -32,7 +32,7 @@ VERSION = 7  # raise when a change here makes stored choices worth finding again
 
 _MOST_BAND = 14
 _BAND_BYTES = 40 << 10  # of 48 KB nearest cache; measured on depthwise layers of MobileNetV2 and V3
-_CONTRACTIONS = (
+CONTRACTIONS = (
     "conv2d", "conv2d_int8", "conv2d_fp16", "conv3d", "dense", "dense_int8", "dense_fp16", "batch_matmul", "depthwise", "depthwise_fp16",
 )  # fmt: skip
 
@@ -100,7 +100,7 @@ def tiles(anchor: Anchor, profile: Profile) -> list[Tile]:
 
     if weight_only.is_weight_only(anchor):
         return weight_only.tiles(anchor, profile)
-    if anchor.template not in _CONTRACTIONS:
+    if anchor.template not in CONTRACTIONS:
         return [Tile()]
     lanes = lanes_of(anchor, profile)
     channels = anchor.spatial[-1]
@@ -187,7 +187,7 @@ def apply(function: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:
         weight_only.tile_weight_only(schedule, tile, anchor, profile)
     elif anchor.template.endswith("fp16") and tile.vectors and len(reductions(schedule)) > 1:
         half.tile_runs(schedule, tile, anchor, profile)
-    elif anchor.template in _CONTRACTIONS and tile.vectors:
+    elif anchor.template in CONTRACTIONS and tile.vectors:
         _tile_contraction(schedule, tile, anchor, profile)
     else:
         schedule_rowwise(schedule, profile)

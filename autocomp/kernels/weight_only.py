@@ -234,8 +234,11 @@ def _row(index: Sequence[Any], spec: WeightOnlySpec) -> Any:
 # --- schedules ---
 
 
+TEMPLATES = ("gemv_w8", "gemv_w4", "dense_w8", "dense_w4")
+
+
 def is_weight_only(anchor: Anchor) -> bool:
-    return anchor.template in ("gemv_w8", "gemv_w4", "dense_w8", "dense_w4")
+    return anchor.template in TEMPLATES
 
 
 def tiles(anchor: Anchor, profile: Profile) -> list[Tile]:

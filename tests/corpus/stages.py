@@ -111,7 +111,7 @@ def timed(entry: Entry, budget: Budget, _folder: Path) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary) / "model.onnx"
             torch.onnx.export(model, example, path, dynamo=True, verbose=False, external_data=False)
-            session = onnx_session(path)
+            session = onnx_session(path, exact=True)
         binding = session.io_binding()
         for value, tensor in zip(session.get_inputs(), example, strict=True):
             binding.bind_cpu_input(value.name, np.ascontiguousarray(tensor.numpy()))
@@ -167,7 +167,7 @@ def reloaded(_entry: Entry, _budget: Budget, folder: Path) -> dict[str, Any]:
         if "so" in files:
             runs["so"] = CompiledModel.load(result.folder / files["so"], load_profile(PROFILE)).run
         if "onnx" in files:
-            session = onnx_session(result.folder / files["onnx"])
+            session = onnx_session(result.folder / files["onnx"], exact=True)
             runs["onnx"] = lambda *inputs, s=session: run_session(s, *inputs)
         found: dict[str, Any] = {}
         for kind in ("so", "onnx"):
