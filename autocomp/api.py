@@ -268,7 +268,7 @@ def check(settings: Settings, progress: Progress | None = None) -> dict[str, Any
             {
                 "layer": name,
                 "kind": layer.kind,
-                "macs": layer.macs * layer.calls,
+                "macs": layer.total_macs,
                 "methods": [str(method) for method in space.methods[name]],
             }
             for name, layer in graph.layers.items()

@@ -34,7 +34,8 @@ class Layer:
     ``in_group`` and ``out_group`` name the groups its input columns and output channels belong to (None: the model's
     input, or channels that stay; both are the same for a grouped convolution, depthwise or not, which loses whole
     groups). ``norm`` names the BatchNorm that alone reads the output. ``macs`` are of one call on
-    the example inputs, ``calls`` how often one inference calls it; sizes are those of the first call.
+    the example inputs, ``calls`` how often one inference calls it; sizes are those of the first call, ``more`` has the (``in_size``,
+    ``out_size``) of each further one.
     ``loop`` names the kind of recurrent layer whose recurrent weight it is, called once for each step.
     ``one_d`` is a convolution of [N, C, L], described as one over pictures a row high. ``output_padding`` is None unless it is
     transposed. ``fixed`` says why only fp32 at
@@ -60,6 +61,7 @@ class Layer:
     fixed: str = ""
     one_d: bool = False
     calls: int = 1
+    more: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
     loop: str = ""
     output_padding: tuple[int, ...] | None = None
 
@@ -72,6 +74,25 @@ class Layer:
     def columns(self) -> int:
         """Weights of one output."""
         return self.in_channels // self.conv_groups * self.taps
+
+    @property
+    def each_call(self) -> list[Layer]:
+        """The layer as it is in each call that differs from the others in its sizes alone; a loop over steps is one call."""
+        spread = (
+            self.in_size if self.output_padding is not None else self.out_size
+        )  # what the products are proportional to
+        first = self if self.loop else replace(self, calls=1, more=())
+        further = [
+            replace(first, in_size=before, out_size=after, macs=self.macs * math.prod(size) // math.prod(spread))
+            for before, after in self.more
+            for size in [before if self.output_padding is not None else after]
+        ]
+        return [first, *further]
+
+    @property
+    def total_macs(self) -> int:
+        """Multiplications of all calls."""
+        return self.macs * self.calls if self.loop else sum(call.macs for call in self.each_call)
 
     @property
     def is_plain(self) -> bool:
@@ -153,8 +174,14 @@ def _layers(model: CanonicalModel, graph: fx.Graph) -> tuple[dict[str, Layer], d
                 skipped[name] = (
                     f"the {made.columns} weights of each of its outputs are too many to calibrate (at most {LARGEST})"
                 )
-            layers[name] = made if known is None else replace(known, calls=known.calls + made.calls)
+            layers[name] = made if known is None else _again(known, made)
     return {name: layer for name, layer in layers.items() if name not in skipped}, skipped
+
+
+def _again(known: Layer, made: Layer) -> Layer:
+    """A layer that is called once more, maybe on another size."""
+    more = known.more if known.loop else (*known.more, (made.in_size, made.out_size))
+    return replace(known, calls=known.calls + made.calls, more=more)
 
 
 def _layer(name: str, module: AnyLayer, node: fx.Node, norm: str | None) -> Layer:

@@ -205,8 +205,8 @@ class LatencyModel:
 
     def layer_seconds(self, layer: Layer, method: Method) -> tuple[float, int]:
         """Predicted (seconds, kernels) of all calls of one layer of this shape."""
-        work, calls = layer_work(layer, method, self.profile), 1 if layer.loop else layer.calls
-        return calls * sum(self.kernel_seconds(item) for item in work), calls * len(work)
+        work = [item for call in layer.each_call for item in layer_work(call, method, self.profile)]
+        return sum(self.kernel_seconds(item) for item in work), len(work)
 
     def attention_seconds(self, group: Group, width: int) -> tuple[float, int]:
         """Predicted (seconds, kernels) of the products of attention, when a group keeps ``width`` units (heads)."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import nets
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from autocomp.errors import ExportError
 from autocomp.graph import analyse
@@ -70,6 +71,30 @@ def test_a_layer_used_twice_is_one_layer_called_twice():
     graph = analyse(nets.Twice(), (nets.images(1),))
     assert graph.layers["shared"].calls == 2
     assert sum(layer.calls for layer in graph.layers.values()) == len(graph.layers) + 1
+
+
+class Pyramid(nn.Module):
+    """One head on maps of three sizes, as detectors have it, and one transposed convolution on two of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1)
+        self.up, self.out = nn.ConvTranspose2d(16, 16, 2, stride=2), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        fine = torch.relu(self.stem(x))
+        coarse = [nn.functional.max_pool2d(fine, size) for size in (2, 4)]
+        maps = [fine, *coarse, *(self.up(x) for x in coarse)]
+        return (*(self.head(each) for each in maps), *(self.out(each.mean(3).transpose(1, 2)) for each in maps[:3]))
+
+
+def test_multiplications_are_those_of_every_call_at_its_own_size() -> None:
+    model, x = Pyramid().eval(), torch.randn(1, 3, 16, 16)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    layers = analyse(model, (x,)).layers
+    assert {name: layer.calls for name, layer in layers.items()} == {"stem": 1, "up": 2, "head": 5, "out": 3}
+    assert 2 * sum(layer.total_macs for layer in layers.values()) == counter.get_total_flops()
 
 
 def test_concatenated_layers_are_one_group_of_two_segments():

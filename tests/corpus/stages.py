@@ -68,9 +68,9 @@ def analysed(entry: Entry, _budget: Budget, _folder: Path) -> dict[str, Any]:
         "skipped": dict(graph.skipped),
         "groups": len(graph.groups),
         "narrowed": len(narrowed),
-        "macs": sum(layer.macs * layer.calls for layer in graph.layers.values()),
-        "prunable": sum(layer.macs * layer.calls for layer in prunable.values()),
-        "quantisable": sum(graph.layers[name].macs * graph.layers[name].calls for name in quantised),
+        "macs": sum(layer.total_macs for layer in graph.layers.values()),
+        "prunable": sum(layer.total_macs for layer in prunable.values()),
+        "quantisable": sum(graph.layers[name].total_macs for name in quantised),
         "frozen": {name: getattr(group, "reason", "") for name, group in graph.groups.items() if name not in narrowed},
     }
 
