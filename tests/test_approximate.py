@@ -85,8 +85,8 @@ class Stream(nn.Module):
         self.first = nn.Linear(5, WIDTH)
         self.position = nn.Parameter(torch.randn(4, WIDTH))
         self.norms = nn.ModuleList(norm() for _ in range(3))
-        self.ups = nn.ModuleList(nn.Linear(WIDTH, 48) for _ in range(2))
-        self.downs = nn.ModuleList(nn.Linear(48, WIDTH) for _ in range(2))
+        self.ups = nn.ModuleList(nn.Linear(WIDTH, 64) for _ in range(2))
+        self.downs = nn.ModuleList(nn.Linear(64, WIDTH) for _ in range(2))
         self.last = nn.Linear(WIDTH, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -212,6 +212,6 @@ def test_approximate_groups_are_offered_where_there_are_no_others_or_when_asked(
         assert len(space.widths["first"]) == 2
         uniform = space.uniform(0.5)
         assert uniform.widths["first"] == WIDTH  # a recipe that treats all groups alike is none for these
-        assert uniform.widths["ups.0"] == 24
+        assert uniform.widths["ups.0"] == 32
     _, graph = analysed(Other(lambda x: functional.normalize(x, dim=-1)), torch.randn(2, 4, 5))
     assert space_of(graph).uniform(0.5).widths["first"] == WIDTH // 2

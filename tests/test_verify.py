@@ -129,6 +129,28 @@ def test_chaos_is_named_and_has_its_limit() -> None:
     assert "chaotic" not in str(refused.value)
 
 
+class AtAnEdge(nn.Module):
+    """A sum of almost nothing, whose sign decides: one of 64 values jumps by the whole range when the others do not move at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = torch.randn(64, generator=torch.Generator().manual_seed(2))
+        weight[-1] = -weight[:-1].sum()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, torch.tanh(1e12 * (x[:, :1] * self.weight).sum(1, keepdim=True))], 1)
+
+
+def test_a_value_at_the_edge_of_a_jump_may_be_over_it() -> None:
+    model = AtAnEdge().eval()
+    x = torch.rand(1, 2000, generator=torch.Generator().manual_seed(3)) + 1
+    other = altered(
+        model, lambda y: torch.cat([y[:, :-1], y[:, -1:] + 0.2], 1)
+    )  # the jump is of up to 1 in a range of 2
+    assert "chaotic" in compare(model, other, [(x,)], "it").note
+
+
 def test_decisions_that_are_no_floats_are_counted() -> None:
     class Decided(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

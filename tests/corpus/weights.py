@@ -52,9 +52,11 @@ def _scale(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
     done: set[int] = set()
 
-    def hook(module: nn.Module, _inputs: Any, output: Any) -> Any:
+    def hook(module: nn.Module, read: Any, output: Any) -> Any:
         weight = module._parameters.get("weight")
         if not isinstance(output, Tensor) or weight is None or id(weight) in done:
+            return None
+        if not read[0].any():  # as a flow that starts at nothing: only a later call shows what the weight does
             return None
         done.add(id(weight))
         # what the inputs move, not what biases do; all of it where the inputs move nothing, as in tables of positions
