@@ -10,14 +10,18 @@ DEVELOPED := 2.13
 TORCH ?= 2.15
 TORCH_VENV := .venv-torch-$(TORCH)
 
-.PHONY: demo test test-browser test-board test-corpus test-sweep test-torch corpus coverage pretrained lint clean
+.PHONY: demo test test-slow test-browser test-board test-corpus test-sweep test-torch corpus coverage pretrained lint clean
 
 demo: $(VENV)/.ready
 	rm -rf $(OUT)
 	$(BIN)/autocomp search digits --out $(OUT)
 
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# the built-in tasks trained to their end, and large models compiled
+test-slow: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -n 2 -m slow
 
 test-browser: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m browser
@@ -36,7 +40,7 @@ test-sweep: $(VENV)/.ready-dev
 test-torch:
 	$(MAKE) $(TORCH_VENV)/.ready-dev VENV=$(TORCH_VENV)
 	$(TORCH_VENV)/bin/python -m pip install --quiet 'torch==$(TORCH).*'
-	$(TORCH_VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(TORCH_VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The packages of the corpus's models. torchvision asks for exactly the torch that is installed by then, so pip fetches no other; its
 # compiled operators are CUDA's on PyPI, do not load beside torch for the CPU, and are not used (tests/corpus/packages.py).

@@ -149,7 +149,12 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-ON_REQUEST = ("browser", "board", "sweep", "corpus")
+ON_REQUEST = ("slow", "browser", "board", "sweep", "corpus")
+# the files that take longest, first: side by side, no worker is left alone with one of them at the end
+LONGEST = (
+    "test_operations", "test_search_stopped", "test_kills", "test_corpus", "test_search", "test_identity", "test_faults", "test_rpc",
+    "test_user_functions", "test_reproducible", "test_random_graphs",
+)  # fmt: skip
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -165,3 +170,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
