@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autocomp.batches import count, like
+from autocomp.batches import Axes, Batch, axes_of, count, like, part
 from autocomp.compiler.build import CompiledModel
 from autocomp.devices.timing import interleaved, median_and_spread, quiet_core
 from autocomp.errors import last_line
@@ -57,7 +57,7 @@ def measure_references(
 
     def session(path: Path) -> tuple[torch.nn.Module, Callable[[], object], int]:
         opened = onnx_session(path)
-        return _session_module(opened, task.example_inputs), _bound(opened, task.example_inputs), path.stat().st_size
+        return _session_module(opened, task), _bound(opened, task.example_inputs), path.stat().st_size
 
     def dynamic() -> tuple[torch.nn.Module, Callable[[], object], int] | None:
         model = _quantise_dynamic(task.model)
@@ -155,30 +155,55 @@ def _rows(task: Task, samples: int) -> Iterator[tuple[torch.Tensor, ...]]:
     return islice(parts, max(1, -(-samples // size)))
 
 
-def _session_module(session: Any, example_inputs: tuple[torch.Tensor, ...]) -> torch.nn.Module:
-    """A module that runs a fixed-batch session over any number of samples, so that the task can evaluate it."""
+def _session_module(session: Any, task: Task) -> torch.nn.Module:
+    """A module that runs a fixed-batch session over any number of samples, so that the task can evaluate it.
+
+    Its outputs are arranged as the model's own are, each joined along the axis that grows with the number of samples.
+    """
     import torch
+    from torch.utils._pytree import tree_flatten, tree_unflatten
 
     from autocomp.onnx_export import run_session
 
-    size = len(example_inputs[0])
+    axes = axes_of(task.example_inputs, task.batch_axes)
+    size = count(task.example_inputs, axes)
+    with torch.no_grad():
+        leaves, arrangement = tree_flatten(task.model(*task.example_inputs))
+        twice, _ = tree_flatten(task.model(*_repeated(task.example_inputs, 2, axes)))
+    places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    grows = [_axis_that_grows(leaves[index].shape, twice[index].shape) for index in places]
 
     class SessionModule(torch.nn.Module):
-        def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-            count = len(inputs[0])
-            outputs = []
-            for start in range(0, count, size):
-                part = [tensor[start : start + size] for tensor in inputs]
-                short = size - len(part[0])
-                if short:  # fill the last batch with its own rows, and drop what they give
-                    part = [torch.cat([tensor, tensor[:1].expand(short, *tensor.shape[1:])]) for tensor in part]
-                result = run_session(session, *part)
-                if not isinstance(result, torch.Tensor):
-                    raise TypeError("only models with one output can be evaluated in ONNX Runtime")
-                outputs.append(result[: size - short] if short else result)
-            return torch.cat(outputs)
+        def forward(self, *inputs: torch.Tensor) -> Any:
+            samples, found = count(inputs, axes), []
+            for start in range(0, samples, size):
+                length = min(size, samples - start)
+                rows = part(inputs, start, length, axes)
+                full = part(_repeated(rows, -(-size // length), axes), 0, size, axes)  # the last is filled with its own rows
+                outputs = run_session(session, *full)
+                outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+                found.append([
+                    output if axis is None else output.narrow(axis, 0, output.shape[axis] * length // size)
+                    for output, axis in zip(outputs, grows, strict=True)
+                ])  # fmt: skip
+            joined = list(leaves)
+            for place, axis, parts in zip(places, grows, zip(*found, strict=True), strict=True):
+                joined[place] = parts[0] if axis is None else torch.cat(parts, axis)
+            return tree_unflatten(joined, arrangement)
 
     return SessionModule().eval()
+
+
+def _repeated(inputs: Batch, times: int, axes: Axes) -> Batch:
+    """Every sample so many times; an input without samples stays."""
+    import torch
+
+    pairs = zip(inputs, axes, strict=True)
+    return tuple(tensor if axis is None else torch.cat([tensor] * times, axis) for tensor, axis in pairs)
+
+
+def _axis_that_grows(shape: Sequence[int], larger: Sequence[int]) -> int | None:
+    return next((axis for axis, (one, two) in enumerate(zip(shape, larger, strict=True)) if one != two), None)
 
 
 @contextmanager
