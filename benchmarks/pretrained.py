@@ -34,9 +34,9 @@ class Budget:
     """What one search may spend."""
 
     package: str
-    trials: int = 120
-    measure: int = 12
-    minutes: float = 1.5
+    trials: int = 200
+    measure: int = 16
+    minutes: float = 6.0
 
 
 BUDGETS = {
@@ -44,8 +44,8 @@ BUDGETS = {
     "crepe": Budget("torchcrepe"),
     "fcpe": Budget("torchfcpe"),
     "voices": Budget("resemblyzer"),
-    "vad": Budget("silero-vad"),
-    "digits": Budget("digit-recognizer-py"),
+    "vad": Budget("silero-vad", minutes=3.0),
+    "digits": Budget("digit-recognizer-py", minutes=3.0),
 }
 
 
