@@ -6,7 +6,6 @@ anywhere and resumed goes through the same stages, finds what is there, and does
 
 from __future__ import annotations
 
-import copy
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,6 +35,7 @@ from autocomp.runfolder import study_of
 from autocomp.search.pareto import promising
 from autocomp.search.solver import solve_front
 from autocomp.search.study import Asked, Search, Space, open_search
+from autocomp.search.useful import UNKNOWN, useful_divergence
 from autocomp.space import build_space
 from autocomp.space_file import load_space
 from autocomp.task import Task, evaluate_task
@@ -51,11 +51,9 @@ AHEAD = 8  # trials drawn before the first of them is told, in a deterministic r
 SEEDS_AGAIN = 12  # at most, after each round of measurement
 FITTED = 64  # candidates stitched to fit tier 0 before the solver is first asked, where the budget of trials is four times that
 DOMINATED = 1.25  # times the divergence of a told candidate thought to be faster: on 64 samples, reason enough to look at no more of them
-# Divergence (KL in nats, or 1 - R^2 and the like: `accuracy.divergence`): past it, a model answers so differently that its latency is
-# measured only if there is nothing better.
-USEFUL = 0.25
 SETTLED = 2.0  # seconds of work after which its rate says something
 FITTING = 0.1  # of the time to search at most for that fit, where minutes are set
+DEEP = 4  # one in so many measurements looks for what is fast at whatever loss within `UNKNOWN`; the others at what is of use
 MEASURE_ROUNDS = 4  # the budget of measurements is spent in rounds, each choosing by all that is known then
 CHECKED_SAMPLES = 4  # inputs on which a compiled module is compared with torch
 
@@ -179,7 +177,7 @@ class Pipeline:
         """Read the metrics of the uncompressed model anew where a run goes on. UsageError if they have other names; a warning if they differ."""
         if self.measurer.rehearsed is not None:
             return
-        now = evaluate_task(self.task, copy.deepcopy(self.task.model), names=self.measurer.names)
+        now = evaluate_task(self.task, self.task.model, names=self.measurer.names)
         if changed := [name for name, value in now.items() if not np.isclose(value, dense.metrics[name], rtol=1e-3)]:
             self.progress.warn(
                 "Task.evaluate judges the uncompressed model otherwise than when the run began ("
@@ -408,6 +406,8 @@ class Pipeline:
         """Which told candidates to measure: those that would add most to what is measured, each profile choosing its part."""
         measured = [e for e in self.search.told if e.state == "measured" and e.kl is not None]
         dense, seconds = self.dense(), self.costs.relative([e.candidate for e in waiting])
+        objective = next(iter(dense.metrics))
+        useful = useful_divergence(measured, dense, self.settings.goals, objective, self.task.higher_is_better)
         chosen: list[int] = []
         for share, (profile, relative) in enumerate(seconds.items(), 1):
             points = np.array([(e.kl, np.log(its)) for e, its in zip(waiting, relative, strict=True)])
@@ -417,7 +417,10 @@ class Pipeline:
                 times = [e.latency[profile].seconds / dense.latency[profile].seconds for e in measured]
             known = np.array([(e.kl, np.log(its)) for e, its in zip(measured, times, strict=True)])
             want = count * share // len(seconds) - len(chosen)
-            chosen += [index for index in promising(points, known, want, (USEFUL, 0.0)) if index not in chosen]
+            for part, corner in ((want - want // DEEP, useful), (want // DEEP, max(useful, UNKNOWN))):
+                taken = np.concatenate([known, points[chosen]]) if chosen else known
+                free = [index for index in range(len(points)) if index not in chosen]
+                chosen += [free[k] for k in promising(points[free], taken, part, (corner, 0.0))]
         return chosen
 
     def _measure(self, evaluations: Sequence[Evaluation], stage: Stage, until: float) -> None:

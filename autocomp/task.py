@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import inspect
@@ -175,22 +176,27 @@ def evaluate_task(
 ) -> dict[str, float]:
     """Return the task's metrics of ``model`` on a split (``validation`` or ``test``), objective first, all finite.
 
-    UsageError if the function raises anything, or returns no mapping of names to numbers, a metric that is not finite, no objective, or
-    other metrics than ``names`` (None: whatever it returns).
+    The function is given a copy, with which it may do what it likes. UsageError if it raises anything, writes to the task's own data, or
+    returns no mapping of names to numbers, a metric that is not finite, no objective, or other metrics than ``names`` (None: whatever it
+    returns).
     """
     from autocomp.plain import taking_any
+    from autocomp.untouched import process_kept, versions
 
     function, where = {"validation": (task.evaluate, "Task.evaluate"), "test": (task.test, "Task.test")}[split]
     if function is None:
         raise UsageError("this task has no held-out test: Task.test is None")
+    model, before = copy.deepcopy(model), versions(task)
     try:
-        with taking_any(model) if task.converted else nullcontext():
+        with process_kept(), taking_any(model) if task.converted else nullcontext():
             returned = function(model)
     except BaseException as error:
         if interrupt.is_stop(error):
             raise
         traceback.print_exc()  # into the run's log: the message alone does not say where
         raise UsageError(f"{where} raised {type(error).__name__}: {last_line(error)}") from error
+    if written := [name for name, version in versions(task).items() if version != before.get(name)]:
+        raise UsageError(f"{where} changed {written[0]} in place: let it work on copies (tensor.clone())")
     if not isinstance(returned, Mapping) or not returned:
         raise UsageError(f"{where} must return a mapping {{metric: value}} with an entry, got {_kind(returned)}")
     metrics: dict[str, float] = {}

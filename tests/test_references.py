@@ -41,7 +41,9 @@ def test_a_session_stands_in_for_a_model_of_several_outputs(samples: int, tmp_pa
         name="steps", model=Stepped().eval(), example_inputs=inputs(2), calibration=[inputs(8)], evaluate=lambda _model: {"score": 1.0},
         batch_axes=(0, 1),
     )  # fmt: skip
-    stand_in = _session_module(onnx_session(export_onnx(task.model, task.example_inputs, tmp_path / "model.onnx")), task)
+    stand_in = _session_module(
+        onnx_session(export_onnx(task.model, task.example_inputs, tmp_path / "model.onnx")), task
+    )
     asked = inputs(samples)
     found = stand_in(*asked)
     assert found.keys() == {"scores", "states"}

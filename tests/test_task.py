@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_task
 import torch
 from torch import nn
 
@@ -177,3 +182,54 @@ def test_working_folder_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     monkeypatch.chdir(tmp_path)
     assert load_task("users_here:make").name == "make"
+
+
+def meddling() -> dict[str, Callable[[nn.Module], object]]:
+    """What a judge may do beside judging."""
+
+    def forget(model: nn.Module) -> None:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.data.zero_()
+
+    return {
+        "weights": forget,
+        "hooks": lambda model: model.register_forward_hook(lambda _m, _i, output: output * 0),
+        "mode": lambda model: model.train(),
+        "gradients": lambda _: torch.set_grad_enabled(False),
+        "dtype": lambda _: torch.set_default_dtype(torch.float64),
+        "threads": lambda _: torch.set_num_threads(3),
+        "folder": lambda _: os.chdir("/"),
+        "streams": lambda _: setattr(sys, "stdout", None),
+    }
+
+
+@pytest.mark.parametrize("what", meddling())
+def test_a_judge_leaves_nothing_behind(what: str) -> None:
+    task = tiny_task.task()
+    judge, meddle = task.evaluate, meddling()[what]
+
+    def evaluate(model: nn.Module) -> Mapping[str, float]:
+        found = judge(model)
+        meddle(model)
+        return found
+
+    def state() -> tuple[object, ...]:
+        modes = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
+        return *modes, os.getcwd(), sys.stdout, task.model.training
+
+    before = state()
+    task.evaluate = evaluate
+    first = evaluate_task(task, task.model)
+    assert state() == before
+    assert evaluate_task(task, task.model) == first
+
+
+@pytest.mark.parametrize("name", ["Task.example_inputs[0]", "Task.calibration[0][0]"])
+def test_a_judge_that_writes_to_the_data_is_refused(name: str) -> None:
+    task = tiny_task.task()
+    task.example_inputs = tuple(tensor.clone() for tensor in task.example_inputs)
+    task.calibration = [tuple(tensor.clone() for tensor in batch) for batch in task.calibration]
+    written = task.example_inputs[0] if "example" in name else task.calibration[0][0]
+    task.evaluate = lambda _: {"accuracy": float(written.mul_(0.5).sum())}
+    with pytest.raises(UsageError, match=re.escape(f"Task.evaluate changed {name} in place")):
+        evaluate_task(task, task.model)

@@ -1,0 +1,43 @@
+"""The divergence up to which candidates are of use, read off what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from autocomp.config import Goals
+from autocomp.records import Candidate, Evaluation
+from autocomp.search.useful import UNKNOWN, useful_divergence
+
+DENSE = Evaluation(0, Candidate({}, {}), "dense", "measured", 0.0, 100, kl=0.0, metrics={"score": 0.8})
+
+
+def measured(*points: tuple[float, float]) -> list[Evaluation]:
+    """The uncompressed model, and others of these divergences and scores."""
+    return [
+        DENSE,
+        *(replace(DENSE, trial=n, kl=kl, metrics={"score": score}) for n, (kl, score) in enumerate(points, 1)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("goals", "higher", "expected"),
+    [
+        (Goals(), True, 0.04),  # 5 % of 0.8, where a nat costs 1
+        (Goals(max_drop=0.01), True, 0.015),
+        (Goals(max_drop=0.01), False, UNKNOWN),  # an error that only falls: nothing is lost
+    ],
+)
+def test_what_was_lost_says_how_far_to_go(goals: Goals, higher: bool, expected: float) -> None:
+    known = measured((0.1, 0.7), (0.2, 0.6), (0.4, 0.0))
+    assert useful_divergence(known, DENSE, goals, "score", higher) == pytest.approx(expected)
+
+
+def test_an_error_may_grow_by_half() -> None:
+    assert useful_divergence(measured((0.1, 0.9)), DENSE, Goals(), "score", False) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("known", [measured(), measured((0.1, 0.8)), measured((0.1, 0.85)), []])
+def test_where_nothing_was_lost_nothing_is_known(known: list[Evaluation]) -> None:
+    assert useful_divergence(known, DENSE, Goals(), "score") == UNKNOWN
