@@ -147,6 +147,8 @@ def search(
     progress = progress or Progress()
     if settings is None:
         settings = _settings(task, profiles, trials, out, seed, options)
+    else:
+        _refuse_both(task, {"profiles": profiles, "trials": trials, "out": out, "seed": seed, **options})
     check_run_folder(settings, resume)
     _check_names(settings)
     probe(cache_dir(), "cache", "set AUTOCOMP_CACHE to a folder of yours with room")
@@ -292,6 +294,7 @@ def sensitivity(
     from autocomp.cache import write_atomically
     from autocomp.compress.database import LayerDatabase
     from autocomp.graph import analyse
+    from autocomp.pipeline import settled_task
     from autocomp.report.build import render_sensitivity
     from autocomp.space import build_space
     from autocomp.tasks.training import one_thread
@@ -303,6 +306,7 @@ def sensitivity(
     task = load_task(settings.task, progress)
     with one_thread(), tempfile.TemporaryDirectory() as folder, caught(None, progress.console):
         task.model.eval()
+        task = settled_task(task, settings.calibration_samples)
         graph = analyse(task.model, task.example_inputs)
         space = build_space(graph, rules, profiles)
         with progress.stage("calibrating"):
@@ -322,6 +326,13 @@ def sensitivity(
         except OSError as error:
             raise UsageError(f"--out: {out} cannot be written: {error.strerror or error}") from error
     return task.name, rows
+
+
+def _refuse_both(task: Task | str | None, others: Mapping[str, Any]) -> None:
+    """UsageError where something is given beside ``settings``, which would have to overrule it; a Task is no setting."""
+    given = [name for name, value in others.items() if value is not None]
+    if given := (["task"] if isinstance(task, str) else []) + given:
+        raise UsageError(f"{given[0]} is given beside settings: put it into them, or give no settings")
 
 
 def refuse_unsupported(task: Task, profile: Profile) -> None:

@@ -189,6 +189,7 @@ def _ceiling_line(ceiling: limits.Roofline) -> str:
         f"{name} {value / 1e9:.0f} {unit}"
         for name, value, unit in (
             ("fp32", ceiling.fp32, "Gop/s"),
+            ("fp16", ceiling.fp16, "Gop/s"),
             ("int8", ceiling.int8, "Gop/s"),
             ("main memory", ceiling.bandwidth, "GB/s"),
         )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from autocomp.batches import like
+from autocomp.batches import first, like
 from autocomp.budget import BASELINES, TELLING, Budget
 from autocomp.config import Settings
 from autocomp.costs import Costs
@@ -95,7 +95,7 @@ class Pipeline:
         if rules.equalise:
             with progress.stage("equalising channels"):
                 task = _rewritten(task, self.graph, equalised)
-        self.task = task
+        self.task = task = settled_task(task, settings.calibration_samples)
         self.inputs = check_inputs(task)
         self.measurer = Measurer(task, self.devices, self.inputs, self.stitch)
         if not (known and (folder / "layers").exists()):  # else a run got past this before
@@ -429,11 +429,11 @@ class Pipeline:
         A failure is recorded with its candidate, and the search goes on.
         """
         together = self.measurer.together
-        for first in range(0, len(evaluations), together):
+        for start in range(0, len(evaluations), together):
             begun = self.budget.spent()
             if begun + self._group_seconds > until:
                 return
-            for done in self.measurer.measure_all(evaluations[first : first + together]):
+            for done in self.measurer.measure_all(evaluations[start : start + together]):
                 if done.state == "failed":
                     self.progress.warn(f"candidate {done.candidate.id} failed: {done.failure}")
                 self.search.update(done.trial, done)
@@ -446,6 +446,14 @@ def _rewritten(task: Task, graph: Graph, rewrite: Callable[..., tuple[torch.nn.M
     return replace(
         task, model=rewrite(task.model, graph, task.example_inputs, list(task.calibration), task.batch_axes)[0]
     )
+
+
+def settled_task(task: Task, samples: int) -> Task:
+    """The task with its model written in the BatchNorm statistics of the calibration samples; the model computes what it did."""
+    from autocomp.compress.batchnorm import settled
+
+    model = settled(task.model, first(task.calibration, samples, task.batch_axes), task.batch_axes)
+    return task if model is task.model else replace(task, model=model)
 
 
 def check_inputs(task: Task) -> list[tuple[torch.Tensor, ...]]:

@@ -19,7 +19,7 @@ import numpy as np
 from common import earlier, publish
 
 import autocomp
-from autocomp.errors import AutocompError
+from autocomp.errors import AutocompError, Interrupted
 from autocomp.hardware import load_profile
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "pretrained"
@@ -119,6 +119,8 @@ def main() -> None:
     for name in options.tasks.split(","):
         try:
             results[name] = measure(name, options.out)
+        except Interrupted:
+            raise
         except (AutocompError, ImportError, RuntimeError, ValueError) as error:  # one network's failure is its row
             results[name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
         print(*row(name, results[name]), sep=" | ", flush=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from autocomp import search
 from autocomp.config import (
     Goals,
     Settings,
@@ -184,3 +185,10 @@ def test_sizes() -> None:
     assert format_bytes(1_602_472) == "1.6 MB"
     assert format_bytes(512) == "512 B"
     assert format_milliseconds(0.0002844) == "0.284 ms"
+
+
+def test_nothing_is_given_beside_settings() -> None:
+    settings = load_settings(None, {"task": "digits"})
+    for beside in ({"trials": 3}, {"out": "x"}, {"task": "tokens"}, {"space": "wide"}):
+        with pytest.raises(UsageError, match=f"{next(iter(beside))} is given beside settings"):
+            search(settings=settings, **beside)

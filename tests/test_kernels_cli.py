@@ -105,7 +105,9 @@ def test_list_of_a_profile_shows_the_roofline(run: Run) -> None:
     assert rows[2] == ["rowwise", "3.0"]
     code, out, _ = run("list", "--profile", "x86-host", "--json")
     found = json.loads(out)
-    assert found["roofline"] == pytest.approx({"fp32": 2e11, "int8": 8e11, "bandwidth": 67_108_864 / 2e-3})
+    assert found["roofline"] == {
+        "fp32": pytest.approx(2e11), "fp16": None, "int8": pytest.approx(8e11), "bandwidth": pytest.approx(67_108_864 / 2e-3),
+    }  # fmt: skip
     assert found["kernels"][1]["bound"] == "memory"
 
 
@@ -348,6 +350,8 @@ def test_writers_and_merges_at_once_lose_nothing(tmp_path: Path) -> None:
 
 # --- roofline ---
 
+PEAKS = {"fp32": 1_000_000, "fp16": 2_000_000, "int8": 4_000_000}
+
 
 @pytest.mark.parametrize(
     ("operator", "spatial", "reduction", "expected"),
@@ -355,6 +359,8 @@ def test_writers_and_merges_at_once_lose_nothing(tmp_path: Path) -> None:
         ("dense", (8, 64), (32,), 4 * (8 * 32 + 32 * 64 + 8 * 64)),
         ("dense_int8", (8, 64), (8, 4), 8 * 32 + 32 * 64 + 4 * 8 * 64),
         ("dense_int8", (8, 64), (16, 2), 2 * (8 * 32 + 32 * 64) + 4 * 8 * 64),
+        ("dense_fp16", (8, 64), (32,), 2 * (8 * 32 + 32 * 64 + 8 * 64)),
+        ("depthwise_fp16", (1, 5, 7, 16), (3, 3), 2 * (35 * 16 + 9 * 16 + 35 * 16)),
         ("dense_w4", (8, 64), (2, 32), 4 * 8 * 64 + 64 * 64 // 2 + 4 * 2 * 64 + 4 * 8 * 64),
         ("gemv_w8", (2, 4, 64), (32,), 4 * 2 * 128 + 64 * (128 + 4 * 4) + 4 * 2 * 64),
         ("gemv_w4", (2, 4, 64), (4, 8), 4 * 2 * 128 + 64 * (64 + 4 * 4) + 4 * 2 * 64),
@@ -380,6 +386,15 @@ def test_roofline_takes_the_newest_peak_and_leaves_out_what_it_does_not_know() -
     assert place.bound is None
     assert place.peak_fraction == pytest.approx(231_211_008 / 1.5e-3 / 3e11)
     assert roofline.position(RECORDS[5], limits) == roofline.Position()
+
+
+def test_a_kernel_is_held_against_the_peak_of_its_own_arithmetic() -> None:
+    peaks = [KernelRecord(f"peak-{kind}-v1", f"dense_{kind}", {}, 1e-5, flops, 1) for kind, flops in PEAKS.items()]
+    limits = roofline.roofline(peaks)
+    for kind, flops in PEAKS.items():
+        operator = "conv2d" if kind == "fp32" else f"conv2d_{kind}"
+        place = roofline.position(KernelRecord("k", operator, {}, 2e-5, flops, 1), limits)
+        assert place.peak_fraction == pytest.approx(0.5)
 
 
 def test_bandwidth_is_measured_once(tmp_path: Path) -> None:

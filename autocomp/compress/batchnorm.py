@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -48,6 +49,50 @@ def reestimate_batchnorm(model: nn.Module, batches: Sequence[Batch], axes: Axes 
     return None
 
 
+def settled(model: nn.Module, batches: Sequence[Batch], axes: Axes | None = None) -> nn.Module:
+    """A copy of ``model`` that computes the same, written with the statistics that each BatchNorm has of ``batches``; itself, if it has none.
+
+    The statistics of training are of more data than calibration has. What weight and bias take over from them stays when
+    `reestimate_batchnorm` replaces those of the calibration data: it then says what a change of the model moved, and nothing of how
+    calibration and training data differ. Of a model that was not changed it changes nothing.
+    """
+    if not any(isinstance(module, Norms) and module.track_running_stats for module in model.modules()):
+        return model
+    model = copy.deepcopy(model).eval()
+    averages = {
+        module: _Average() for module in model.modules() if isinstance(module, Norms) and module.track_running_stats
+    }
+    seen: dict[Any, list[_Moments]] = {norm: [] for norm in averages}
+    handles = [norm.register_forward_pre_hook(lambda n, x: seen[n].append(_moments(x[0]))) for norm in averages]
+    try:
+        with torch.no_grad():
+            for pieces in _passes(batches, axes):
+                for piece in pieces:
+                    model(*piece)
+                for norm, found in seen.items():
+                    if (total := sum(values for values, _, _ in found)) >= MANY:
+                        averages[norm].add(*_pooled(found), total)
+                    found.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for norm, average in averages.items():
+        if average.values:
+            _rewrite(norm, average)
+    return model
+
+
+def _rewrite(norm: Any, average: _Average) -> None:
+    """Take over other statistics; weight and bias follow, so that the function stays."""
+    weight = torch.ones_like(norm.running_mean) if norm.weight is None else norm.weight.detach()
+    bias = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias.detach()
+    mean, scale = norm.running_mean.double(), (norm.running_var.double() + norm.eps).rsqrt() * weight.double()
+    average.settle(norm)
+    norm.weight = nn.Parameter((scale * (norm.running_var.double() + norm.eps).sqrt()).to(weight.dtype))
+    norm.bias = nn.Parameter((bias.double() + scale * (norm.running_mean.double() - mean)).to(bias.dtype))
+    norm.affine = True
+
+
 def _passes(batches: Sequence[Batch], axes: Axes | None) -> list[list[Batch]]:
     """What goes through the model at once: one batch, or several of few samples."""
     if len(batches) == 1 and _size(batches[0]) <= ONE_PASS:
@@ -79,10 +124,10 @@ class _Average:
         self.mean: Tensor | float = 0.0
         self.variance: Tensor | float = 0.0
 
-    def add(self, norm: Any, values: int) -> None:
+    def add(self, mean: Tensor, variance: Tensor, values: int) -> None:
         self.values += values
-        self.mean = self.mean + values * norm.running_mean
-        self.variance = self.variance + values * norm.running_var
+        self.mean = self.mean + values * mean
+        self.variance = self.variance + values * variance
 
     def settle(self, norm: Any) -> None:
         if self.values:
@@ -95,6 +140,22 @@ def _values(x: Tensor) -> int:
     return x.numel() // x.shape[1]
 
 
+_Moments = tuple[int, Tensor, Tensor]  # values per channel, their mean and their variance (of N, not N - 1)
+
+
+def _moments(x: Tensor) -> _Moments:
+    variance, mean = torch.var_mean(x, [axis for axis in range(x.dim()) if axis != 1], correction=0)
+    return _values(x), mean, variance
+
+
+def _pooled(moments: Sequence[_Moments]) -> tuple[Tensor, Tensor]:
+    """Mean and variance (of N - 1) of all values together."""
+    total = sum(values for values, _, _ in moments)
+    mean = sum((values * mean for values, mean, _ in moments), torch.zeros(())) / total
+    squares = (values * (variance + (own - mean).square()) for values, own, variance in moments)
+    return mean, sum(squares, torch.zeros(())) / (total - 1)
+
+
 def _alone(model: nn.Module, batch: Batch, averages: dict[Any, _Average]) -> list[Any]:
     def before(norm: Any, arguments: tuple[Tensor, ...]) -> None:
         norm.train(_values(arguments[0]) >= MANY)
@@ -102,7 +163,7 @@ def _alone(model: nn.Module, batch: Batch, averages: dict[Any, _Average]) -> lis
 
     def after(norm: Any, arguments: tuple[Tensor, ...], _output: Tensor) -> None:
         if norm.training:
-            averages[norm].add(norm, _values(arguments[0]))
+            averages[norm].add(norm.running_mean, norm.running_var, _values(arguments[0]))
 
     handles = [norm.register_forward_pre_hook(before) for norm in averages]
     handles += [norm.register_forward_hook(after) for norm in averages]
@@ -117,7 +178,8 @@ def _alone(model: nn.Module, batch: Batch, averages: dict[Any, _Average]) -> lis
 def _together(model: nn.Module, batches: Sequence[Batch], averages: dict[Any, _Average]) -> list[Any]:
     """Run batches side by side, a thread each, that meet at every BatchNorm: there the statistics of all are taken."""
     place = threading.local()
-    met: list[tuple[Any, int, Tensor, Tensor]] = [(None, 0, torch.zeros(()), torch.zeros(()))] * len(batches)
+    nothing: _Moments = (0, torch.zeros(()), torch.zeros(()))
+    met: list[tuple[Any, _Moments]] = [(None, nothing)] * len(batches)
     answers: list[Any] = [None] * len(batches)
     errors: list[BaseException] = []
     threads_of_torch = torch.get_num_threads()
@@ -128,20 +190,17 @@ def _together(model: nn.Module, batches: Sequence[Batch], averages: dict[Any, _A
             raise RuntimeError("batches of different shapes do not go through the same layers of the model")
         if norm is None:
             return
-        total = sum(values for _, values, _, _ in met)
+        total = sum(values for _, (values, _, _) in met)
         if total >= MANY:
-            mean = sum((values * mean for _, values, mean, _ in met), torch.zeros(())) / total
-            squares = (values * (variance + (own - mean).square()) for _, values, own, variance in met)
+            mean, variance = _pooled([moments for _, moments in met])
             norm.running_mean.copy_(mean)
-            norm.running_var.copy_(sum(squares, torch.zeros(())) / (total - 1))
-            averages[norm].add(norm, total)
+            norm.running_var.copy_(variance)
+            averages[norm].add(mean, variance, total)
 
     meeting = threading.Barrier(len(batches), action=take)
 
     def before(norm: Any, arguments: tuple[Tensor, ...]) -> None:
-        x = arguments[0]
-        variance, mean = torch.var_mean(x, [axis for axis in range(x.dim()) if axis != 1], correction=0)
-        met[place.index] = (norm, _values(x), mean, variance)
+        met[place.index] = (norm, _moments(arguments[0]))
         meeting.wait()
 
     def run(index: int) -> None:
@@ -150,7 +209,7 @@ def _together(model: nn.Module, batches: Sequence[Batch], averages: dict[Any, _A
         try:
             with torch.no_grad():
                 answers[index] = model(*batches[index])
-            met[index] = (None, 0, torch.zeros(()), torch.zeros(()))
+            met[index] = (None, nothing)
             meeting.wait()
         except BaseException as error:
             errors.append(error)

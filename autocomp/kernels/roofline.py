@@ -32,11 +32,13 @@ class Roofline:
     """A machine's measured limits: operations a second by arithmetic, and bytes a second of main memory; None if unknown."""
 
     fp32: float | None = None
+    fp16: float | None = None
     int8: float | None = None
     bandwidth: float | None = None
 
     def peak(self, operator: str) -> float | None:
-        return self.int8 if operator.endswith("int8") else self.fp32
+        """The limit of an operator's arithmetic."""
+        return {"int8": self.int8, "fp16": self.fp16}.get(operator[-4:], self.fp32)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def roofline(records: Iterable[KernelRecord]) -> Roofline:
     rates = {name: record.flops / record.seconds for name, (_, record) in newest.items() if record.flops}
     stream = newest.get("memory")
     bandwidth = stream[1].tile["bytes"] / stream[1].seconds if stream else None
-    return Roofline(rates.get("fp32"), rates.get("int8"), bandwidth)
+    return Roofline(rates.get("fp32"), rates.get("fp16"), rates.get("int8"), bandwidth)
 
 
 def position(record: KernelRecord, limits: Roofline) -> Position:
@@ -89,9 +91,10 @@ def traffic(record: KernelRecord) -> float | None:
     spatial, reduction = record.spatial, record.reduction
     if not spatial or not reduction:
         return None
-    size, depth, outputs = _element(record), math.prod(reduction), 4 * math.prod(spatial)
+    size, depth = _element(record), math.prod(reduction)
+    outputs = (2 if record.operator.endswith("fp16") else 4) * math.prod(spatial)
     *rows, channels = spatial
-    match record.operator.removesuffix("_int8"):
+    match record.operator.removesuffix("_int8").removesuffix("_fp16"):
         case "dense":
             return size * (math.prod(rows) * depth + depth * channels) + outputs
         case "dense_w8" | "dense_w4":  # float inputs and outputs, one float scale for each group of weights
@@ -114,7 +117,7 @@ def _element(record: KernelRecord) -> float:
     """Bytes of one weight (and, but for weight-only kernels, of one input)."""
     if record.operator.endswith("int8"):
         return 2 if record.reduction[-1] == 2 else 1  # products of pairs are of 16-bit integers
-    return {"w8": 1.0, "w4": 0.5}.get(record.operator[-2:], 4.0)
+    return {"w8": 1.0, "w4": 0.5, "16": 2.0}.get(record.operator[-2:], 4.0)
 
 
 def measure_bandwidth(profile: Profile, store: KernelStore, timer: Timer | None = None) -> float:
