@@ -452,7 +452,10 @@ def settled_task(task: Task, samples: int) -> Task:
     """The task with its model written in the BatchNorm statistics of the calibration samples; the model computes what it did."""
     from autocomp.compress.batchnorm import settled
 
-    model = settled(task.model, first(task.calibration, samples, task.batch_axes), task.batch_axes)
+    try:
+        model = settled(task.model, first(task.calibration, samples, task.batch_axes), task.batch_axes)
+    except Exception:  # the model's own code: where it cannot take the calibration data, calibrating says which
+        return task
     return task if model is task.model else replace(task, model=model)
 
 

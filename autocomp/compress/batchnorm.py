@@ -83,7 +83,10 @@ def settled(model: nn.Module, batches: Sequence[Batch], axes: Axes | None = None
 
 
 def _rewrite(norm: Any, average: _Average) -> None:
-    """Take over other statistics; weight and bias follow, so that the function stays."""
+    """Take over other statistics; weight and bias follow, so that the function stays. Those that are not finite are left: calibrating says so."""
+    found = torch.cat([torch.as_tensor(average.mean), torch.as_tensor(average.variance)])
+    if not bool(torch.isfinite(found).all()):
+        return
     weight = torch.ones_like(norm.running_mean) if norm.weight is None else norm.weight.detach()
     bias = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias.detach()
     mean, scale = norm.running_mean.double(), (norm.running_var.double() + norm.eps).rsqrt() * weight.double()
