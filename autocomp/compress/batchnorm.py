@@ -83,7 +83,7 @@ def settled(model: nn.Module, batches: Sequence[Batch], axes: Axes | None = None
 
 
 def _rewrite(norm: Any, average: _Average) -> None:
-    """Take over other statistics; weight and bias follow, so that the function stays. Those that are not finite are left: calibrating says so."""
+    """Take over other statistics; weight and bias follow, so that the function stays. If not finite they are left: calibrating says so."""
     found = torch.cat([torch.as_tensor(average.mean), torch.as_tensor(average.variance)])
     if not bool(torch.isfinite(found).all()):
         return
