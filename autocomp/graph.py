@@ -78,14 +78,14 @@ class Layer:
     @property
     def each_call(self) -> list[Layer]:
         """The layer as it is in each call that differs from the others in its sizes alone; a loop over steps is one call."""
-        spread = (
-            self.in_size if self.output_padding is not None else self.out_size
-        )  # what the products are proportional to
+        sides = [(self.in_size, self.out_size), *self.more]
+        areas = [
+            math.prod(before if self.output_padding is not None else after) for before, after in sides
+        ]  # what products grow with
         first = self if self.loop else replace(self, calls=1, more=())
         further = [
-            replace(first, in_size=before, out_size=after, macs=self.macs * math.prod(size) // math.prod(spread))
-            for before, after in self.more
-            for size in [before if self.output_padding is not None else after]
+            replace(first, in_size=before, out_size=after, macs=self.macs * area // areas[0])
+            for (before, after), area in zip(self.more, areas[1:], strict=True)
         ]
         return [first, *further]
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree
 
 from autocomp.aliases import usual
+from autocomp.compress.batchnorm import Norms
 from autocomp.compress.recurrent import Recurrence
 from autocomp.errors import ExportError
 from autocomp.layer_calls import LAYER_CALLS, Call, Constant
@@ -302,7 +303,6 @@ class Reader:
                 module.projection = str(node.args[0].target)  # the layer made just before
 
 
-Norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 FOLDING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear)
 

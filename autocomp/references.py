@@ -179,9 +179,8 @@ def _session_module(session: Any, task: Task) -> torch.nn.Module:
             for start in range(0, samples, size):
                 length = min(size, samples - start)
                 rows = part(inputs, start, length, axes)
-                full = part(
-                    _repeated(rows, -(-size // length), axes), 0, size, axes
-                )  # the last is filled with its own rows
+                # the last is filled with its own rows
+                full = part(_repeated(rows, -(-size // length), axes), 0, size, axes)
                 outputs = run_session(session, *full)
                 outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
                 found.append([

@@ -28,7 +28,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Sequence[Batch], axes: Axes 
     together: each waits at every BatchNorm for the others. A BatchNorm that finds fewer than `MANY` values per channel
     passes them with the statistics it has, and learns nothing from them.
     """
-    norms = [module for module in model.modules() if isinstance(module, Norms) and module.track_running_stats]
+    norms = _tracking(model)
     if not norms:
         return None
     passes = _passes(batches, axes)
@@ -56,12 +56,10 @@ def settled(model: nn.Module, batches: Sequence[Batch], axes: Axes | None = None
     `reestimate_batchnorm` replaces those of the calibration data: it then says what a change of the model moved, and nothing of how
     calibration and training data differ. Of a model that was not changed it changes nothing.
     """
-    if not any(isinstance(module, Norms) and module.track_running_stats for module in model.modules()):
+    if not _tracking(model):
         return model
     model = copy.deepcopy(model).eval()
-    averages = {
-        module: _Average() for module in model.modules() if isinstance(module, Norms) and module.track_running_stats
-    }
+    averages = {norm: _Average() for norm in _tracking(model)}
     seen: dict[Any, list[_Moments]] = {norm: [] for norm in averages}
     handles = [norm.register_forward_pre_hook(lambda n, x: seen[n].append(_moments(x[0]))) for norm in averages]
     try:
@@ -80,6 +78,11 @@ def settled(model: nn.Module, batches: Sequence[Batch], axes: Axes | None = None
         if average.values:
             _rewrite(norm, average)
     return model
+
+
+def _tracking(model: nn.Module) -> list[Any]:
+    """The BatchNorms that have statistics."""
+    return [module for module in model.modules() if isinstance(module, Norms) and module.track_running_stats]
 
 
 def _rewrite(norm: Any, average: _Average) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from autocomp.compress.batchnorm import Norms
 from autocomp.compress.codebook import CodebookConv2d, CodebookLinear
 from autocomp.compress.convolution import Layers, Transposed
 from autocomp.compress.half import HalfConv2d, HalfLinear
@@ -19,7 +20,6 @@ Foldable = (
     *Layers, QuantConv2d, QuantLinear, HalfConv2d, HalfLinear,
     WeightOnlyConv2d, WeightOnlyLinear, CodebookConv2d, CodebookLinear,
 )  # fmt: skip
-Norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def fold_batchnorm(model: nn.Module, norms: Mapping[str, str] | None = None) -> nn.Module:

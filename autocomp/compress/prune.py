@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from autocomp.compress.batchnorm import Norms
 from autocomp.compress.convolution import AnyLayer, Geometry, Layers, Transposed, float_convolution, outputs_first
 from autocomp.errors import UsageError
 
-Norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # Of the mean diagonal, one after the other, where a factorisation fails all the same.
 _MORE_DAMPING = (1e-6, 1e-4, 1e-2, 1.0)
 DAMPING = 1e-2  # of the mean diagonal of H, added to the diagonal: as in GPTQ (arXiv:2210.17323, section 3.3)
