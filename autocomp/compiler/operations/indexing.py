@@ -4,7 +4,7 @@ where TVM's own translations read foreign memory."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from autocomp.compiler.expressions import shape_of
@@ -26,28 +26,39 @@ def index(node: Any, importer: Any) -> Any:
             x = builder.emit(_take(x, flat, axis))
         return x
     common = _broadcast(shapes)
-    together = axes == list(range(axes[0], axes[-1] + 1))
-    place = axes[0] if together else 0
-    kept = [axis for axis in range(len(shape)) if axis not in axes]
-    target = [shape[axis] for axis in kept]
-    target[place:place] = common
+    target, position = _lookup(shape, axes, common)
     wrapped = [_wrapped(builder, value, shape[axis]) for axis, value in zip(axes, values, strict=True)]
 
     def compute(x: Any, *indices: Any) -> Any:
         from tvm import te
 
         def element(*at: Any) -> Any:
-            inner, outer = at[place : place + len(common)], [*at[:place], *at[place + len(common) :]]
-            position: list[Any] = [None] * len(shape)
-            for axis, where in zip(kept, outer, strict=True):
-                position[axis] = where
-            for axis, tensor in zip(axes, indices, strict=True):
-                position[axis] = tensor[_aligned(inner, tensor.shape)]
-            return x[tuple(position)]
+            return x[tuple(position(at, indices))]
 
         return te.compute(tuple(target), element, name="index")
 
     return builder.emit_te(compute, x, *wrapped, primfunc_name_hint="index")
+
+
+def _lookup(
+    shape: Sequence[int], axes: Sequence[int], common: Sequence[int]
+) -> tuple[list[int], Callable[[Sequence[Any], Sequence[Any]], list[Any]]]:
+    """The shape of what indices of ``axes``, of the shape ``common`` together, choose; and where an element of it lies in the whole."""
+    place = axes[0] if axes == list(range(axes[0], axes[-1] + 1)) else 0
+    kept = [axis for axis in range(len(shape)) if axis not in axes]
+    target = [shape[axis] for axis in kept]
+    target[place:place] = common
+
+    def position(at: Sequence[Any], tensors: Sequence[Any]) -> list[Any]:
+        inner, outer = at[place : place + len(common)], [*at[:place], *at[place + len(common) :]]
+        found: list[Any] = [None] * len(shape)
+        for axis, where in zip(kept, outer, strict=True):
+            found[axis] = where
+        for axis, tensor in zip(axes, tensors, strict=True):
+            found[axis] = tensor[_aligned(inner, tensor.shape)]
+        return found
+
+    return target, position
 
 
 def gather(node: Any, importer: Any) -> Any:
@@ -119,21 +130,8 @@ def index_put(node: Any, importer: Any) -> Any:
     axes = [axis for axis, item in enumerate(given) if item is not None]
     indices = [_wrapped(builder, importer.env[given[axis]], shape[axis]) for axis in axes]
     common = _broadcast([shape_of(i) or () for i in indices])
-    kept = [axis for axis in range(len(shape)) if axis not in axes]
-    place = axes[0] if axes == list(range(axes[0], axes[-1] + 1)) else 0
-    source = [shape[axis] for axis in kept]
-    source[place:place] = common
+    source, position = _lookup(shape, axes, common)
     values = builder.emit(relax.op.broadcast_to(values, source))
-
-    def position(at: Sequence[Any], tensors: Sequence[Any]) -> list[Any]:
-        inner, outer = at[place : place + len(common)], [*at[:place], *at[place + len(common) :]]
-        found: list[Any] = [None] * len(shape)
-        for axis, where in zip(kept, outer, strict=True):
-            found[axis] = where
-        for axis, tensor in zip(axes, tensors, strict=True):
-            found[axis] = tensor[_aligned(inner, tensor.shape)]
-        return found
-
     return _write(builder, x, values, indices, position, "add" if accumulate else "update")
 
 
