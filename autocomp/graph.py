@@ -23,7 +23,6 @@ from autocomp.groups import make_groups, verified
 from autocomp.program import CanonicalModel, observe
 from autocomp.ties import trace
 
-LARGEST = 8192  # columns of a transposed or three-dimensional convolution: their covariance takes half a gigabyte
 Kind = Literal["conv2d", "depthwise", "linear"]
 
 
@@ -170,10 +169,6 @@ def _layers(model: CanonicalModel, graph: fx.Graph) -> tuple[dict[str, Layer], d
                 skipped[name] = skipped[first] = "its weight is used by another layer too"
             known = layers.get(name)
             made = _layer(name, module, node, model.code.norms.get(name)) if loop is None else _step(name, loop, node)
-            if not made.is_plain and made.columns > LARGEST:
-                skipped[name] = (
-                    f"the {made.columns} weights of each of its outputs are too many to calibrate (at most {LARGEST})"
-                )
             layers[name] = made if known is None else _again(known, made)
     return {name: layer for name, layer in layers.items() if name not in skipped}, skipped
 

@@ -125,11 +125,17 @@ def _quantise_static(source: Path, target: Path, task: Task, samples: int) -> Pa
 
 
 def _quantise_dynamic(model: torch.nn.Module) -> torch.nn.Module | None:
-    """The model with torch's dynamic int8 linear layers; None where it has none, or this torch no longer offers them."""
+    """The model with torch's dynamic int8 linear layers; None where it has none, or this torch no longer offers them.
+
+    None for recurrent layers, too: their canonical form is a loop in Python, which would be a weak opponent.
+    """
     import torch
 
+    from autocomp.compress.recurrent import Recurrence
+
     quantise = getattr(torch.ao.quantization, "quantize_dynamic", None)
-    if quantise is None or not any(type(module) is torch.nn.Linear for module in model.modules()):
+    kinds = {type(module) for module in model.modules()}
+    if quantise is None or torch.nn.Linear not in kinds or Recurrence in kinds:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces that this will move to another package

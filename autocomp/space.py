@@ -10,6 +10,7 @@ from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from autocomp.compress.hessian import WIDE
 from autocomp.errors import UsageError, suggest
 from autocomp.kernels.recurrent import IN_8_BITS
 from autocomp.precisions import CENTROIDS, FORMATS, group_of
@@ -302,6 +303,8 @@ class _Builder:
                 reason = "a loop over time multiplies by its whole weight"
             elif not layer.is_plain:
                 reason = "a transposed or three-dimensional convolution has no low-rank form here"
+            elif layer.columns > WIDE:
+                reason = f"with more than {WIDE} weights for each output, it is compressed a column at a time"
             if not reason:
                 ranks = self._ranks_at(layer, share, spatial)
                 reason = "its rank is less than a vector" if not ranks else _rank_waste(layer, ranks)

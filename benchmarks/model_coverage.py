@@ -232,7 +232,7 @@ def cover(
         )
 
     # a stage of one model follows another of the same: the jobs of one pass do not depend on each other
-    for stage in (stage for stage in stages if stage in STAGES):
+    for stage in stages:
         asked = entries[::every] if stage == "search" else entries
         jobs = ((entry, stage) for entry in asked if ready(entry, stage))
         run_all(jobs, 1 if stage in ALONE else workers, budget, results.folder, told)
@@ -270,6 +270,13 @@ def main() -> None:
     parser.add_argument("--library", choices=LIBRARIES)
     parser.add_argument("--only", help="comma-separated names or patterns")
     parser.add_argument("--until", choices=STAGES, default="reload", help="the last stage to run")
+    parser.add_argument(
+        "--without",
+        choices=STAGES,
+        nargs="*",
+        default=[],
+        help="stages that are left out, such as `time` beside other work",
+    )
     parser.add_argument("--again", action="store_true", help="run once more what has failed")
     parser.add_argument("--fresh", action="store_true", help="run everything once more")
     parser.add_argument("--folder", type=Path, default=Path("runs/coverage"), help="where what was found is kept")
@@ -285,7 +292,7 @@ def main() -> None:
     if options.list:
         print(*(f"{entry.name:45s} {entry.kind}" for entry in entries), sep="\n")
         return
-    stages = list(STAGES)[: list(STAGES).index(options.until) + 1]
+    stages = [stage for stage in list(STAGES)[: list(STAGES).index(options.until) + 1] if stage not in options.without]
     results = Results(options.folder.absolute())
     for entry in [] if options.table else entries:
         known = results.of(entry)

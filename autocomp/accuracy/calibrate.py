@@ -18,6 +18,7 @@ from autocomp.accuracy.divergence import Comparison, compare
 from autocomp.accuracy.guess import describe
 from autocomp.accuracy.outputs import Output, Stated
 from autocomp.batches import Axes, Batch, count, first, part, shape_of, split
+from autocomp.compress.hessian import WIDE
 from autocomp.errors import UsageError, last_line
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ ACTIVATIONS = 2**29  # bytes that a pass keeps at most, gradients included: larg
 class LayerStatistics:
     """What one layer sees. A row is all inputs of one output position: K = input columns x taps of the kernel.
 
-    ``mean`` [K] and ``covariance`` [K, K] (depthwise: [C, k, k], a block for each channel) of rows, float64: the
+    ``mean`` [K] and ``covariance`` of rows, [K, K], in blocks or a diagonal as `compress.hessian` has them, float64: the
     Hessian of the squared output error once the bias has been corrected for the mean. ``fisher`` [O] float64 is half
     the Fisher information of an output channel, summed over positions: ``sum_o fisher[o] * dW_o covariance dW_o^T``
     estimates the divergence that a change dW of the weights causes: low by a factor where errors at
@@ -209,14 +210,13 @@ class _Collector:
     def __init__(self, layer: Layer, generator: torch.Generator) -> None:
         self.layer, self.generator = layer, generator
         self.share = 1.0  # of all samples, that the pass under way has
-        self.depthwise = layer.kind == "depthwise"
-        taps = layer.taps
-        self.full = layer.in_channels * taps
-        blocks = (layer.in_channels, taps, taps) if self.depthwise else (self.full, self.full)
+        groups, columns, full = layer.conv_groups, layer.columns, layer.in_channels * layer.taps
+        alone, blocks = (full,), (groups, columns, columns) if groups > 1 else (full, full)
+        shape = alone if groups == 1 and columns > WIDE else blocks
         self.rows = 0
         self.shift: Tensor | None = None
-        self.sum = torch.zeros(self.full, dtype=torch.float64)
-        self.squares = torch.zeros(blocks, dtype=torch.float64)
+        self.sum = torch.zeros(full, dtype=torch.float64)
+        self.squares = torch.zeros(shape, dtype=torch.float64)
         self.fisher = torch.zeros(layer.out_channels, dtype=torch.float64)
         self.low = torch.full((layer.in_channels,), torch.inf)
         self.high = torch.full((layer.in_channels,), -torch.inf)
@@ -237,8 +237,10 @@ class _Collector:
         self.rows += len(rows)
         rows = rows - self.shift
         self.sum += rows.sum(0, dtype=torch.float64)
-        if self.depthwise:
-            blocks = rows.view(len(rows), self.layer.in_channels, -1)
+        if self.squares.dim() == 1:
+            self.squares += rows.square().sum(0, dtype=torch.float64)
+        elif self.squares.dim() == 3:
+            blocks = rows.view(len(rows), self.layer.conv_groups, -1)
             self.squares += torch.einsum("rci,rcj->cij", blocks, blocks)
         else:
             self.squares += rows.T @ rows
@@ -256,9 +258,11 @@ class _Collector:
         offset = self.sum / max(1, self.rows)
         mean = offset if self.shift is None else self.shift.double() + offset
         covariance = self.squares.div_(max(1, self.rows))  # in place: these are the largest tensors of all
-        if self.depthwise:
-            by_channel = offset.view(self.layer.in_channels, -1)
-            covariance -= by_channel[:, :, None] * by_channel[:, None, :]
+        if covariance.dim() == 1:
+            covariance.sub_(offset.square()).clamp_min_(0.0)
+        elif covariance.dim() == 3:
+            by_group = offset.view(self.layer.conv_groups, -1)
+            covariance -= by_group[:, :, None] * by_group[:, None, :]
         else:
             covariance.addr_(offset, offset, alpha=-1)
         fisher = 0.5 * self.fisher / samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ def stitch_and_score(
         return stitched, 0.0
     statistics = database.statistics
     if give_up < math.inf and statistics.samples > FIRST:
-        early = _score(stitched, statistics, _first(statistics))
+        early = _score_first(stitched, model, statistics)
         if early > give_up:
             return stitched, early
     return stitched, _score(stitched, statistics, _all(statistics))
@@ -55,7 +56,18 @@ def score_early(model: nn.Module, graph: Graph, database: LayerDatabase, candida
     if database.space.normalise(candidate) == database.space.dense():
         return 0.0
     stitched = stitch(model, graph, database, candidate, reestimate=False)
-    return _score(stitched, database.statistics, _first(database.statistics))
+    return _score_first(stitched, model, database.statistics)
+
+
+def _score_first(stitched: nn.Module, dense: nn.Module, statistics: Statistics) -> float:
+    """The divergence on the first 64 samples, less what the dense model has there: the error of so small a sample's BatchNorm statistics."""
+    counts = _first(statistics)
+    if statistics.fingerprint not in _FLOORS:
+        _FLOORS[statistics.fingerprint] = _score(copy.deepcopy(dense), statistics, counts)
+    return max(0.0, _score(stitched, statistics, counts) - _FLOORS[statistics.fingerprint])
+
+
+_FLOORS: dict[str, float] = {}  # by the fingerprint of model and data
 
 
 def _all(statistics: Statistics) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from autocomp.compress.hessian import WIDE
 from autocomp.records import Candidate, Sensitivity
 
 if TYPE_CHECKING:
@@ -46,13 +47,14 @@ def curves(tables: Iterable[LayerTable]) -> list[Sensitivity]:
 def masks(model: nn.Module, graph: Graph, statistics: Statistics) -> Iterator[list[Sensitivity]]:
     """Yield of each ungrouped layer a row for each mask of single weights; ``share`` is of the bytes in the smallest form of its file.
 
-    A study of accuracy and size: no kernel skips single zeros, so no candidate is masked. It takes O K^3 operations a layer and mask.
+    A study of accuracy and size: no kernel skips single zeros, so no candidate is masked. It takes O K^3 operations a layer and mask;
+    layers wider than `WIDE` have none.
     """
     from autocomp.compress.convolution import Layers, outputs_first
     from autocomp.compress.sparse import study
 
     for name, layer in graph.layers.items():
-        if layer.conv_groups > 1 or layer.fixed:
+        if layer.conv_groups > 1 or layer.fixed or layer.columns > WIDE:
             continue
         module, seen = model.get_submodule(name), statistics.layers[name]
         assert isinstance(module, Layers)

@@ -47,7 +47,7 @@ def fit(weight: Tensor, metric: Metric, fisher: Tensor, dim: int, stages: int) -
     scale = weight.square().mean(1).sqrt().float()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     vectors = functional.pad(weight / scale.double()[:, None], (0, width - columns))
-    matters = metric.diagonal().repeat_interleave(rows // len(metric.blocks), 0)  # [N, width]
+    matters = metric.diagonal().repeat_interleave(rows // metric.count, 0)  # [N, width]
     matters = matters * (fisher * scale.double().square())[:, None]
     books, left = [], vectors.reshape(-1, dim).float()
     weights = (matters / matters.mean().clamp_min(1e-300)).reshape(-1, dim).float()
@@ -108,14 +108,14 @@ def _with_feedback(vectors: Tensor, metric: Metric, codebook: Tensor) -> Tensor:
     for start in range(0, width, dim):
         run = slice(start, start + dim)
         saliency = feedback.scale[run].T.double().square()  # [B, d]
-        weights = saliency[:, None, :].expand(-1, rows // len(metric.blocks), -1).flatten(0, 1)
+        weights = saliency[:, None, :].expand(-1, rows // metric.count, -1).flatten(0, 1)
         left = feedback.open[run].permute(1, 2, 0).flatten(0, 1).double()
         value = torch.zeros_like(left)
         for stage in range(stages):
             chosen = _assign(left - value, weights, codebook[stage])
             indices[:, stage, int(feedback.order[start]) // dim] = chosen
             value = value + codebook[stage][chosen]
-        blocks = value.unflatten(0, (len(metric.blocks), -1))
+        blocks = value.unflatten(0, (metric.count, -1))
         for offset in range(dim):
             feedback.settle(start + offset, blocks[..., offset].contiguous())
     return indices

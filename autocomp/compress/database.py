@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from autocomp.space import Space, Target
 
 FORMAT_VERSION = 1
-REVISION = 4  # of the methods: raise it when the same inputs come to give other entries
+REVISION = 5  # of the methods: raise it when the same inputs come to give other entries
 HEADER = b"autocomp-layers 1 "
 MEMORY = 512 * 2**20  # bytes of entries kept in memory; the rest is read again
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from autocomp.compress.convolution import AnyLayer, Layers, outputs_first
+from autocomp.compress.hessian import chosen, times
 from autocomp.compress.lowrank import Factors, Whitened
 from autocomp.compress.parts import Part, part_module, whole_part
-from autocomp.compress.prune import least_squares, output_error, spread, with_weights
+from autocomp.compress.prune import least_squares, spread, with_weights
 from autocomp.compress.quantize import Observer, observe
 from autocomp.compress.rounding import Metric
 from autocomp.compress.store import Inputs, Stored, store
@@ -139,16 +140,13 @@ class _Compression:
     @cached_property
     def _blocks(self) -> Tensor:
         """The covariance of the columns that are kept, as `Metric` takes it."""
-        if self.layer.kind == "depthwise":
-            return self.seen.covariance[self.kept]
         covariance = self.seen.covariance
-        if self.pruned:
-            covariance = covariance[self.columns][:, self.columns]
-        if self.layer.conv_groups == 1:
+        if not self.pruned:
             return covariance
-        size = self.weight.shape[1]
-        runs = [slice(start, start + size) for start in range(0, len(covariance), size)]
-        return torch.stack([covariance[run, run] for run in runs])
+        if self.layer.conv_groups == 1:
+            return chosen(covariance, self.columns)
+        # whole groups are kept
+        return covariance[(self.channels // (self.layer.in_channels // self.layer.conv_groups)).unique()]
 
     def _factorised(self, method: Method) -> Entry:
         factors = self._whitened.factors(method.ranks)
@@ -204,17 +202,11 @@ class _Compression:
 
     def _error(self, effective: Tensor) -> Tensor:
         """Return the weighted output error of the matrix that is really applied."""
-        if self.layer.kind == "depthwise":
-            difference = self.weight[self.kept] - effective
-            error = torch.einsum("ci,cij,cj->c", difference, self.seen.covariance[self.kept], difference)
-            return self.fisher * error.clamp_min(0.0)
         if self.layer.conv_groups > 1:
-            difference = self._ungrouped(self.weight[self.kept] - effective)
-            covariance = self.seen.covariance[self.columns][:, self.columns]
-            return self.fisher * output_error(difference, covariance)
+            return self.fisher * Metric(self._blocks).error(self.weight[self.kept] - effective)
         changed = self.small - effective
         # In float32, which is twice as fast: what is lost to its rounding is nothing against the change itself.
-        error = ((changed.float() @ self._blocks.float()).double() * changed).sum(1)
+        error = (times(changed.float(), self._blocks.float()).double() * changed).sum(1)
         if self.pruned:
             lost, residual = self._pruning_alone
             error = error + lost + 2 * (residual * changed).sum(1)
@@ -225,21 +217,15 @@ class _Compression:
         """With D the change of W by pruning: D H D^T of each output, and D H in the columns that are kept."""
         difference = self.weight.clone()
         difference[:, self.columns] -= self.small
-        through = difference @ self.seen.covariance
+        through = times(difference, self.seen.covariance)
         return (through * difference).sum(1), through[:, self.columns]
 
-    def _ungrouped(self, matrix: Tensor) -> Tensor:
-        """Write the rows of a grouped convolution out over all input channels."""
-        groups = self.layer.conv_groups
-        if groups == 1:
-            return matrix
-        return torch.block_diag(*matrix.split(self.layer.out_channels // groups))
-
-    def _through(self, squares: Tensor, noise: Tensor) -> Tensor:
-        """Return the output variance that independent noise [K] of the inputs causes."""
-        if self.layer.kind == "depthwise":
-            return (squares * noise.view(len(squares), -1)).sum(1)
-        return self._ungrouped(squares) @ noise
+    def _through(self, rows: Tensor, values: Tensor) -> Tensor:
+        """Multiply rows by values [K] of all the inputs that are kept; each row of a grouped convolution by those of its group."""
+        if self.layer.conv_groups == 1:
+            return rows @ values
+        by_group = values.view(-1, rows.shape[1])
+        return (rows.unflatten(0, (len(by_group), -1)) @ by_group[:, :, None]).flatten()
 
     def _bias(self, effective: Tensor, shift: Tensor | None) -> Tensor | None:
         """Return the bias with the mean output restored; a BatchNorm that is re-estimated does that by itself."""
@@ -248,19 +234,13 @@ class _Compression:
             bias = bias[self.kept]
         if self.layer.norm is not None or (not self.pruned and effective is self.weight):
             return None if bias is None else bias.detach().clone()
-        mean = self.seen.mean
-        if self.layer.kind == "depthwise":
-            by_channel = mean.view(-1, self.taps)[self.kept]
-            lost = ((self.weight[self.kept] - effective) * by_channel).sum(1)
-            if shift is not None:
-                lost = lost - (effective * shift.view_as(by_channel)).sum(1)
+        mean = self.seen.mean[self.columns]
+        if self.layer.conv_groups > 1:
+            lost = self._through(self.weight[self.kept] - effective, mean)
         else:
-            if self.layer.conv_groups > 1:
-                lost = self._ungrouped(self.weight[self.kept] - effective) @ mean[self.columns]
-            else:
-                lost = self.weight @ mean - effective @ mean[self.columns]
-            if shift is not None:
-                lost = lost - self._ungrouped(effective) @ shift
+            lost = self.weight @ self.seen.mean - effective @ mean
+        if shift is not None:
+            lost = lost - self._through(effective, shift)
         return (lost if bias is None else lost + bias.detach().double()).float()
 
 

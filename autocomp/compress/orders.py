@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from autocomp.compress.convolution import Layers, outputs_first
+from autocomp.compress.hessian import chosen, diagonal, times
 from autocomp.compress.prune import Norms, cholesky, damped
 from autocomp.processes import map_in_processes
 
@@ -103,7 +104,7 @@ def map_order(statistics: Statistics, graph: Graph, group: Group) -> Tensor:
     norm = torch.zeros(group.width, dtype=torch.float64)
     for name in group.consumers:
         seen = statistics.layers[name]
-        squares = seen.covariance.diagonal() + seen.mean.square()
+        squares = diagonal(seen.covariance) + seen.mean.square()
         units = torch.tensor(group.columns[name])
         norm.index_add_(0, units[units >= 0], squares.view(len(units), -1).mean(1)[units >= 0])
     return norm.argsort(descending=True, stable=True)
@@ -115,7 +116,7 @@ def obs_order(readers: Sequence[Reader], width: int, narrowest: int) -> Tensor:
     After each removal the readers' weights take their least-squares update and the saliencies are computed anew, down
     to ``narrowest`` units; those that are left are ordered by their last saliency.
     """
-    states = [_Obs(reader) for reader in readers]
+    states = [_Obs(reader) if reader.covariance.dim() == 2 else _Independent(reader) for reader in readers]
     alive = torch.arange(width)
     removed: list[Tensor] = []
     step = -(-(width - narrowest) // STEPS)
@@ -175,12 +176,27 @@ class Reader:
         stays = torch.ones(self.weight.shape[1], dtype=torch.bool)
         stays[torch.cat(blocks)] = False
         columns = torch.cat([stays.nonzero().flatten(), *blocks])
-        lower = cholesky(damped(self.covariance)[columns][:, columns])
-        lost = (self.weight[:, columns] @ lower).square_().T @ self.fisher
+        h = chosen(damped(self.covariance), columns)
+        root = h.sqrt() if h.dim() == 1 else cholesky(h)
+        lost = times(self.weight[:, columns], root).square_().T @ self.fisher
         lost = lost.double()
         beyond = torch.cat([lost.flip(0).cumsum(0).flip(0), lost.new_zeros(1)])  # the sum over the columns from each on
         sizes = torch.tensor([int(stays.sum()), *map(len, blocks)])
         return beyond[sizes.cumsum(0)]
+
+
+class _Independent:
+    """`_Obs` where H is its diagonal: no removal changes another unit's saliency."""
+
+    def __init__(self, reader: Reader) -> None:
+        own = (reader.weight.square() * damped(reader.covariance)).T @ reader.fisher
+        self.units, self.saliency = reader.units, torch.stack([own[block].sum() for block in reader.blocks])
+
+    def add_saliency(self, total: Tensor) -> None:
+        total[self.units] += self.saliency
+
+    def remove(self, units: Tensor) -> None:
+        pass
 
 
 class _Obs:

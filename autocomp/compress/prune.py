@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from autocomp.compress.batchnorm import Norms
 from autocomp.compress.convolution import AnyLayer, Geometry, Layers, Transposed, float_convolution, outputs_first
+from autocomp.compress.hessian import add_to_diagonal, chosen, diagonal, times
 from autocomp.errors import UsageError
 
 # Of the mean diagonal, one after the other, where a factorisation fails all the same.
@@ -83,10 +84,8 @@ def spread(channels: Tensor, times: int) -> Tensor:
 
 def damped(covariance: Tensor) -> Tensor:
     """Return H with `DAMPING` times its mean diagonal added to the diagonal, so that it can be inverted."""
-    added = DAMPING * float(covariance.diagonal(dim1=-2, dim2=-1).mean())
-    result = covariance.clone()
-    result.diagonal(dim1=-2, dim2=-1).add_(added if added > 0 else 1.0)  # an input that never changes: any H will do
-    return result
+    added = DAMPING * float(diagonal(covariance).mean())
+    return add_to_diagonal(covariance, added if added > 0 else 1.0)  # an input that never changes: any H will do
 
 
 def cholesky(matrix: Tensor) -> Tensor:
@@ -113,16 +112,19 @@ def cholesky(matrix: Tensor) -> Tensor:
 def least_squares(weight: Tensor, covariance: Tensor, columns: Tensor) -> Tensor:
     """Return the weights [O, kept columns] of the kept inputs that best reproduce ``weight`` [O, K] on all inputs.
 
-    They minimise tr((W - W'S) H (W - W'S)^T) for the damped H, which pulls them towards the weights they had.
+    They minimise tr((W - W'S) H (W - W'S)^T) for the damped H, which pulls them towards the weights they had. Where H is its diagonal, they
+    are those they had.
     """
+    if covariance.dim() == 1:
+        return weight[:, columns]
     h = damped(covariance)
-    kept = h[columns][:, columns]
+    kept = chosen(h, columns)
     return torch.cholesky_solve(h[columns] @ weight.T, cholesky(kept)).T
 
 
 def output_error(difference: Tensor, covariance: Tensor) -> Tensor:
     """Return dW_o H dW_o^T of every output [O]: the mean squared error at one position, of rows [O, K] of dW."""
-    return ((difference @ covariance) * difference).sum(1).clamp_min(0.0)
+    return (times(difference, covariance) * difference).sum(1).clamp_min(0.0)
 
 
 def keep(order: Tensor, width: int) -> Tensor:

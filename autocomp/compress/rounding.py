@@ -13,55 +13,60 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from autocomp.compress.hessian import add_to_diagonal, diagonal, times
 from autocomp.compress.prune import cholesky, damped
 
 BLOCK = 64  # columns whose errors are collected before they move on: one matrix product instead of many
 
 
 class Metric:
-    """The squared error of outputs: ``blocks`` [B, K, K] float64, each the Hessian of O/B successive rows of the weight [O, K].
+    """The squared error of outputs: ``hessian`` [B, K, K] float64, each the Hessian of ``count`` = O/B successive rows of the weight [O, K].
 
-    One block for a linear layer or convolution, one a group for a grouped convolution, one a channel for a depthwise one.
+    One block for a linear layer or convolution, one a group for a grouped convolution, one a channel for a depthwise one. [K], the diagonal,
+    stands for one block whose columns are independent.
     """
 
-    def __init__(self, blocks: Tensor) -> None:
-        self.blocks = blocks if blocks.dim() == 3 else blocks[None]
-        self._factors: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    def __init__(self, hessian: Tensor) -> None:
+        self.hessian = hessian[None] if hessian.dim() == 2 else hessian
+        self.independent = hessian.dim() == 1
+        self.count = 1 if self.independent else len(self.hessian)
+        self._factors: dict[int, tuple[Tensor, Tensor | None, Tensor]] = {}
 
     def error(self, difference: Tensor) -> Tensor:
         """Return dW_o H dW_o^T of every row [O]."""
-        rows = difference.unflatten(0, (len(self.blocks), -1))
-        return ((rows @ self.blocks) * rows).sum(-1).flatten().clamp_min(0.0)
+        rows = difference.unflatten(0, (self.count, -1))
+        return (times(rows, self.hessian) * rows).sum(-1).flatten().clamp_min(0.0)
 
     def better(self, ours: Tensor, theirs: Tensor) -> Tensor:
         """Return for every row [O] whether the error of ``ours`` [O, K] is the smaller one: a H a^T - b H b^T = (a - b) H (a + b)^T."""
-        by_block = (len(self.blocks), -1)
+        by_block = (self.count, -1)
         apart, both = (ours - theirs).unflatten(0, by_block), (ours + theirs).unflatten(0, by_block)
-        return ((apart @ self.blocks) * both).sum(-1).flatten() < 0
+        return (times(apart, self.hessian) * both).sum(-1).flatten() < 0
 
     def diagonal(self) -> Tensor:
         """Return the damped diagonal as [B, K]: how much each column matters by itself."""
-        return damped(self.blocks).diagonal(dim1=1, dim2=2)
+        return diagonal(damped(self.hessian)).view(self.count, -1)
 
     def noisy(self, noise: Tensor) -> Metric:
         """Return the metric for inputs with independent noise of these variances [B * K, or K shared] added."""
-        blocks = self.blocks.clone()
-        blocks.diagonal(dim1=1, dim2=2).add_(noise.double().reshape(-1, self.blocks.shape[-1]))
-        return Metric(blocks)
+        own = noise.double() if self.independent else noise.double().reshape(-1, self.hessian.shape[-1])
+        return Metric(add_to_diagonal(self.hessian, own))
 
-    def factor(self, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    def factor(self, dim: int) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return the order of the columns, in runs of ``dim`` (K must be a multiple), and in that order how an error moves.
 
         That is L_pq / L_qq as [K, K, B] (p settled before q), and the diagonal of L as [K, B]. In float32: H is damped, and what is moved
-        is rounded to far coarser steps in the end.
+        is rounded to far coarser steps in the end. None for L_pq / L_qq of independent columns, where nothing moves.
         """
         if dim not in self._factors:
-            diagonal = self.diagonal().mean(0).view(-1, dim).mean(1)
-            runs = diagonal.argsort(descending=True, stable=True)
+            runs = self.diagonal().mean(0).view(-1, dim).mean(1).argsort(descending=True, stable=True)
             order = (runs[:, None] * dim + torch.arange(dim)).flatten()
+            if self.independent:
+                self._factors[dim] = order, None, self.diagonal()[0][order].sqrt().float()[:, None]
+                return self._factors[dim]
             # Cholesky of the columns in reverse: its lower triangle, turned round, is the upper one wanted.
             backwards = order.flip(0)
-            blocks = damped(self.blocks)
+            blocks = damped(self.hessian)
             unit = (
                 blocks.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-300)[:, None, None]
             )  # squares may be beyond float32
@@ -73,13 +78,13 @@ class Metric:
 
     def padded(self, columns: int) -> Metric:
         """Return the metric with columns added that hardly matter."""
-        missing = columns - self.blocks.shape[-1]
+        missing = columns - self.hessian.shape[-1]
         if missing == 0:
             return self
-        blocks = torch.nn.functional.pad(self.blocks, (0, missing, 0, missing))
-        tiny = 1e-9 * float(self.blocks.diagonal(dim1=1, dim2=2).mean())
-        blocks.diagonal(dim1=1, dim2=2)[:, -missing:] = tiny
-        return Metric(blocks)
+        sides = (0, missing) if self.independent else (0, missing, 0, missing)
+        wider = torch.nn.functional.pad(self.hessian, sides)
+        diagonal(wider)[..., -missing:] = 1e-9 * float(diagonal(self.hessian).mean())
+        return Metric(wider)
 
 
 class Feedback:
@@ -87,7 +92,7 @@ class Feedback:
 
     def __init__(self, weight: Tensor, metric: Metric, dim: int = 1) -> None:
         self.order, self._moves, self.scale = metric.factor(dim)
-        rows = weight.float().unflatten(0, (len(metric.blocks), -1))
+        rows = weight.float().unflatten(0, (metric.count, -1))
         self.open = rows.permute(2, 0, 1)[self.order].contiguous()  # [K, B, O/B]
         self._lost = self.open.clone()  # the weight itself; of a column that is settled, what it lost
         self._start, self._dim = 0, max(1, BLOCK // dim) * dim
@@ -97,6 +102,8 @@ class Feedback:
         end = min(self._start + self._dim, len(self.open))
         lost = self._lost[position].sub_(values)
         self.open[position] = values
+        if self._moves is None:
+            return
         if position + 1 < end:
             self.open[position + 1 : end].addcmul_(self._moves[position, position + 1 : end, :, None], lost)
         elif end < len(self.open):
@@ -119,7 +126,7 @@ def round_levels(weight: Tensor, scales: Tensor, lowest: int, highest: int, metr
     """
     nearest = (weight / scales).round().clamp(lowest, highest)
     feedback = Feedback(weight, metric)
-    grid = scales.unflatten(0, (len(metric.blocks), -1)).permute(2, 0, 1)[feedback.order].contiguous()
+    grid = scales.unflatten(0, (metric.count, -1)).permute(2, 0, 1)[feedback.order].contiguous()
     for position, steps in enumerate(grid):
         value = (feedback.open[position] / steps).round_().clamp_(lowest, highest).mul_(steps)
         feedback.settle(position, value)

@@ -65,7 +65,7 @@ def store(weight: Tensor, precision: Precision, inputs: Inputs, fisher: Tensor, 
         return Stored(part, levels.double() * grid, shift, noise)
     if kind.kind == "grouped":
         bits, group = int(kind.bits), group_of(precision, columns)
-        counts = inputs.metric.diagonal().repeat_interleave(len(weight) // len(inputs.metric.blocks), 0)
+        counts = inputs.metric.diagonal().repeat_interleave(len(weight) // inputs.metric.count, 0)
         _, scales = quantise_groups(weight, bits, group, counts)
         grid = scales.double().repeat_interleave(group, 1)[:, :columns]
         levels = round_levels(weight, grid, LOWEST[bits], HIGHEST[bits], inputs.metric)
