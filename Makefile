@@ -64,7 +64,7 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# model.so needs a linker of this machine's and one of arm64's, as `autocomp/compiler/link.py` looks for them; pip's ziglang is both. (Each
+# model.so needs a linker of this machine's and one of arm64's, as `autocomp/hardware/link.py` looks for them; pip's ziglang is both. (Each
 # name is asked for by itself: dash's `command` looks at its first argument alone.)
 there = $(strip $(foreach name,$(1),$(shell command -v $(name) 2>/dev/null)))
 HERE := $(call there,cc gcc clang ld ld.lld)

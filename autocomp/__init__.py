@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autocomp.api import SearchResult, compile, measure, search
-    from autocomp.hardware import list_profiles
-    from autocomp.records import Candidate, Latency
-    from autocomp.task import Task, load_task
+    from autocomp.hardware.profile import list_profiles
+    from autocomp.records.candidate import Candidate
+    from autocomp.records.latency import Latency
+    from autocomp.tasks.task import Task, load_task
 
     __version__: str
 
@@ -30,14 +29,15 @@ __all__ = [
 
 # Where each public name lives. Resolved on first use (PEP 562): importing autocomp must not import torch or TVM.
 _HOMES = {
-    "Candidate": "autocomp.records",
-    "Latency": "autocomp.records",
+    "Candidate": "autocomp.records.candidate",
+    "Latency": "autocomp.records.latency",
     "SearchResult": "autocomp.api",
-    "Task": "autocomp.task",
+    "Task": "autocomp.tasks.task",
     "compile": "autocomp.api",
-    "list_profiles": "autocomp.hardware",
-    "load_task": "autocomp.task",
+    "list_profiles": "autocomp.hardware.profile",
+    "load_task": "autocomp.tasks.task",
     "measure": "autocomp.api",
+    "search": "autocomp.api",
 }
 
 
@@ -56,20 +56,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(set(globals()) | set(__all__))
-
-
-class _Package(ModuleType):
-    """Keeps ``autocomp.search`` the function: importing the folder of that name would put the folder in its place."""
-
-    @property
-    def search(self) -> Any:
-        from autocomp.api import search
-
-        return search
-
-    @search.setter
-    def search(self, folder: ModuleType) -> None:
-        pass
-
-
-sys.modules[__name__].__class__ = _Package

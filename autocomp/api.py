@@ -11,19 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from autocomp import interrupt
-from autocomp.cache import cache_dir
-from autocomp.chatter import LOG, caught
-from autocomp.config import Goals, Settings, load_settings
+from autocomp.cache import cache_dir, unwritable_reason
+from autocomp.config.settings import Goals, Settings, load_settings
 from autocomp.errors import ExportError, InfeasibleError, Interrupted, ModelWarning, UsageError
-from autocomp.hardware import Profile, load_profile
+from autocomp.front import goals as goal_rules
+from autocomp.hardware.profile import Profile, load_profile
+from autocomp.processes import interrupt
+from autocomp.processes.chatter import LOG, caught
 from autocomp.progress import Progress
-from autocomp.records import Candidate, Evaluation, Latency, Sensitivity
-from autocomp.report.data import FrontPoint, Run, read_run, speedup
-from autocomp.runfolder import abandon_run_folder, check_run_folder, open_run_folder, probe, unwritable_reason
-from autocomp.search import goals as goal_rules
-from autocomp.space_file import SpaceFile, load_space
-from autocomp.task import Task, checked_batch, load_task, within
+from autocomp.records.candidate import Candidate
+from autocomp.records.evaluation import Evaluation, Sensitivity
+from autocomp.records.latency import Latency
+from autocomp.records.run import FrontPoint, Run, read_run, speedup
+from autocomp.run.folder import abandon_run_folder, check_run_folder, open_run_folder, probe
+from autocomp.space.file import SpaceFile, load_space
+from autocomp.tasks.task import Task, checked_batch, load_task, within
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +70,7 @@ class Point:
 
     def load(self) -> torch.nn.Module:
         """The compressed torch model, in evaluation mode. The file is a pickle: open only runs you trust."""
-        from autocomp.export import load_model
+        from autocomp.export.files import load_model
 
         return load_model(self.folder / "models" / self.candidate.id)
 
@@ -153,7 +155,7 @@ def search(
     _check_names(settings)
     probe(cache_dir(), "cache", "set AUTOCOMP_CACHE to a folder of yours with room")
     if settings.storage is not None:
-        from autocomp.search.storage import check_storage
+        from autocomp.study.storage import check_storage
 
         check_storage(settings.storage)
     if not isinstance(task, Task):
@@ -228,9 +230,9 @@ def check(settings: Settings, progress: Progress | None = None) -> dict[str, Any
 
     Nothing is measured.
     """
-    from autocomp.accuracy.guess import describe
-    from autocomp.graph import analyse
-    from autocomp.space import build_space
+    from autocomp.graph.analyse import analyse
+    from autocomp.space.build import build_space
+    from autocomp.tasks.guess import describe
 
     if settings.task is None:
         raise UsageError("no task: name one, such as `autocomp check digits`")
@@ -289,14 +291,14 @@ def sensitivity(
     """
     import tempfile
 
-    from autocomp.accuracy.calibrate import collect
     from autocomp.accuracy.sensitivity import curves, masks
     from autocomp.cache import write_atomically
-    from autocomp.compress.database import LayerDatabase
-    from autocomp.graph import analyse
-    from autocomp.pipeline import settled_task
+    from autocomp.database.calibrate import collect
+    from autocomp.database.database import LayerDatabase
+    from autocomp.graph.analyse import analyse
     from autocomp.report.build import render_sensitivity
-    from autocomp.space import build_space
+    from autocomp.run.pipeline import settled_task
+    from autocomp.space.build import build_space
     from autocomp.tasks.training import one_thread
 
     if settings.task is None:
@@ -355,8 +357,8 @@ def _run(
 ) -> SearchResult:
     import torch
 
-    from autocomp.finish import finish
-    from autocomp.pipeline import Pipeline
+    from autocomp.run.finish import finish
+    from autocomp.run.pipeline import Pipeline
     from autocomp.tasks.training import one_thread
 
     with one_thread():  # on a busy machine a second thread makes these small layers many times slower
@@ -416,9 +418,9 @@ def _settings(
 
 def _compiled(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...], profile: str | Profile) -> Any:
     """The device and the module, compared with torch on the example, on inputs made up beside it, and on a second call."""
-    from autocomp.devices.device import open_device
-    from autocomp.handover import checked_inputs, describe_outputs
-    from autocomp.plain import plain
+    from autocomp.compiler.handover import checked_inputs, describe_outputs
+    from autocomp.devices.open import open_device
+    from autocomp.graph.plain import plain
 
     found = profile if isinstance(profile, Profile) else load_profile(profile)
     model, given, _ = plain(model, checked_batch(example_inputs, "example_inputs"), "the model", "example_inputs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import time
@@ -63,3 +64,22 @@ def sweep(folder: Path) -> None:
                 path.unlink()
         except OSError:  # another process was faster, or it is not ours
             continue
+
+
+_HOPELESS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "it is not yours to write",
+    errno.EPERM: "it is not yours to write",
+    errno.ENOTDIR: "a part of its path is a file",
+    errno.EEXIST: "it is a file",
+    errno.EISDIR: "it is a folder",
+    errno.ENAMETOOLONG: "its name is too long",
+    errno.ELOOP: "a link in its path leads to itself",
+}
+
+
+def unwritable_reason(error: OSError) -> str | None:
+    """Say in words why nothing can be written, None if the error is of another kind."""
+    return _HOPELESS.get(error.errno or 0)

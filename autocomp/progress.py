@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from autocomp import interrupt
+from autocomp.processes import interrupt
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -130,5 +130,5 @@ def _new_bars(console: Console) -> Bars:
         TimeElapsedColumn(),
         TextColumn("[dim]{task.fields[note]}"),
         console=console,
-        redirect_stderr=False,  # what others write there is caught: autocomp.chatter
+        redirect_stderr=False,  # what others write there is caught: autocomp.processes.chatter
     )

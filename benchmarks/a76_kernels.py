@@ -25,13 +25,13 @@ from reference import halve_model, quantise_model, replace_layers
 from torch import nn
 
 from autocomp.compiler.build import schedule
-from autocomp.compress.weight_only import weight_only
+from autocomp.compress.scales import weight_only
 from autocomp.estimate import compile_object, estimate_kernel, load_core
-from autocomp.hardware import Profile, load_profile
-from autocomp.kernels.store import KernelStore
-from autocomp.kernels.timers import signature
-from autocomp.kernels.tune import Tuner
-from autocomp.records import How
+from autocomp.hardware.profile import Profile, load_profile
+from autocomp.records.latency import How
+from autocomp.tuning.store import KernelStore
+from autocomp.tuning.timers import signature
+from autocomp.tuning.tune import Tuner
 
 PEAK = {"fp32": 16.0, "fp16": 32.0, "w8a8": 64.0, "w8": 16.0, "w4": 16.0}  # operations a cycle
 T = TypeVar("T")

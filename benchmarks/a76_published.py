@@ -19,7 +19,7 @@ from zoo import BENCHMARKED, ZOO, like
 from autocomp.compiler.build import schedule
 from autocomp.devices.estimated import EstimatedDevice, EstimatedModel
 from autocomp.estimate import compile_object, core_of, estimate_kernel
-from autocomp.hardware import load_profile
+from autocomp.hardware.profile import load_profile
 
 NCNN = "https://github.com/Tencent/ncnn/blob/master/benchmark/README.md (Raspberry Pi 5, 1 thread)"
 SBC = "https://github.com/ThomasKaiser/sbc-bench/blob/master/results/Au3jaA.txt (Raspberry Pi 5)"

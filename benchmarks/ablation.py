@@ -25,12 +25,12 @@ from common import earlier, publish
 from prepared import TASKS, Prepared, draw, prepare
 
 from autocomp.accuracy.proxy import kl
-from autocomp.compress import entry as entries
-from autocomp.compress.database import LayerDatabase
 from autocomp.compress.rounding import Feedback
-from autocomp.compress.store import Inputs, store
-from autocomp.hardware import load_profile
-from autocomp.records import Candidate, Method
+from autocomp.database import entry as entries
+from autocomp.database.database import LayerDatabase
+from autocomp.database.store import Inputs, store
+from autocomp.hardware.profile import load_profile
+from autocomp.records.candidate import Candidate, Method
 
 SPACE = {"keep": [1.0, 0.75, 0.5, 0.25], "ranks": [0.5, 0.25], "precisions": ["fp32", "w8a8", "w4"]}
 

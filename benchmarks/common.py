@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from autocomp.compiler.build import describe_device
-from autocomp.hardware import Profile
+from autocomp.hardware.profile import Profile
 
 REPORTS = Path(__file__).parent.parent / "reports" / "benchmarks"
 
@@ -57,7 +57,7 @@ def publish(
     write: bool = True,
 ) -> None:
     """Print a table, and write ``reports/benchmarks/NAME.md`` and ``NAME.json`` (``write=False``: a smoke test, only print)."""
-    from autocomp.terminal import show_table
+    from autocomp.cli.tables import show_table
 
     show_table(headings, rows, title=name)
     for note in notes:

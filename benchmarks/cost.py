@@ -23,9 +23,9 @@ from zoo import ZOO
 from zoo.inputs import smooth_noise
 
 from autocomp import api
-from autocomp.config import load_settings
-from autocomp.hardware import load_profile
-from autocomp.task import Task
+from autocomp.config.settings import load_settings
+from autocomp.hardware.profile import load_profile
+from autocomp.tasks.task import Task
 
 TRIALS = 1000
 # Name in the zoo and options; shown as; calibration samples; trials told. A trial passes all samples through the model.

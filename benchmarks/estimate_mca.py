@@ -28,7 +28,7 @@ from autocomp.estimate.decode import Instruction, decode
 from autocomp.estimate.emulator import count_blocks
 from autocomp.estimate.instructions import Core
 from autocomp.estimate.objects import BASE
-from autocomp.hardware import load_profile
+from autocomp.hardware.profile import load_profile
 
 KERNELS = {
     "dense": [(96, 256, 128), (128, 768, 768)],

@@ -27,7 +27,7 @@ from common import publish
 
 from autocomp.errors import UsageError
 from autocomp.estimate import KernelEstimate, compile_object, estimate_kernel, load_core
-from autocomp.hardware import Profile, load_profile
+from autocomp.hardware.profile import Profile, load_profile
 from autocomp.kernels import compute, packing, rows, templates
 from autocomp.kernels.intrinsics import dot_product
 

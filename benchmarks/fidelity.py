@@ -16,7 +16,7 @@ import time
 from common import earlier, publish
 from prepared import TASKS, Prepared, correlations, draw, in_floats, prepare
 
-from autocomp.hardware import load_profile
+from autocomp.hardware.profile import load_profile
 from autocomp.recover.distill import distil
 
 GOALS = {"tier 0, fitted, against KL": 0.90, "KL against metric": 0.95}

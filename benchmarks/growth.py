@@ -16,8 +16,8 @@ from reference import onnx_fp32
 from zoo import ZOO
 
 from autocomp.devices.local import LocalDevice
-from autocomp.devices.timing import interleaved, quiet_core
-from autocomp.hardware import Profile, load_profile
+from autocomp.hardware.profile import Profile, load_profile
+from autocomp.hardware.timing import interleaved, quiet_core
 
 BATCHES = (1, 2, 4, 8)
 IMAGES = (96, 160, 224, 288, 384)

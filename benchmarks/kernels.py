@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from zoo.inputs import smooth_noise
 
 from autocomp.compiler.build import build
+from autocomp.compiler.verify import check_outputs
 from autocomp.devices.local import LocalDevice
-from autocomp.hardware import load_profile
-from autocomp.verify import check_outputs
+from autocomp.hardware.profile import load_profile
 
 Make = Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]
 

@@ -19,11 +19,11 @@ from common import publish, ratio
 
 from autocomp.compiler.build import build
 from autocomp.devices.local import LocalDevice
-from autocomp.devices.timing import interleaved, quiet_core
-from autocomp.hardware import load_profile
-from autocomp.kernels.store import KernelStore
-from autocomp.onnx_export import export_onnx, onnx_session
-from autocomp.task import load_task
+from autocomp.export.onnx import export_onnx, onnx_session
+from autocomp.hardware.profile import load_profile
+from autocomp.hardware.timing import interleaved, quiet_core
+from autocomp.tasks.task import load_task
+from autocomp.tuning.store import KernelStore
 
 RECORDS = ("config.yaml", "provenance.json", "front.json", "evaluations.csv", "report.html")
 
@@ -31,7 +31,7 @@ RECORDS = ("config.yaml", "provenance.json", "front.json", "evaluations.csv", "r
 def search(folder: Path) -> dict:
     """Run the demo's command in a process of its own with an empty cache; seconds, trials, peak memory."""
     start = time.perf_counter()
-    command = [sys.executable, "-m", "autocomp.cli", "search", "digits", "--out", str(folder / "run")]
+    command = [sys.executable, "-m", "autocomp.cli.main", "search", "digits", "--out", str(folder / "run")]
     subprocess.run(command, check=True, env={**os.environ, "AUTOCOMP_CACHE": str(folder / "cache")})
     seconds = time.perf_counter() - start
     summary = json.loads((folder / "run" / "front.json").read_text())["summary"]

@@ -21,11 +21,11 @@ from zoo.inputs import settle, smooth_noise
 from zoo.sequence import _Conformer
 from zoo.vision import _ViT
 
-from autocomp.accuracy.calibrate import collect_from
-from autocomp.compress.database import LayerDatabase
-from autocomp.graph import analyse
-from autocomp.hardware import load_profile
-from autocomp.space import build_space
+from autocomp.database.calibrate import collect_from
+from autocomp.database.database import LayerDatabase
+from autocomp.graph.analyse import analyse
+from autocomp.hardware.profile import load_profile
+from autocomp.space.build import build_space
 
 LIMIT = 6.0  # GB
 

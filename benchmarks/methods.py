@@ -21,15 +21,15 @@ import yaml
 from common import earlier, publish
 from prepared import TASKS, prepare
 
-from autocomp.classic import classic_models
-from autocomp.config import load_settings
-from autocomp.devices.device import open_device
-from autocomp.hardware import load_profile
-from autocomp.pipeline import Pipeline, check_inputs
+from autocomp.config.settings import load_settings
+from autocomp.devices.open import open_device
+from autocomp.front.pareto import hypervolume
+from autocomp.hardware.profile import load_profile
+from autocomp.measurement.classic import classic_models
+from autocomp.measurement.references import INT8, OURS, measure_references
 from autocomp.progress import Progress
-from autocomp.references import INT8, OURS, measure_references
-from autocomp.search.pareto import hypervolume
-from autocomp.task import evaluate_task, load_task, objective_of
+from autocomp.run.pipeline import Pipeline, check_inputs
+from autocomp.tasks.task import evaluate_task, load_task, objective_of
 from autocomp.tasks.training import one_thread
 
 KEEPS = [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]

@@ -187,7 +187,7 @@ def preload() -> None:
     timm()
     transformers()
     revision()
-    for name in ("autocomp.finish", "autocomp.references", *_LAZY):
+    for name in ("autocomp.run.finish", "autocomp.measurement.references", *_LAZY):
         importlib.import_module(name)
 
 
@@ -245,7 +245,7 @@ def show(entries: Sequence[Entry], results: Results, write: bool) -> None:
     """Print the table of these models, and write it into the reports if asked to."""
     from common import publish
 
-    from autocomp.hardware import load_profile
+    from autocomp.hardware.profile import load_profile
 
     found = {entry.name: results.of(entry) for entry in entries}
     figures = summary(list(found.values()))

@@ -18,12 +18,12 @@ from reference import onnx_fp32, onnx_int8, quantise_model
 from zoo import BENCHMARKED, ZOO, like
 
 from autocomp.compiler.build import CompiledModel, build
+from autocomp.compiler.verify import output_error, reference_outputs, relative_error, tolerance
 from autocomp.devices.local import LocalDevice
-from autocomp.devices.timing import interleaved, quiet_core
 from autocomp.errors import MismatchError
-from autocomp.hardware import load_profile
-from autocomp.records import KernelTime
-from autocomp.verify import output_error, reference_outputs, relative_error, tolerance
+from autocomp.hardware.profile import load_profile
+from autocomp.hardware.timing import interleaved, quiet_core
+from autocomp.records.latency import KernelTime
 
 PRECISIONS = ("fp32", "w8a8")
 CALIBRATION = 4  # inputs that set the int8 ranges, ours and theirs

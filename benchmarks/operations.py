@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autocomp.compiler.build import build
+from autocomp.compiler.verify import output_error, reference_outputs
 from autocomp.devices.local import LocalDevice
-from autocomp.devices.timing import interleaved, quiet_core
 from autocomp.errors import AutocompError
-from autocomp.hardware import load_profile
-from autocomp.verify import output_error, reference_outputs
+from autocomp.hardware.profile import load_profile
+from autocomp.hardware.timing import interleaved, quiet_core
 
 
 class Function(nn.Module):

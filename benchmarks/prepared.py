@@ -12,16 +12,18 @@ import torch
 from scipy.stats import kendalltau, spearmanr
 
 from autocomp.accuracy.additive import AdditiveModel, additive_model
-from autocomp.accuracy.calibrate import Statistics, collect
 from autocomp.accuracy.proxy import stitch_and_score
-from autocomp.compress.apply import stitch
-from autocomp.compress.database import LayerDatabase
-from autocomp.graph import Graph, analyse
-from autocomp.hardware import load_profile
-from autocomp.records import Candidate
-from autocomp.space import Space, build_space
-from autocomp.space_file import load_space
-from autocomp.task import Task, evaluate_task, load_task
+from autocomp.database.calibrate import Statistics, collect
+from autocomp.database.database import LayerDatabase
+from autocomp.database.stitch import stitch
+from autocomp.graph.analyse import analyse
+from autocomp.graph.graph import Graph
+from autocomp.hardware.profile import load_profile
+from autocomp.records.candidate import Candidate
+from autocomp.space.build import build_space
+from autocomp.space.file import load_space
+from autocomp.space.space import Space
+from autocomp.tasks.task import Task, evaluate_task, load_task
 
 TASKS = ("digits", "digits-mobile", "tokens")
 

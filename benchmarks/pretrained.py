@@ -20,7 +20,7 @@ from common import earlier, publish
 
 import autocomp
 from autocomp.errors import AutocompError, Interrupted
-from autocomp.hardware import load_profile
+from autocomp.hardware.profile import load_profile
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "pretrained"
 PROFILE = "x86-host"

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autocomp.compress.fold import fold_batchnorm
-from autocomp.compress.half import halved
-from autocomp.compress.quantize import activation_parameters, quantised
-from autocomp.devices.timing import interleaved, quiet_core
-from autocomp.onnx_export import export_onnx, onnx_session
+from autocomp.compress.scales import activation_parameters, quantised
+from autocomp.export.onnx import export_onnx, onnx_session
+from autocomp.graph.fold import fold_batchnorm
+from autocomp.hardware.timing import interleaved, quiet_core
+from autocomp.layers.fp16 import halved
 
 Inputs = tuple[Tensor, ...]
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from zoo import BENCHMARKED, ZOO, like
 
 from autocomp.compiler.build import CompiledModel, build
-from autocomp.devices.timing import interleaved, quiet_core
-from autocomp.hardware import Profile, load_profile
-from autocomp.kernels import timers, tune
-from autocomp.kernels.isolated import attempt_alone
-from autocomp.kernels.store import KernelStore
-from autocomp.records import KernelTime
+from autocomp.hardware.profile import Profile, load_profile
+from autocomp.hardware.timing import interleaved, quiet_core
+from autocomp.processes.alone import attempt_alone
+from autocomp.records.latency import KernelTime
+from autocomp.tuning import timers, tune
+from autocomp.tuning.store import KernelStore
 
 WIDE = 20  # times the usual budget
 _META_TRIALS = 64

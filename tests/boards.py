@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from autocomp.devices.boards import registered
-from autocomp.hardware import Profile, load_profile
+from autocomp.hardware.profile import Profile, load_profile
 
 START = 60.0  # seconds a server may take to register: importing TVM takes several on a busy machine
 

@@ -33,7 +33,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def no_pauses() -> Iterator[None]:
     """Measure once, however busy the machine is: no test is about how long something takes."""
-    from autocomp.devices import timing
+    from autocomp.hardware import timing
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "PAUSES", ())
@@ -61,8 +61,8 @@ def reckoned(jobs: Sequence[Any]) -> list[tuple[float | None, str]]:
 def device(tmp_path_factory: pytest.TempPathFactory) -> LocalDevice:
     """This machine with an empty store and the first guess of every kernel: what is computed does not depend on the tile."""
     from autocomp.devices.local import LocalDevice
-    from autocomp.hardware import load_profile
-    from autocomp.kernels.store import KernelStore
+    from autocomp.hardware.profile import load_profile
+    from autocomp.tuning.store import KernelStore
 
     with pytest.MonkeyPatch.context() as patch:
         _first_guesses(patch)
@@ -82,8 +82,8 @@ def short_tuning() -> Iterator[None]:
 
 
 def _first_guesses(patch: pytest.MonkeyPatch) -> None:
-    from autocomp.kernels.timers import LocalTimer
-    from autocomp.kernels.tune import Tuner
+    from autocomp.tuning.timers import LocalTimer
+    from autocomp.tuning.tune import Tuner
 
     patch.setitem(Tuner.__init__.__kwdefaults__, "budget", 1)
     patch.setattr(LocalTimer, "attempt", lambda _timer, jobs: reckoned(jobs))
@@ -108,8 +108,9 @@ def spaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture
 def without_exports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the files of front points, half of the time of a run, where a test is about what goes before."""
-    from autocomp import finish, preflight
-    from autocomp.report.data import FrontPoint
+    from autocomp.measurement import preflight
+    from autocomp.records.run import FrontPoint
+    from autocomp.run import finish
 
     monkeypatch.setattr(finish, "write_points", lambda _pipeline, found: [FrontPoint(e) for e in found])
     monkeypatch.setattr(preflight, "export_point", lambda *_: {})

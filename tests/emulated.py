@@ -13,7 +13,7 @@ from autocomp.compiler.importer import export_program, import_program
 from autocomp.compiler.layout import to_channels_last
 from autocomp.compiler.lower import lower
 from autocomp.estimate import compile_object, run_kernel
-from autocomp.hardware import Profile
+from autocomp.hardware.profile import Profile
 from autocomp.kernels import templates
 
 

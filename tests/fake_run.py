@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 from problems import random_problem
 
-from autocomp.records import Candidate, Evaluation, KernelTime, Latency, Reference, Sensitivity, Source
-from autocomp.report.data import FrontPoint, LayerInfo, Run, Summary, TaskInfo, Verified, write_evaluations, write_front
-from autocomp.search.pareto import hypervolume_history, pareto_set, spaced
-from autocomp.search.solver import solve_front
+from autocomp.front.pareto import hypervolume_history, pareto_set, spaced
+from autocomp.records.candidate import Candidate
+from autocomp.records.evaluation import Evaluation, Reference, Sensitivity, Source
+from autocomp.records.latency import KernelTime, Latency
+from autocomp.records.run import FrontPoint, LayerInfo, Run, Summary, TaskInfo, Verified, write_evaluations, write_front
+from autocomp.study.solver import solve_front
 
 PROFILE = "x86-host"
 PROBLEM = random_problem(4, layers=14)

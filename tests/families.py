@@ -9,8 +9,8 @@ from nets import images, randomise
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autocomp.canonical import canonical
-from autocomp.program import CanonicalModel
+from autocomp.graph.canonical import canonical
+from autocomp.graph.program import CanonicalModel
 
 HEADS, DIM, TOKENS = 4, 8, 6
 

@@ -11,14 +11,16 @@ import nets
 import torch
 from torch import Tensor, nn
 
-from autocomp.accuracy.calibrate import Statistics, collect_from
-from autocomp.canonical import canonical
 from autocomp.compress.batchnorm import reestimate_batchnorm
-from autocomp.compress.database import LayerDatabase
-from autocomp.graph import Graph, analyse
-from autocomp.records import Precision
-from autocomp.space import Space, build_space
-from autocomp.space_file import Rule, SpaceFile
+from autocomp.database.calibrate import Statistics, collect_from
+from autocomp.database.database import LayerDatabase
+from autocomp.graph.analyse import analyse
+from autocomp.graph.canonical import canonical
+from autocomp.graph.graph import Graph
+from autocomp.records.candidate import Precision
+from autocomp.space.build import build_space
+from autocomp.space.file import Rule, SpaceFile
+from autocomp.space.space import Space
 
 torch.set_num_threads(1)
 

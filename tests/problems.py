@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from autocomp.records import Method
-from autocomp.search.solver import Factor, Problem, make_problem
+from autocomp.records.candidate import Method
+from autocomp.study.solver import Factor, Problem, make_problem
 
 NAMES = ("fp32", "w8a8", "r48/fp32", "r32/fp32", "r48/w8a8", "r32/w8a8", "r16/fp32", "r16/w8a8")
 METHODS = tuple(map(Method.parse, NAMES))

@@ -11,7 +11,7 @@ from pipeline import pipeline
 from autocomp.accuracy.additive import ENOUGH, AdditiveModel, additive_model
 from autocomp.accuracy.proxy import stitch_and_score
 from autocomp.accuracy.sensitivity import additive_error
-from autocomp.search.solver import Factor, make_problem
+from autocomp.study.solver import Factor, make_problem
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from pipeline import pipeline
 from torch import nn
 
-from autocomp.compress.apply import reestimate_batchnorm, stitch
-from autocomp.compress.fold import fold_batchnorm
-from autocomp.compress.quantize import QuantConv2d, QuantLinear
-from autocomp.groups import removed
-from autocomp.precisions import FORMATS, group_of
-from autocomp.records import Candidate, Method
-from autocomp.shapes import factor_shapes
+from autocomp.database.stitch import reestimate_batchnorm, stitch
+from autocomp.graph.fold import fold_batchnorm
+from autocomp.graph.removal import removed
+from autocomp.graph.shapes import factor_shapes
+from autocomp.layers.w8a8 import QuantConv2d, QuantLinear
+from autocomp.records.candidate import Candidate, Method
+from autocomp.records.precisions import FORMATS, group_of
 
 torch.set_num_threads(1)
 KINDS = ("plain", "depthwise", "flat", "odd", *STRUCTURES)

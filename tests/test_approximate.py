@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autocomp.canonical import canonical
-from autocomp.graph import Graph, analyse
-from autocomp.groups import Group, removed, reordered, swapped
-from autocomp.hardware import load_profile
-from autocomp.program import CanonicalModel
-from autocomp.space import Space, build_space
-from autocomp.space_file import Rule, SpaceFile
+from autocomp.graph.analyse import analyse
+from autocomp.graph.canonical import canonical
+from autocomp.graph.graph import Graph, Group
+from autocomp.graph.program import CanonicalModel
+from autocomp.graph.removal import removed, reordered, swapped
+from autocomp.hardware.profile import load_profile
+from autocomp.space.build import build_space
+from autocomp.space.file import Rule, SpaceFile
+from autocomp.space.space import Space
 
 torch.set_num_threads(1)
 WIDTH = 32

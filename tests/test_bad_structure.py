@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from autocomp.errors import ExportError
-from autocomp.graph import analyse
+from autocomp.graph.analyse import analyse
 
 torch.set_num_threads(1)
 

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autocomp import Task
-from autocomp.accuracy.calibrate import collect_from
 from autocomp.accuracy.proxy import kl, score_early
-from autocomp.batches import count, first, like, part, split
-from autocomp.canonical import canonical
 from autocomp.compress.batchnorm import MANY, reestimate_batchnorm, settled
+from autocomp.database.calibrate import collect_from
 from autocomp.errors import UsageError
-from autocomp.graph import analyse
-from autocomp.pipeline import check_inputs
+from autocomp.graph.analyse import analyse
+from autocomp.graph.batches import count, first, like, part, split
+from autocomp.graph.canonical import canonical
+from autocomp.run.pipeline import check_inputs
 
 torch.set_num_threads(1)
 
@@ -117,8 +117,8 @@ def test_samples_along_another_axis_are_calibrated_with():
 def test_lengths_that_vary_are_scored_together(tmp_path):
     from pipeline import EVERYTHING, Vectors
 
-    from autocomp.compress.database import LayerDatabase
-    from autocomp.space import build_space
+    from autocomp.database.database import LayerDatabase
+    from autocomp.space.build import build_space
 
     torch.manual_seed(0)
     conv = [nn.Conv1d(4, 32, 3, padding=1), nn.BatchNorm1d(32), nn.ReLU(), nn.Conv1d(32, 32, 3, padding=1)]

@@ -19,20 +19,20 @@ from emulated_board import MissingPiece, assemble, runtime_library
 from torch import nn
 
 import autocomp
-from autocomp.canonical import canonical
-from autocomp.cli import main
-from autocomp.compress.fold import fold_batchnorm
-from autocomp.compress.half import halved
-from autocomp.compress.quantize import activation_parameters, quantised
+from autocomp.cli.main import main
+from autocomp.compiler.verify import output_error, reference_outputs, tolerance
+from autocomp.compress.scales import activation_parameters, quantised
+from autocomp.config.shipped import shipped_files
 from autocomp.devices.boards import Limits
-from autocomp.devices.device import open_device
 from autocomp.devices.features import read_board
+from autocomp.devices.open import open_device
 from autocomp.devices.rpc import RpcDevice, on_a_board
-from autocomp.hardware import Profile, load_profile
-from autocomp.kernels.store import KernelStore
-from autocomp.kernels.tune import Tuner
-from autocomp.resources import shipped_files
-from autocomp.verify import output_error, reference_outputs, tolerance
+from autocomp.graph.canonical import canonical
+from autocomp.graph.fold import fold_batchnorm
+from autocomp.hardware.profile import Profile, load_profile
+from autocomp.layers.fp16 import halved
+from autocomp.tuning.store import KernelStore
+from autocomp.tuning.tune import Tuner
 
 pytestmark = [pytest.mark.board]
 

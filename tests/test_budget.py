@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from autocomp import budget
-from autocomp.budget import Budget
+from autocomp.run import budget
+from autocomp.run.budget import Budget
 
 
 class Clock:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from autocomp.accuracy import calibrate
-from autocomp.accuracy.calibrate import collect_from
+from autocomp.database import calibrate
+from autocomp.database.calibrate import collect_from
 from autocomp.errors import UsageError
-from autocomp.graph import analyse
+from autocomp.graph.analyse import analyse
 
 torch.set_num_threads(1)
 
@@ -44,8 +44,8 @@ def test_inputs_that_never_change_leave_a_hessian_that_can_be_used(tmp_path):
     """All pictures alike: covariances of rank 0 or 1, damped, and every method still finite."""
     from pipeline import EVERYTHING, Vectors
 
-    from autocomp.compress.database import LayerDatabase
-    from autocomp.space import build_space
+    from autocomp.database.database import LayerDatabase
+    from autocomp.space.build import build_space
 
     model = nets.make(width=16)
     data = torch.ones(8, 1, 12, 12)

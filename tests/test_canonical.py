@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
-from autocomp.canonical import canonical
-from autocomp.compress.fold import fold_batchnorm
 from autocomp.errors import ExportError, UsageError
-from autocomp.graph import analyse
-from autocomp.program import CanonicalModel
+from autocomp.graph.analyse import analyse
+from autocomp.graph.canonical import canonical
+from autocomp.graph.fold import fold_batchnorm
+from autocomp.graph.program import CanonicalModel
 
 torch.set_num_threads(1)
 
@@ -348,7 +348,7 @@ def test_a_canonical_model_is_returned_as_it_is():
 def test_the_page_of_what_can_be_compressed_is_up_to_date():
     from pathlib import Path
 
-    from autocomp.compressible import page
+    from autocomp.space.document import page
 
     written = Path(__file__).parents[1] / "docs" / "compressible.md"
-    assert written.read_text() == page(), "run: python -m autocomp.compressible > docs/compressible.md"
+    assert written.read_text() == page(), "run: python -m autocomp.space.document > docs/compressible.md"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from autocomp import chatter
-from autocomp.chatter import SHOW, caught
+from autocomp.processes import chatter
+from autocomp.processes.chatter import SHOW, caught
 from autocomp.progress import Progress
 
 

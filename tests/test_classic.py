@@ -9,9 +9,9 @@ import torch
 from pipeline import pipeline
 from torch import nn
 
-from autocomp.classic import classic_models, global_widths
-from autocomp.compress.orders import norm_order
-from autocomp.references import _quantise_dynamic, _state_bytes
+from autocomp.database.orders import norm_order
+from autocomp.measurement.classic import classic_models, global_widths
+from autocomp.measurement.references import _quantise_dynamic, _state_bytes
 
 torch.set_num_threads(1)
 

@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 
 import autocomp
-from autocomp.cli import main
-from autocomp.config import Settings, dump_settings
+from autocomp.cli.main import main
+from autocomp.config.settings import Settings, dump_settings
 from autocomp.errors import InfeasibleError, Interrupted, MismatchError, UsageError
-from autocomp.records import Candidate, Evaluation, KernelTime, Latency, Sensitivity
-from autocomp.report.data import FrontPoint, TaskInfo, write_front
-from autocomp.report.data import Run as FrontRun
+from autocomp.records.candidate import Candidate
+from autocomp.records.evaluation import Evaluation, Sensitivity
+from autocomp.records.latency import KernelTime, Latency
+from autocomp.records.run import FrontPoint, TaskInfo, write_front
+from autocomp.records.run import Run as FrontRun
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -190,7 +192,7 @@ def test_full_disk_is_told_before_any_work(run: Run, monkeypatch: pytest.MonkeyP
     def fsync(_file: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("autocomp.runfolder.os.fsync", fsync)
+    monkeypatch.setattr("autocomp.run.folder.os.fsync", fsync)
     code, _, err = run("search", "digits", "--out", "a/b")
     assert code == 2
     assert "a/b cannot be written: the disk is full" in err
@@ -240,7 +242,7 @@ def test_config_file_and_module_beside_it(run: Run, api: ModuleType, tmp_path: P
     (folder / "c.yaml").write_text("task: beside_config:make\nseed: 3\n")
 
     def search(settings: Settings, **others: Any) -> None:
-        from autocomp.task import load_task
+        from autocomp.tasks.task import load_task
 
         load_task(settings.task or "")
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from autocomp.compiler.build import CompiledModel, build
 from autocomp.compiler.importer import export_program
-from autocomp.compress.quantize import activation_parameters, quantised
+from autocomp.compiler.verify import check_outputs, first_differing_layer, relative_error
+from autocomp.compress.scales import activation_parameters, quantised
 from autocomp.devices.local import LocalDevice
 from autocomp.errors import ExportError, MismatchError, UsageError
-from autocomp.hardware import load_profile
-from autocomp.kernels.store import KernelStore
-from autocomp.verify import check_outputs, first_differing_layer, relative_error
+from autocomp.hardware.profile import load_profile
+from autocomp.tuning.store import KernelStore
 
 
 class InvertedResidual(nn.Module):

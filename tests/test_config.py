@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from autocomp import search
-from autocomp.config import (
+from autocomp.config.quantities import format_bytes, format_milliseconds, parse_bytes, parse_seconds
+from autocomp.config.settings import (
     Goals,
     Settings,
     differences,
@@ -18,7 +19,6 @@ from autocomp.config import (
     settings_schema,
 )
 from autocomp.errors import UsageError
-from autocomp.quantities import format_bytes, format_milliseconds, parse_bytes, parse_seconds
 
 
 @pytest.fixture(autouse=True)

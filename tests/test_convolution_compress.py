@@ -10,23 +10,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autocomp.accuracy.calibrate import Statistics, collect_from, patches
-from autocomp.canonical import canonical
 from autocomp.compiler.build import build
-from autocomp.compress.apply import stitch
-from autocomp.compress.convolution import Layers, outputs_first
-from autocomp.compress.database import LayerDatabase
-from autocomp.compress.fold import fold_batchnorm
-from autocomp.compress.parts import decoded, stored_bytes
-from autocomp.compress.prune import take
+from autocomp.compiler.verify import output_error, reference_outputs
+from autocomp.database.calibrate import Statistics, collect_from, patches
+from autocomp.database.database import LayerDatabase
+from autocomp.database.parts import stored_bytes
+from autocomp.database.stitch import stitch
 from autocomp.devices.local import LocalDevice
-from autocomp.graph import Graph, analyse
-from autocomp.onnx_export import export_onnx, onnx_session, run_session
-from autocomp.program import CanonicalModel
-from autocomp.records import Candidate, Method, Precision
-from autocomp.space import Space, build_space
-from autocomp.space_file import Rule, SpaceFile
-from autocomp.verify import output_error, reference_outputs
+from autocomp.export.onnx import export_onnx, onnx_session, run_session
+from autocomp.graph.analyse import analyse
+from autocomp.graph.canonical import canonical
+from autocomp.graph.fold import fold_batchnorm
+from autocomp.graph.graph import Graph
+from autocomp.graph.program import CanonicalModel
+from autocomp.layers.convolution import Layers, outputs_first
+from autocomp.layers.decode import decoded
+from autocomp.layers.narrow import take
+from autocomp.records.candidate import Candidate, Method, Precision
+from autocomp.space.build import build_space
+from autocomp.space.file import Rule, SpaceFile
+from autocomp.space.space import Space
 
 torch.set_num_threads(1)
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autocomp.compiler.build import build
-from autocomp.devices.device import open_device
+from autocomp.compiler.verify import output_error, reference_outputs
 from autocomp.devices.local import LocalDevice
-from autocomp.hardware import load_profile
-from autocomp.kernels.store import KernelStore
-from autocomp.verify import output_error, reference_outputs
+from autocomp.devices.open import open_device
+from autocomp.hardware.profile import load_profile
+from autocomp.tuning.store import KernelStore
 
 torch.set_num_threads(1)
 

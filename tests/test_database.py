@@ -7,11 +7,11 @@ import pytest
 import torch
 from pipeline import pipeline
 
-from autocomp.compress.database import read_checked
 from autocomp.compress.prune import spread
+from autocomp.database.database import read_checked
 from autocomp.errors import AutocompError, CorruptError
 from autocomp.progress import Progress
-from autocomp.records import Method
+from autocomp.records.candidate import Method
 
 torch.set_num_threads(1)
 
@@ -121,7 +121,7 @@ def test_a_newer_or_foreign_file_is_corrupt(tmp_path):
 def test_a_killed_build_leaves_whole_files_only(tmp_path, monkeypatch):
     """Stop in mid-build: what is there is complete, and the next build computes the rest alone."""
     database = pipeline("flat").database(tmp_path)
-    from autocomp.compress import database as module
+    from autocomp.database import database as module
 
     calls = []
     real = module.compress_layer

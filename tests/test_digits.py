@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from autocomp.progress import Progress
-from autocomp.task import evaluate_task
 from autocomp.tasks import digits
+from autocomp.tasks.task import evaluate_task
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autocomp.accuracy.divergence import Comparison, compare, total
-from autocomp.accuracy.outputs import Output
 from autocomp.errors import AutocompError, UsageError
 from autocomp.recover.distill import COLD, HOT, distil, distillation_loss, temperature
+from autocomp.tasks.divergence import Comparison, compare, total
+from autocomp.tasks.outputs import Output
 
 torch.set_num_threads(1)
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from pipeline import Vectors, pipeline
 
-from autocomp.compress.apply import stitch
-from autocomp.compress.database import LayerDatabase
+from autocomp.database.database import LayerDatabase
+from autocomp.database.stitch import stitch
 from autocomp.errors import UsageError
-from autocomp.records import Method
-from autocomp.space import build_space
-from autocomp.space_file import Rule, SpaceFile
+from autocomp.records.candidate import Method
+from autocomp.space.build import build_space
+from autocomp.space.file import Rule, SpaceFile
 
 torch.set_num_threads(1)
 
@@ -86,6 +86,6 @@ def test_a_worker_that_cannot_write_says_so(tmp_path, monkeypatch):
     def full(path, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("autocomp.compress.database.write_atomically", full)
+    monkeypatch.setattr("autocomp.database.database.write_atomically", full)
     with pytest.raises(UsageError, match="No space left"):
         database.build(workers=2)

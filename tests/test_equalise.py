@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from autocomp.accuracy.calibrate import collect_from
 from autocomp.accuracy.proxy import kl
-from autocomp.compress.apply import reestimate_batchnorm, stitch
-from autocomp.compress.database import LayerDatabase
 from autocomp.compress.equalise import CEILING, equalised, sites
-from autocomp.graph import analyse
-from autocomp.space import build_space
-from autocomp.space_file import Rule, SpaceFile
+from autocomp.database.calibrate import collect_from
+from autocomp.database.database import LayerDatabase
+from autocomp.database.stitch import reestimate_batchnorm, stitch
+from autocomp.graph.analyse import analyse
+from autocomp.space.build import build_space
+from autocomp.space.file import Rule, SpaceFile
 
 torch.set_num_threads(1)
 DATA = [(nets.images(96),)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from autocomp.estimate import compile_object, core_of, estimate_kernel, run_kernel
-from autocomp.hardware import load_profile
+from autocomp.hardware.profile import load_profile
 from autocomp.kernels import compute, packing, templates
 
 NEON = load_profile("cortex-a76")

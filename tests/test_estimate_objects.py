@@ -12,7 +12,7 @@ from autocomp.errors import ObjectError, UsageError
 from autocomp.estimate import compile_object, core_of, estimate_kernel, kernel, load_core, load_image, run_kernel, stubs
 from autocomp.estimate.decode import FLAGS, decode_arm64
 from autocomp.estimate.instructions import list_cores
-from autocomp.hardware import load_profile
+from autocomp.hardware.profile import load_profile
 
 NEON = load_profile("cortex-a76")
 CORE = core_of(NEON)

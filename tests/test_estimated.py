@@ -10,14 +10,14 @@ import tiny_task
 import torch
 from torch import Tensor, nn
 
-from autocomp.devices.device import open_device
+from autocomp.cli.tables import show_latency
+from autocomp.compiler.verify import relative_error
 from autocomp.devices.estimated import EstimatedDevice
+from autocomp.devices.open import open_device
 from autocomp.errors import MismatchError, ObjectError
 from autocomp.estimate.libraries import Library
-from autocomp.hardware import load_profile
-from autocomp.kernels.store import KernelStore
-from autocomp.terminal import show_latency
-from autocomp.verify import relative_error
+from autocomp.hardware.profile import load_profile
+from autocomp.tuning.store import KernelStore
 
 
 @pytest.fixture(scope="module")

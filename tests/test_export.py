@@ -13,16 +13,18 @@ import torch
 from test_compile import quantise_all
 from torch import nn
 
-from autocomp import export
 from autocomp.compiler import build as build_module
-from autocomp.compiler import link
 from autocomp.compiler.build import CompiledModel
+from autocomp.compiler.verify import relative_error
 from autocomp.devices.local import LocalDevice
 from autocomp.errors import AutocompError, BoardError
-from autocomp.export import MANIFEST, export_point, load_model
-from autocomp.onnx_export import export_onnx, onnx_session, run_session
-from autocomp.records import Candidate, Evaluation, Latency
-from autocomp.verify import relative_error
+from autocomp.export import files as export
+from autocomp.export.files import MANIFEST, export_point, load_model
+from autocomp.export.onnx import export_onnx, onnx_session, run_session
+from autocomp.hardware import link
+from autocomp.records.candidate import Candidate
+from autocomp.records.evaluation import Evaluation
+from autocomp.records.latency import Latency
 
 torch.set_num_threads(1)
 

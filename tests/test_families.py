@@ -10,8 +10,9 @@ from families import FAMILIES, make, samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autocomp.graph import analyse
-from autocomp.groups import balanced, masked, removed
+from autocomp.graph.analyse import analyse
+from autocomp.graph.graph import balanced
+from autocomp.graph.removal import masked, removed
 
 torch.set_num_threads(1)
 ANALYSED: dict = {}

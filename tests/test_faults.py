@@ -13,15 +13,17 @@ from studies import told
 from torch import Tensor, nn
 
 import autocomp
-from autocomp import api, export, finish
+from autocomp import api
 from autocomp.api import SearchResult
-from autocomp.compiler import link
 from autocomp.compiler.build import CompiledModel
-from autocomp.compress.quantize import QuantConv2d
 from autocomp.errors import UsageError
+from autocomp.export import files as export
+from autocomp.hardware import link
+from autocomp.layers.w8a8 import QuantConv2d
 from autocomp.progress import Progress
-from autocomp.records import Candidate
+from autocomp.records.candidate import Candidate
 from autocomp.report import build
+from autocomp.run import finish
 
 pytestmark = pytest.mark.usefixtures("short_tuning")
 
@@ -124,7 +126,7 @@ def test_whatever_fails_on_the_way_the_run_ends_with_its_report(
     task.evaluate, task.test = evaluate, refuse
     task.model.shortcut = lambda x: x  # type: ignore[assignment]  # what no pickle takes
     monkeypatch.setattr(export, "export_onnx", refuse)
-    monkeypatch.setattr("autocomp.references.export_onnx", refuse)
+    monkeypatch.setattr("autocomp.measurement.references.export_onnx", refuse)
     result = small(task, space=spaces["wide"], measure=3, trials=10, references=True)
     rows = pd.read_csv(result.folder / "evaluations.csv")
     failed = set(rows.loc[rows["state"] == "failed", "failure"])

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from autocomp.canonical import canonical
-from autocomp.compress.fold import fold_batchnorm
-from autocomp.compress.quantize import activation_parameters, quantised
+from autocomp.compress.scales import activation_parameters, quantised
+from autocomp.graph.canonical import canonical
+from autocomp.graph.fold import fold_batchnorm
 
 torch.set_num_threads(1)
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 import pytest
 
 from autocomp.errors import InfeasibleError
-from autocomp.records import Candidate, Evaluation, Latency
-from autocomp.search.goals import best, feasible, violations
+from autocomp.front.goals import best, feasible, violations
+from autocomp.records.candidate import Candidate
+from autocomp.records.evaluation import Evaluation
+from autocomp.records.latency import Latency
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from autocomp.errors import ExportError
-from autocomp.graph import analyse
+from autocomp.graph.analyse import analyse
 
 torch.set_num_threads(1)
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from autocomp.compress.half import HalfConv1d, conv2d_fp16, halved, linear_fp16
-from autocomp.precisions import FORMATS, group_of
-from autocomp.records import PRECISIONS, Method
+from autocomp.layers.fp16 import HalfConv1d, conv2d_fp16, halved, linear_fp16
+from autocomp.records.candidate import PRECISIONS, Method
+from autocomp.records.precisions import FORMATS, group_of
 
 torch.set_num_threads(1)
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import autocomp
-from autocomp import handover
+from autocomp.compiler import handover
 from autocomp.compiler.build import CompiledModel
+from autocomp.compiler.handover import checked_inputs, describe_outputs, varied
 from autocomp.errors import ExportError, MismatchError
-from autocomp.handover import checked_inputs, describe_outputs, varied
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("short_tuning")

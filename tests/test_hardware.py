@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from autocomp import host
+from autocomp.config.shipped import shipped_files
 from autocomp.errors import UsageError
-from autocomp.hardware import Profile, list_profiles, load_profile, profile_schema
-from autocomp.resources import shipped_files
+from autocomp.hardware import host
+from autocomp.hardware.profile import Profile, list_profiles, load_profile, profile_schema
 
 BASE = "fpu lm cx16 lahf_lm popcnt pni sse4_1 sse4_2 ssse3"
 AVX2 = f"{BASE} avx avx2 bmi1 bmi2 f16c fma abm movbe xsave"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from autocomp import interrupt
+from autocomp.processes import interrupt
 from autocomp.progress import Progress
 
 

@@ -12,8 +12,8 @@ from itertools import pairwise
 
 import pytest
 
-from autocomp.kernels.children import reap
-from autocomp.kernels.isolated import attempt_alone
+from autocomp.processes.alone import attempt_alone
+from autocomp.processes.child import reap
 
 
 def misbehave(item: str) -> str:

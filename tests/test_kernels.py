@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from autocomp.hardware import Profile, load_profile
+from autocomp.hardware.profile import Profile, load_profile
 from autocomp.kernels import compute, packing, requantise, templates
 from autocomp.kernels.intrinsics import dot_product
 

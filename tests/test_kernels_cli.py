@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from autocomp.cli import main
+from autocomp.cli.main import main
 from autocomp.errors import UsageError
-from autocomp.hardware import load_profile
-from autocomp.kernels import exchange, roofline
-from autocomp.kernels.store import KernelRecord, KernelStore, identity_of, read_lines
+from autocomp.hardware.profile import load_profile
+from autocomp.tuning import exchange, roofline
+from autocomp.tuning.store import KernelRecord, KernelStore, identity_of, read_lines
 
 GOLDEN = Path(__file__).parent / "golden" / "kernels_v1.json"
 IDENTITY = {
@@ -262,8 +262,8 @@ def test_merge_sees_what_another_process_appended(tmp_path: Path) -> None:
 _PRELUDE = """
 import sys
 from pathlib import Path
-from autocomp.kernels import store as module
-from autocomp.kernels.store import KernelRecord, KernelStore
+from autocomp.tuning import store as module
+from autocomp.tuning.store import KernelRecord, KernelStore
 IDENTITY = {identity!r}
 def record(key, seconds=1e-6):
     return KernelRecord(key, "dense", {{"rows": 4}}, seconds, 1000, 3, (4, 16), (8,))

@@ -11,13 +11,13 @@ import torch
 from pipeline import Vectors
 from scipy.stats import spearmanr
 
-from autocomp.accuracy.calibrate import collect_from
 from autocomp.accuracy.proxy import kl, score_early, stitch_and_score
-from autocomp.canonical import canonical
-from autocomp.compress.database import LayerDatabase
-from autocomp.graph import analyse
-from autocomp.space import build_space
-from autocomp.space_file import Rule, SpaceFile
+from autocomp.database.calibrate import collect_from
+from autocomp.database.database import LayerDatabase
+from autocomp.graph.analyse import analyse
+from autocomp.graph.canonical import canonical
+from autocomp.space.build import build_space
+from autocomp.space.file import Rule, SpaceFile
 
 torch.set_num_threads(1)
 

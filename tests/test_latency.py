@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from pipeline import pipeline
 
-from autocomp.hardware import Profile, load_profile
-from autocomp.kernels.store import KernelRecord
-from autocomp.latency import LatencyModel, Work, layer_work
-from autocomp.records import Method
-from autocomp.shapes import resized
+from autocomp.devices.latency import LatencyModel, Work, layer_work
+from autocomp.graph.shapes import resized
+from autocomp.hardware.profile import Profile, load_profile
+from autocomp.records.candidate import Method
+from autocomp.tuning.store import KernelRecord
 
 PEAKS = {"fp32": 2e11, "int8": 6e11}
 STORE_RATE = 16e9  # the scale of the model's own features

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from autocomp.compiler.build import build
 from autocomp.compiler.importer import export_program, import_program
 from autocomp.compiler.layout import to_channels_last
-from autocomp.compress.fold import fold_batchnorm
+from autocomp.compiler.verify import check_outputs
 from autocomp.devices.local import LocalDevice
-from autocomp.hardware import load_profile
-from autocomp.verify import check_outputs
+from autocomp.graph.fold import fold_batchnorm
+from autocomp.hardware.profile import load_profile
 
 torch.set_num_threads(1)
 

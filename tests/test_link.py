@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from autocomp.compiler import link
 from autocomp.errors import AutocompError
-from autocomp.hardware import load_profile
+from autocomp.hardware import link
+from autocomp.hardware.profile import load_profile
 
 A76 = {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a76"}
 ROOT = Path(__file__).parent.parent

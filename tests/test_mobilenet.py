@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from autocomp.graph import analyse
-from autocomp.task import evaluate_task, load_task
+from autocomp.graph.analyse import analyse
 from autocomp.tasks import digits, mobilenet
+from autocomp.tasks.task import evaluate_task, load_task
 
 torch.set_num_threads(1)
 

@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 from test_compile import quantise_all
 from torch import nn
 
-from autocomp.compress.half import HalfConv2d, HalfLinear, halved
-from autocomp.graph import analyse
-from autocomp.hardware import Profile, load_profile
-from autocomp.kernels import compute, half, packing, rows, templates, weight_only
+from autocomp.compiler.verify import relative_error
+from autocomp.devices.latency import LatencyModel, layer_work
+from autocomp.graph.analyse import analyse
+from autocomp.hardware.profile import Profile, load_profile
+from autocomp.kernels import compute, packing, rows, templates, weight_only
+from autocomp.kernels import fp16 as half
 from autocomp.kernels.intrinsics import dot_product
-from autocomp.latency import LatencyModel, layer_work
-from autocomp.records import Method, Precision
-from autocomp.verify import relative_error
+from autocomp.layers.fp16 import HalfConv2d, HalfLinear, halved
+from autocomp.records.candidate import Method, Precision
 
 torch.set_num_threads(1)
 

@@ -14,7 +14,7 @@ from autocomp.compiler.build import build
 from autocomp.compiler.importer import export_program, unsupported
 from autocomp.devices.local import LocalDevice
 from autocomp.errors import ExportError
-from autocomp.hardware import load_profile
+from autocomp.hardware.profile import load_profile
 
 torch.set_num_threads(1)
 _TOGETHER = 65

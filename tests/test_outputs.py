@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autocomp.accuracy.divergence import Comparison, compare, total
-from autocomp.accuracy.guess import describe
-from autocomp.accuracy.outputs import KINDS, Output, leaves, parse
 from autocomp.errors import UsageError
+from autocomp.tasks.divergence import Comparison, compare, total
+from autocomp.tasks.guess import describe
+from autocomp.tasks.outputs import KINDS, Output, leaves, parse
 
 torch.set_num_threads(1)
 
@@ -245,7 +245,7 @@ def test_gradients_drawn_estimate_a_small_change(kind):
 
 
 def test_parts_add_up_and_large_outputs_are_thinned(monkeypatch):
-    from autocomp.accuracy import divergence
+    from autocomp.tasks import divergence
 
     pixels, far = mixed(8, 5, 30, 30), mixed(8, 5, 30, 30, seed=1)
     outputs = (Output("scores", "classes", 1), Output("width", "regression", None), Output("ids", "ignored"))

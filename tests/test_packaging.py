@@ -66,9 +66,9 @@ def test_wheel_works_away_from_the_sources(installed: Path, tmp_path: Path) -> N
     where = run_away(tmp_path / "away", [installed], "-c", "import autocomp; print(autocomp.__file__)")
     assert Path(where.strip()).is_relative_to(installed)
     for command, folder in (("profiles", "hardware_profiles"), ("spaces", "search_spaces")):
-        listed = json.loads(run_away(tmp_path / "away", [installed], "-m", "autocomp.cli", command, "--json"))
+        listed = json.loads(run_away(tmp_path / "away", [installed], "-m", "autocomp.cli.main", command, "--json"))
         assert {entry["name"] for entry in listed} == {path.stem for path in (ROOT / folder).glob("*.yaml")}
-    spaces = json.loads(run_away(tmp_path / "away", [installed], "-m", "autocomp.cli", "spaces", "--json"))
+    spaces = json.loads(run_away(tmp_path / "away", [installed], "-m", "autocomp.cli.main", "spaces", "--json"))
     assert all(Path(space["path"]).is_relative_to(installed) for space in spaces)
 
 
@@ -76,7 +76,7 @@ def test_wheel_builds_reports(installed: Path, tmp_path: Path) -> None:
     """The template, style and script of the report are data of the package, too."""
     code = f"from pathlib import Path; from fake_run import *; write_fake_run(Path({str(tmp_path / 'run')!r}))"
     run_away(tmp_path / "away", [installed, ROOT / "tests"], "-c", code)
-    run_away(tmp_path / "away", [installed], "-m", "autocomp.cli", "report", str(tmp_path / "run"))
+    run_away(tmp_path / "away", [installed], "-m", "autocomp.cli.main", "report", str(tmp_path / "run"))
     assert "<html" in (tmp_path / "run/report.html").read_text()[:200]
 
 
@@ -85,7 +85,7 @@ def test_editable_install_finds_the_folders_beside_the_package(tmp_path: Path) -
     pip("install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(target), "--editable", str(ROOT))
     (pth,) = target.glob("*.pth")
     assert pth.read_text().strip() == str(ROOT)
-    code = f"import site; site.addsitedir({str(target)!r}); from autocomp.resources import shipped_files as f; print(f({{!r}}))"
+    code = f"import site; site.addsitedir({str(target)!r}); from autocomp.config.shipped import shipped_files as f; print(f({{!r}}))"
     for folder in FOLDERS:  # -S: the environment's own packages, an editable autocomp among them, are left out
         found = run_away(tmp_path / "away", [], "-S", "-c", code.format(folder))
         assert all(repr(str(path)) in found for path in (ROOT / folder).glob("*.yaml"))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from autocomp.search.pareto import gains, hypervolume, hypervolume_history, knee, pareto_set, promising, ranks, spaced
+from autocomp.front.pareto import gains, hypervolume, hypervolume_history, knee, pareto_set, promising, ranks, spaced
 
 points = hnp.arrays(np.float64, st.tuples(st.integers(1, 25), st.just(2)), elements=st.integers(0, 9).map(float))
 CORNER = (10.0, 10.0)

@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import autocomp
 from autocomp.api import _compiled
-from autocomp.cli import main
+from autocomp.cli.main import main
 from autocomp.errors import UsageError
-from autocomp.plain import plain, taking_any
-from autocomp.task import Task, evaluate_task
+from autocomp.graph.plain import plain, taking_any
+from autocomp.tasks.task import Task, evaluate_task
 
 torch.set_num_threads(1)
 X = torch.linspace(-1, 1, 12).reshape(2, 6)

@@ -14,13 +14,13 @@ from pipeline import STORABLE, STORED, Vectors, pipeline
 from test_apply import by_hand
 from torch import nn
 
-from autocomp.compress.apply import stitch
-from autocomp.compress.fold import fold_batchnorm
-from autocomp.compress.half import halved
-from autocomp.compress.parts import Stored, decoded, float_module
-from autocomp.onnx_export import export_onnx, onnx_session, run_session
-from autocomp.records import Candidate, Method
-from autocomp.space import build_space
+from autocomp.database.stitch import stitch
+from autocomp.export.onnx import export_onnx, onnx_session, run_session
+from autocomp.graph.fold import fold_batchnorm
+from autocomp.layers.decode import Stored, decoded, float_module
+from autocomp.layers.fp16 import halved
+from autocomp.records.candidate import Candidate, Method
+from autocomp.space.build import build_space
 
 torch.set_num_threads(1)
 LOSSY = [precision for precision in STORABLE if precision != "fp32"]

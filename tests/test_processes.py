@@ -7,7 +7,7 @@ import os
 import pytest
 
 from autocomp.errors import AutocompError
-from autocomp.processes import map_in_processes
+from autocomp.processes.pool import map_in_processes
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])

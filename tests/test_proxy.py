@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from pipeline import pipeline
 from torch import nn
 
-from autocomp.accuracy.calibrate import collect_from, patches
 from autocomp.accuracy.proxy import kl, stitch_and_score
 from autocomp.accuracy.sensitivity import additive_error, curves
+from autocomp.database.calibrate import collect_from, patches
 from autocomp.errors import UsageError
-from autocomp.graph import analyse
+from autocomp.graph.analyse import analyse
 
 torch.set_num_threads(1)
 
@@ -107,7 +107,7 @@ def test_scoring_in_one_pass_is_scoring_the_result(tmp_path):
 
 def test_least_squares_and_reestimation_pay(tmp_path):
     """What the pieces are for: each lowers the divergence of the same pruned shape."""
-    from autocomp.compress.apply import reestimate_batchnorm, stitch
+    from autocomp.database.stitch import reestimate_batchnorm, stitch
 
     made = pipeline()
     database = made.database(tmp_path)

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from pipeline import pipeline
 from torch import nn
 
-from autocomp.compress import orders, prune
-from autocomp.compress.prune import keep, least_squares, output_error, spread, take
-from autocomp.groups import removed
+from autocomp.compress import prune
+from autocomp.compress.prune import keep, least_squares, output_error, spread
+from autocomp.database import orders
+from autocomp.graph.removal import removed
+from autocomp.layers.narrow import take
 
 torch.set_num_threads(1)
 

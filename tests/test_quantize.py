@@ -12,18 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from autocomp.compress.quantize import (
-    QuantConv2d,
-    QuantLinear,
-    activation_parameters,
-    conv2d_w8a8,
-    linear_w8a8,
-    observe,
-    quantise_weight,
-    quantised,
-    sums_in_float32,
-)
+from autocomp.compress.scales import activation_parameters, observe, quantise_weight, quantised
 from autocomp.errors import UsageError
+from autocomp.layers.w8a8 import QuantConv2d, QuantLinear, conv2d_w8a8, linear_w8a8, sums_in_float32
 
 torch.set_num_threads(1)
 

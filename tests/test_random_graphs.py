@@ -10,9 +10,9 @@ from random_graphs import RandomMaps, RandomTokens, Together
 from torch import Tensor, nn
 
 from autocomp.compiler.build import build
+from autocomp.compiler.verify import check_outputs
 from autocomp.devices.local import LocalDevice
 from autocomp.kernels import templates
-from autocomp.verify import check_outputs
 
 torch.set_num_threads(1)
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from autocomp.compiler.build import build
 from autocomp.compiler.importer import export_program
-from autocomp.devices.device import open_device
+from autocomp.compiler.verify import output_error, reference_outputs
 from autocomp.devices.local import LocalDevice
+from autocomp.devices.open import open_device
 from autocomp.errors import ExportError
-from autocomp.hardware import load_profile
-from autocomp.kernels.store import KernelStore
-from autocomp.verify import output_error, reference_outputs
+from autocomp.hardware.profile import load_profile
+from autocomp.tuning.store import KernelStore
 
 torch.set_num_threads(1)
 

@@ -15,26 +15,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from autocomp.accuracy.calibrate import collect_from
-from autocomp.canonical import canonical
-from autocomp.compress.apply import stitch
-from autocomp.compress.database import LayerDatabase
-from autocomp.compress.quantize import QuantLinear, activation_parameters, quantised
-from autocomp.compress.recurrent import Recurrence, lstm_w8a8, weights_of
-from autocomp.exporting import exported
-from autocomp.graph import analyse
-from autocomp.groups import balanced, masked, removed, swapped
-from autocomp.hardware import load_profile
+from autocomp.compiler.verify import compare
+from autocomp.compress.scales import activation_parameters, quantised
+from autocomp.database.calibrate import collect_from
+from autocomp.database.database import LayerDatabase
+from autocomp.database.stitch import stitch
+from autocomp.devices.latency import layer_work
+from autocomp.export.onnx import export_onnx, onnx_session, run_session
+from autocomp.graph.analyse import analyse
+from autocomp.graph.canonical import canonical
+from autocomp.graph.exporting import exported
+from autocomp.graph.graph import balanced
+from autocomp.graph.removal import masked, removed, swapped
+from autocomp.graph.shapes import resized
+from autocomp.hardware.profile import load_profile
 from autocomp.kernels import recurrent_int8
 from autocomp.kernels.intrinsics import dot_product
 from autocomp.kernels.recurrent_int8 import LstmSpec
-from autocomp.latency import layer_work
-from autocomp.onnx_export import export_onnx, onnx_session, run_session
-from autocomp.records import Method
-from autocomp.shapes import resized
-from autocomp.space import build_space
-from autocomp.space_file import Rule, SpaceFile
-from autocomp.verify import compare
+from autocomp.layers.recurrent import Recurrence, lstm_w8a8, weights_of
+from autocomp.layers.w8a8 import QuantLinear
+from autocomp.records.candidate import Method
+from autocomp.space.build import build_space
+from autocomp.space.file import Rule, SpaceFile
 
 torch.set_num_threads(1)
 
@@ -191,7 +193,7 @@ def test_exporting_does_not_follow_the_steps(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_eight_bits_stay_near_and_other_forms_are_decoded() -> None:
-    from autocomp.compress.half import HalfLinear
+    from autocomp.layers.fp16 import HalfLinear
 
     torch.manual_seed(0)
     loop = Recurrence("lstm", 24, True, False, True)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from autocomp import Task
-from autocomp.onnx_export import export_onnx, onnx_session
-from autocomp.references import _session_module
-from autocomp.verify import output_error, reference_outputs
+from autocomp.compiler.verify import output_error, reference_outputs
+from autocomp.export.onnx import export_onnx, onnx_session
+from autocomp.measurement.references import _session_module
 
 
 class Stepped(nn.Module):

@@ -15,10 +15,11 @@ import pytest
 from fake_run import make_run, write_fake_run
 
 from autocomp.errors import CorruptError, UsageError
-from autocomp.records import Latency, Sensitivity
+from autocomp.records.evaluation import Sensitivity
+from autocomp.records.latency import Latency
+from autocomp.records.run import Run, read_evaluations, read_run, write_evaluations, write_front
 from autocomp.report.build import build_report, render, render_sensitivity
 from autocomp.report.curves import sensitivity_figures
-from autocomp.report.data import Run, read_evaluations, read_run, write_evaluations, write_front
 from autocomp.report.figures import Metric, front_figure, milliseconds
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -10,9 +10,9 @@ import pytest
 import tiny_task
 
 import autocomp
-from autocomp import pipeline
 from autocomp.errors import UsageError
-from autocomp.report.data import read_evaluations
+from autocomp.records.run import read_evaluations
+from autocomp.run import pipeline
 
 pytestmark = pytest.mark.usefixtures("short_tuning", "without_exports")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from autocomp import resources
+from autocomp.config import shipped as resources
 
 
 @pytest.mark.parametrize("place", ["autocomp/hardware_profiles", "hardware_profiles"])
@@ -14,12 +14,12 @@ def test_found_inside_and_beside_the_package(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "autocomp").mkdir()
     (tmp_path / place).mkdir()
     (tmp_path / place / "board.yaml").write_text("")
-    monkeypatch.setattr(resources, "__file__", str(tmp_path / "autocomp/resources.py"))
+    monkeypatch.setattr(resources, "__file__", str(tmp_path / "autocomp/config/shipped.py"))
     assert resources.shipped_files("hardware_profiles") == {"board": tmp_path / place / "board.yaml"}
 
 
 def test_broken_installation_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "__file__", str(tmp_path / "autocomp/resources.py"))
+    monkeypatch.setattr(resources, "__file__", str(tmp_path / "autocomp/config/shipped.py"))
     with pytest.raises(FileNotFoundError, match="install autocomp again"):
         resources.data_folder("hardware_profiles")
 

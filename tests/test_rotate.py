@@ -11,19 +11,19 @@ import torch
 from test_approximate import NORMS, Stream, analysed
 from torch import Tensor, nn
 
-from autocomp.accuracy.calibrate import collect_from
 from autocomp.compiler.build import build
-from autocomp.compress.apply import stitch
-from autocomp.compress.database import LayerDatabase
+from autocomp.compiler.verify import output_error, reference_outputs
 from autocomp.compress.rotate import rotated
+from autocomp.database.calibrate import collect_from
+from autocomp.database.database import LayerDatabase
+from autocomp.database.stitch import stitch
 from autocomp.devices.local import LocalDevice
-from autocomp.graph import analyse
-from autocomp.groups import removed, swapped
-from autocomp.onnx_export import export_onnx, onnx_session, run_session
-from autocomp.records import Candidate
-from autocomp.space import build_space
-from autocomp.space_file import Rule, SpaceFile
-from autocomp.verify import output_error, reference_outputs
+from autocomp.export.onnx import export_onnx, onnx_session, run_session
+from autocomp.graph.analyse import analyse
+from autocomp.graph.removal import removed, swapped
+from autocomp.records.candidate import Candidate
+from autocomp.space.build import build_space
+from autocomp.space.file import Rule, SpaceFile
 
 torch.set_num_threads(1)
 TURNED = ("layer_norm", "rms_norm", "root mean square")

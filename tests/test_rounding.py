@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autocomp.compress import codebook
-from autocomp.compress.quantize import quantise_weight
+from autocomp.compress import kmeans
 from autocomp.compress.rounding import Metric, round_levels
+from autocomp.compress.scales import quantise_weight
+from autocomp.layers import codebook
 
 torch.set_num_threads(1)
 F64 = torch.float64
@@ -74,13 +75,13 @@ def test_eight_bits_to_nearest_are_off_by_half_a_step(seed):
 @pytest.mark.parametrize("blocks", [1, 8])
 def test_codebooks_store_what_they_say_and_beat_the_zero_weight(dim, stages, blocks):
     weight, metric = problem(2, blocks, 16, 9 if blocks > 1 else 36)
-    indices, books, scale = codebook.fit(weight, metric, torch.ones(16, dtype=F64), dim, stages)
+    indices, books, scale = kmeans.fit(weight, metric, torch.ones(16, dtype=F64), dim, stages)
     runs = -(-weight.shape[1] // dim)
     assert (indices.shape, indices.dtype) == ((16, stages, runs), torch.uint8)
     assert (books.shape, books.dtype) == ((stages, 256, dim), torch.float16)
     decoded = codebook.decode(indices, books, scale, weight.shape[1])
     assert float(metric.error(decoded.double() - weight).sum()) < 0.3 * float(metric.error(weight).sum())
-    again = codebook.fit(weight, metric, torch.ones(16, dtype=F64), dim, stages)
+    again = kmeans.fit(weight, metric, torch.ones(16, dtype=F64), dim, stages)
     assert all(torch.equal(a, b) for a, b in zip((indices, books, scale), again, strict=True)), "seeded"
 
 
@@ -89,7 +90,7 @@ def test_stages_and_shorter_runs_lose_less():
     ones = torch.ones(64, dtype=F64)
     lost = {}
     for dim, stages in ((1, 1), (2, 1), (4, 1), (4, 2), (8, 1), (8, 2), (8, 3)):
-        decoded = codebook.decode(*codebook.fit(weight, metric, ones, dim, stages), 64)
+        decoded = codebook.decode(*kmeans.fit(weight, metric, ones, dim, stages), 64)
         lost[dim, stages] = float(metric.error(decoded.double() - weight).sum())
     assert lost[1, 1] < lost[2, 1] < lost[4, 1] < lost[8, 1]
     assert lost[8, 3] < lost[8, 2] < lost[8, 1]
@@ -99,5 +100,5 @@ def test_stages_and_shorter_runs_lose_less():
 def test_a_weight_of_zeros_stays_zero():
     zero = torch.zeros(4, 8, dtype=F64)
     metric = Metric(torch.zeros(8, 8, dtype=F64))
-    decoded = codebook.decode(*codebook.fit(zero, metric, torch.ones(4, dtype=F64), 2, 1), 8)
+    decoded = codebook.decode(*kmeans.fit(zero, metric, torch.ones(4, dtype=F64), 2, 1), 8)
     assert torch.equal(decoded, torch.zeros(4, 8))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from autocomp.hardware import load_profile
+from autocomp.hardware.profile import load_profile
 from autocomp.kernels import rows, templates, vector_math
 
 

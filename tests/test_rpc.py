@@ -22,17 +22,17 @@ import tiny_task
 import torch
 from boards import Servers
 
-from autocomp.cli import main
+from autocomp.cli.main import main
 from autocomp.devices.boards import Limits, Session, boards_of, registered
-from autocomp.devices.device import open_device
 from autocomp.devices.features import BoardFacts, fit_to_board
+from autocomp.devices.open import open_device
 from autocomp.devices.rpc import RemoteModel, RpcDevice, RpcTimer, _describe, _Timed, board_of, on_a_board
 from autocomp.errors import AutocompError, BoardError, MismatchError, UsageError
-from autocomp.hardware import Profile, Rpc, load_profile
-from autocomp.kernels.store import KernelStore
-from autocomp.kernels.timers import Job, Timer
-from autocomp.kernels.tune import Tuner
-from autocomp.kernels.workers import attempt_shared
+from autocomp.hardware.profile import Profile, Rpc, load_profile
+from autocomp.processes.shared import attempt_shared
+from autocomp.tuning.store import KernelStore
+from autocomp.tuning.timers import Job, Timer
+from autocomp.tuning.tune import Tuner
 
 LIMITS = Limits(trial=20, module=30, wait=20)
 IMPATIENT = Limits(trial=1, module=1, wait=20)
@@ -222,8 +222,8 @@ def test_a_server_killed_in_mid_measurement(servers: Servers, tmp_path: Path) ->
 def load(session: Session, function: Any) -> Any:
     import tvm
 
-    from autocomp import host
     from autocomp.devices.boards import temporary_library
+    from autocomp.hardware import host
 
     module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
     target = host.detect_target()
@@ -288,7 +288,7 @@ def test_what_a_board_lacks_is_withdrawn(
     fitted, said = fit_to_board(profile, BoardFacts("pi:9090", features=frozenset(features)))
     assert (fitted.precisions, fitted.int8, len(said)) == (precisions, int8, notes)
     assert all("pi:9090" in note and "withdrawn" in note for note in said)
-    from autocomp import host
+    from autocomp.hardware import host
 
     for feature in ("fullfp16", "dotprod"):
         assert host.has_feature(fitted.target, feature) == (feature in features)

@@ -14,7 +14,7 @@ import torch
 from test_compile import quantise_all
 from torch import Tensor, nn
 
-from autocomp.onnx_export import EXACT, export_onnx
+from autocomp.export.onnx import EXACT, export_onnx
 
 RUN = """
 import json, sys

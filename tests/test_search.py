@@ -20,20 +20,20 @@ from studies import told
 from torch import nn
 
 import autocomp
-from autocomp import finish, pipeline
 from autocomp.api import SearchResult
-from autocomp.cli import main
-from autocomp.compress.quantize import QuantConv2d
-from autocomp.config import read_settings
+from autocomp.cli.main import main
+from autocomp.compiler.verify import check_outputs
+from autocomp.config.settings import read_settings
 from autocomp.devices import local
 from autocomp.errors import InfeasibleError
-from autocomp.export import MANIFEST
-from autocomp.hardware import load_profile
-from autocomp.kernels.store import KernelStore
-from autocomp.onnx_export import onnx_session, run_session
-from autocomp.report.data import speedup
-from autocomp.search.goals import undisturbed
-from autocomp.verify import check_outputs
+from autocomp.export.files import MANIFEST
+from autocomp.export.onnx import onnx_session, run_session
+from autocomp.front.goals import undisturbed
+from autocomp.hardware.profile import load_profile
+from autocomp.layers.w8a8 import QuantConv2d
+from autocomp.records.run import speedup
+from autocomp.run import finish, pipeline
+from autocomp.tuning.store import KernelStore
 
 TRIALS, MEASURE = 12, 2
 TASK = "tiny_task:task"

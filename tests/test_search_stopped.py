@@ -17,7 +17,7 @@ import pytest
 from studies import told
 
 from autocomp.api import SearchResult
-from autocomp.cli import main
+from autocomp.cli.main import main
 from autocomp.errors import UsageError
 
 TASK = "tiny_task:task"
@@ -38,7 +38,17 @@ def process(spaces: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., An
 
     def start(trials: int, at_least: int, **environment: str) -> tuple[subprocess.Popen[str], Path]:
         out = tmp_path / "run"
-        command = [sys.executable, "-m", "autocomp.cli", "search", TASK, "--space", spaces["full"], "--out", str(out)]
+        command = [
+            sys.executable,
+            "-m",
+            "autocomp.cli.main",
+            "search",
+            TASK,
+            "--space",
+            spaces["full"],
+            "--out",
+            str(out),
+        ]
         child = subprocess.Popen(
             [*command, "--trials", str(trials), "--measure", "2"],
             cwd=TESTS,

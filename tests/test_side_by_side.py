@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 
 from autocomp.errors import MismatchError
-from autocomp.hardware import Profile, load_profile
-from autocomp.kernels import children
-from autocomp.kernels.children import Child, reap
-from autocomp.kernels.store import KernelStore
-from autocomp.kernels.timers import Job
-from autocomp.kernels.tune import Tuner
-from autocomp.records import How
-from autocomp.side_by_side import side_by_side
+from autocomp.hardware.profile import Profile, load_profile
+from autocomp.measurement.side_by_side import side_by_side
+from autocomp.processes import child as children
+from autocomp.processes.child import Child, reap
+from autocomp.records.latency import How
+from autocomp.tuning.store import KernelStore
+from autocomp.tuning.timers import Job
+from autocomp.tuning.tune import Tuner
 
 Alone = Callable[[], None]
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from problems import METHODS, random_problem
 
-from autocomp.records import Candidate
-from autocomp.search.pareto import hypervolume
-from autocomp.search.solver import Factor, Problem, make_problem, minimise, neighbours, solve_front
+from autocomp.front.pareto import hypervolume
+from autocomp.records.candidate import Candidate
+from autocomp.study.solver import Factor, Problem, make_problem, minimise, neighbours, solve_front
 
 
 def every(problem: Problem) -> np.ndarray:

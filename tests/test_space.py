@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autocomp.errors import UsageError
-from autocomp.graph import analyse
-from autocomp.records import Candidate, Method
-from autocomp.shapes import factor_shapes
-from autocomp.space import build_space
-from autocomp.space_file import Rule, SpaceFile, list_spaces, load_space
+from autocomp.graph.analyse import analyse
+from autocomp.graph.shapes import factor_shapes
+from autocomp.records.candidate import Candidate, Method
+from autocomp.space.build import build_space
+from autocomp.space.file import Rule, SpaceFile, list_spaces, load_space
 
 torch.set_num_threads(1)
 

@@ -10,9 +10,9 @@ import pytest
 
 from autocomp.devices.local import LocalDevice
 from autocomp.errors import UsageError
-from autocomp.hardware import load_profile
+from autocomp.hardware.profile import load_profile
 from autocomp.kernels import templates, weight_only
-from autocomp.kernels.store import KernelRecord, KernelStore
+from autocomp.tuning.store import KernelRecord, KernelStore
 
 IDENTITY = {"target": "one"}
 

@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from pipeline import EVERYTHING, pipeline
 from zoo import ZOO, like
 
-from autocomp.accuracy.calibrate import collect_from
-from autocomp.canonical import canonical
-from autocomp.compress.apply import stitch
-from autocomp.compress.database import LayerDatabase
-from autocomp.costs import Costs
+from autocomp.database.calibrate import collect_from
+from autocomp.database.database import LayerDatabase
+from autocomp.database.stitch import stitch
+from autocomp.devices.latency import LatencyModel
 from autocomp.devices.local import LocalDevice
-from autocomp.graph import analyse
-from autocomp.hardware import load_profile
-from autocomp.kernels.store import KernelStore
-from autocomp.latency import LatencyModel
-from autocomp.records import Candidate
-from autocomp.space import build_space
+from autocomp.graph.analyse import analyse
+from autocomp.graph.canonical import canonical
+from autocomp.hardware.profile import load_profile
+from autocomp.records.candidate import Candidate
+from autocomp.space.build import build_space
+from autocomp.study.costs import Costs
+from autocomp.tuning.store import KernelStore
 
 torch.set_num_threads(1)
 

@@ -18,10 +18,12 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from autocomp.errors import UsageError
-from autocomp.records import Candidate, Evaluation, Latency, Method
-from autocomp.search.pareto import hypervolume
-from autocomp.search.solver import solve_front
-from autocomp.search.study import Search, Space, open_search
+from autocomp.front.pareto import hypervolume
+from autocomp.records.candidate import Candidate, Method
+from autocomp.records.evaluation import Evaluation
+from autocomp.records.latency import Latency
+from autocomp.study.solver import solve_front
+from autocomp.study.study import Search, Space, open_search
 
 PROBLEM = random_problem(1, layers=8)
 SPACE = Space(dict(zip(PROBLEM.groups, PROBLEM.widths, strict=True)), {f.layer: f.methods for f in PROBLEM.factors})

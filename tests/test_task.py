@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from autocomp.errors import UsageError
-from autocomp.task import Task, evaluate_task, load_task, objective_of
+from autocomp.tasks.task import Task, evaluate_task, load_task, objective_of
 
 
 def parts(**changes: Any) -> dict[str, Any]:

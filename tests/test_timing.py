@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from autocomp.devices import timing
-from autocomp.devices.timing import interleaved, median_and_spread, quiet_core, steady
-from autocomp.records import Latency
+from autocomp.hardware import timing
+from autocomp.hardware.timing import interleaved, median_and_spread, quiet_core, steady
+from autocomp.records.latency import Latency
 
 
 def test_median_and_spread() -> None:

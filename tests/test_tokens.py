@@ -11,8 +11,8 @@ import torch
 from autocomp.compiler.build import build
 from autocomp.devices.local import LocalDevice
 from autocomp.errors import UsageError
-from autocomp.task import evaluate_task
 from autocomp.tasks import stdlib_text, tokens
+from autocomp.tasks.task import evaluate_task
 
 torch.set_num_threads(1)
 

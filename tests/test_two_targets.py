@@ -12,14 +12,14 @@ import torch
 from fake_run import make_run
 from torch import nn
 
-from autocomp.compiler import link
-from autocomp.devices.device import open_device
-from autocomp.export import export_point, files_of
-from autocomp.hardware import load_profile
-from autocomp.kernels.store import KernelStore
+from autocomp.cli.tables import show_front
+from autocomp.devices.open import open_device
+from autocomp.export.files import export_point, files_of
+from autocomp.hardware import link
+from autocomp.hardware.profile import load_profile
+from autocomp.records.run import FrontPoint, Run
 from autocomp.report.build import render
-from autocomp.report.data import FrontPoint, Run
-from autocomp.terminal import show_front
+from autocomp.tuning.store import KernelStore
 
 torch.set_num_threads(1)
 TARGETS = ("x86-host", "cortex-a76")

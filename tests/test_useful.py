@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from autocomp.config import Goals
-from autocomp.records import Candidate, Evaluation
-from autocomp.search.useful import UNKNOWN, useful_divergence
+from autocomp.config.settings import Goals
+from autocomp.records.candidate import Candidate
+from autocomp.records.evaluation import Evaluation
+from autocomp.study.useful import UNKNOWN, useful_divergence
 
 DENSE = Evaluation(0, Candidate({}, {}), "dense", "measured", 0.0, 100, kl=0.0, metrics={"score": 0.8})
 

@@ -9,8 +9,8 @@ import torch
 from test_compile import quantise_all
 from torch import Tensor, nn
 
+from autocomp.compiler.verify import CHAOTIC, TOLERANCES, compare, precision_of, reference_outputs
 from autocomp.errors import MismatchError
-from autocomp.verify import CHAOTIC, TOLERANCES, compare, precision_of, reference_outputs
 
 torch.set_num_threads(1)
 

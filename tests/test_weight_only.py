@@ -15,21 +15,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autocomp.compiler.build import build
-from autocomp.compress.fold import fold_batchnorm
-from autocomp.compress.weight_only import (
-    WeightOnlyLinear,
-    dequantise,
-    pack_levels,
-    quantise_groups,
-    unpack_levels,
-    weight_only,
-)
+from autocomp.compiler.verify import relative_error
+from autocomp.compress.scales import quantise_groups, weight_only
 from autocomp.devices.local import LocalDevice
-from autocomp.hardware import Profile, load_profile
+from autocomp.export.onnx import export_onnx, onnx_session, run_session
+from autocomp.graph.fold import fold_batchnorm
+from autocomp.hardware.profile import Profile, load_profile
 from autocomp.kernels import templates
 from autocomp.kernels import weight_only as kernels
-from autocomp.onnx_export import export_onnx, onnx_session, run_session
-from autocomp.verify import relative_error
+from autocomp.layers.weight_only import WeightOnlyLinear, dequantise, pack_levels, unpack_levels
 
 torch.set_num_threads(1)
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from autocomp.accuracy.calibrate import LayerStatistics, collect_from
-from autocomp.compress import orders
-from autocomp.compress.entry import compress_layer
 from autocomp.compress.hessian import WIDE
 from autocomp.compress.rounding import Metric
-from autocomp.graph import analyse
-from autocomp.hardware import load_profile
-from autocomp.records import Method
-from autocomp.space import build_space
-from autocomp.space_file import load_space
+from autocomp.database import orders
+from autocomp.database.calibrate import LayerStatistics, collect_from
+from autocomp.database.entry import compress_layer
+from autocomp.graph.analyse import analyse
+from autocomp.hardware.profile import load_profile
+from autocomp.records.candidate import Method
+from autocomp.space.build import build_space
+from autocomp.space.file import load_space
 
 torch.set_num_threads(1)
 F64 = torch.float64

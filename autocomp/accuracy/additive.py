@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from autocomp.records import Candidate, Method
+from autocomp.records.candidate import Candidate, Method
 
 if TYPE_CHECKING:
-    from autocomp.compress.database import LayerTable
+    from autocomp.database.database import LayerTable
 
 Floats = npt.NDArray[np.float64]
 

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from autocomp.accuracy.divergence import total
-from autocomp.batches import count, part
-from autocomp.compress.quantize import sums_in_float32
+from autocomp.graph.batches import count, part
+from autocomp.layers.w8a8 import sums_in_float32
+from autocomp.tasks.divergence import total
 
 if TYPE_CHECKING:
-    from autocomp.accuracy.calibrate import Statistics
-    from autocomp.compress.database import LayerDatabase
-    from autocomp.graph import Graph
-    from autocomp.records import Candidate
+    from autocomp.database.calibrate import Statistics
+    from autocomp.database.database import LayerDatabase
+    from autocomp.graph.graph import Graph
+    from autocomp.records.candidate import Candidate
 
 FIRST = 64  # samples a candidate is judged on first; on the built-in tasks their divergence is within a fifth of that of 256
 
@@ -36,7 +36,7 @@ def stitch_and_score(
 
     With ``give_up`` the first 64 samples are looked at alone: a divergence above it there is returned as it is, and saves the rest.
     """
-    from autocomp.compress.apply import stitch
+    from autocomp.database.stitch import stitch
 
     stitched = stitch(model, graph, database, candidate, reestimate=False)
     if database.space.normalise(candidate) == database.space.dense():
@@ -51,7 +51,7 @@ def stitch_and_score(
 
 def score_early(model: nn.Module, graph: Graph, database: LayerDatabase, candidate: Candidate) -> float:
     """Return the divergence on the first 64 calibration samples, BatchNorm re-estimated on these: near the whole's, for a quarter."""
-    from autocomp.compress.apply import stitch
+    from autocomp.database.stitch import stitch
 
     if database.space.normalise(candidate) == database.space.dense():
         return 0.0

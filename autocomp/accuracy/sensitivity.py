@@ -6,14 +6,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from autocomp.compress.hessian import WIDE
-from autocomp.records import Candidate, Sensitivity
+from autocomp.records.candidate import Candidate
+from autocomp.records.evaluation import Sensitivity
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from autocomp.accuracy.calibrate import Statistics
-    from autocomp.compress.database import LayerTable
-    from autocomp.graph import Graph
+    from autocomp.database.calibrate import Statistics
+    from autocomp.database.database import LayerTable
+    from autocomp.graph.graph import Graph
 
 
 def curves(tables: Iterable[LayerTable]) -> list[Sensitivity]:
@@ -50,8 +51,8 @@ def masks(model: nn.Module, graph: Graph, statistics: Statistics) -> Iterator[li
     A study of accuracy and size: no kernel skips single zeros, so no candidate is masked. It takes O K^3 operations a layer and mask;
     layers wider than `WIDE` have none.
     """
-    from autocomp.compress.convolution import Layers, outputs_first
     from autocomp.compress.sparse import study
+    from autocomp.layers.convolution import Layers, outputs_first
 
     for name, layer in graph.layers.items():
         if layer.conv_groups > 1 or layer.fixed or layer.columns > WIDE:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from autocomp.compiler.importer import export_program, import_program, unsupported
 from autocomp.compiler.layout import to_channels_last
-from autocomp.compiler.link import link_shared
 from autocomp.compiler.lower import lower
-from autocomp.devices.timing import median_and_spread, quiet_core
 from autocomp.errors import ExportError, UsageError
-from autocomp.hardware import Profile
-from autocomp.kernels.tune import Tuner
-from autocomp.quiet import quiet_stderr
-from autocomp.records import KernelTime, Latency
+from autocomp.hardware.link import link_shared
+from autocomp.hardware.profile import Profile
+from autocomp.hardware.timing import median_and_spread, quiet_core
+from autocomp.processes.quiet import quiet_stderr
+from autocomp.records.latency import KernelTime, Latency
+from autocomp.tuning.tune import Tuner
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +89,7 @@ class CompiledModel:
     def _arguments(self, inputs: Sequence[torch.Tensor]) -> list[Any]:
         import tvm
 
-        from autocomp.plain import plain_tensor
+        from autocomp.graph.plain import plain_tensor
 
         return [tvm.runtime.tensor(plain_tensor(tensor).detach().contiguous().numpy()) for tensor in inputs]
 
@@ -139,10 +139,10 @@ def schedule(
     """
     import tvm
 
-    from autocomp.canonical import canonical
-    from autocomp.compress.fold import fold_batchnorm
-    from autocomp.compress.parts import decoded
-    from autocomp.program import CanonicalModel
+    from autocomp.graph.canonical import canonical
+    from autocomp.graph.fold import fold_batchnorm
+    from autocomp.graph.program import CanonicalModel
+    from autocomp.layers.decode import decoded
 
     given = model
     if not isinstance(model, CanonicalModel):

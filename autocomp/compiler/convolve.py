@@ -7,8 +7,8 @@ from typing import Any
 
 from autocomp.compiler.expressions import array_of, is_constant, shape_of
 from autocomp.kernels import packing
-from autocomp.kernels.compute import ConvSpec
 from autocomp.kernels.grouped import Regrouping
+from autocomp.kernels.specs import ConvSpec
 
 
 def convolve(builder: Any, call: Any, lanes: int, kind: Any, compute: Any) -> Any:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autocomp.compiler import convolutions
-from autocomp.compiler.half import HalfConverter
+from autocomp.compiler.fp16 import HalfConverter
 from autocomp.compiler.normalise import decomposed
 from autocomp.compiler.recurrent import KINDS, LoopConverter, RecurrentConverter
+from autocomp.compiler.vectors import whole_vectors, without_padding
 from autocomp.compiler.weight_only import WeightOnlyConverter
 from autocomp.errors import ExportError
-from autocomp.hardware import Profile
+from autocomp.hardware.profile import Profile
 from autocomp.kernels import compute, packing, requantise
 from autocomp.kernels.intrinsics import dot_product
 from autocomp.kernels.volumes import unfolded
@@ -79,28 +80,6 @@ def unsupported(program: torch.export.ExportedProgram, profile: Profile) -> list
     return []
 
 
-def _whole_vectors(weight: np.ndarray, groups: int, lanes: int) -> np.ndarray:
-    """Grouped OIHW weight with each group's outputs padded by zero rows to whole vectors, so that no vector reads two groups' inputs."""
-    outputs = len(weight) // groups
-    if groups == 1 or weight.shape[1] == outputs == 1 or outputs % lanes == 0:
-        return weight
-    padded = np.zeros((groups, compute.round_up(outputs, lanes), *weight.shape[1:]), weight.dtype)
-    padded[:, :outputs] = weight.reshape(groups, outputs, *weight.shape[1:])
-    return padded.reshape(-1, *weight.shape[1:])
-
-
-def _without_padding(sums: Any, groups: int, channels: int) -> Any:
-    """The sums of the channels that ``_whole_vectors`` was given."""
-    from tvm import te
-
-    outputs, padded = channels // groups, int(sums.shape[-1]) // groups
-    return te.compute(
-        (*sums.shape[:-1], channels),
-        lambda *i: sums[(*i[:-1], i[-1] // outputs * padded + i[-1] % outputs)],
-        name="take",
-    )
-
-
 class _QuantisedConverter:
     """Emit quantise → integer contraction → dequantise for ``autocomp::conv2d_w8a8`` and ``autocomp::linear_w8a8``.
 
@@ -148,7 +127,7 @@ class _QuantisedConverter:
         import torch
         from tvm import relax
 
-        from autocomp.compress.convolution import turned
+        from autocomp.layers.convolution import turned
 
         builder = importer.block_builder
         x = importer.env[node.args[0]]
@@ -212,7 +191,7 @@ class _QuantisedConverter:
         """The int32 sums of products of stored integers ``data [N, H, W, C]`` with ``weight`` OIHW."""
         from tvm import relax
 
-        tiled = _whole_vectors(weight, groups, max(self.lanes, self.dot.lanes))
+        tiled = whole_vectors(weight, groups, max(self.lanes, self.dot.lanes))
         shape = [int(size) for size in data.ty.shape]
         spec = compute.ConvSpec.of(shape, tiled.shape, stride, borders, dilation, groups, self.lanes)
         packed = packing.pack_conv_weight(tiled, spec, self.dot)
@@ -221,7 +200,7 @@ class _QuantisedConverter:
             data, relax.const(packed), relax.const(zero), primfunc_name_hint="conv2d_int8",
         )  # fmt: skip
         if len(tiled) != len(weight):
-            sums = builder.emit_te(_without_padding, sums, groups, len(weight), primfunc_name_hint="take_channels")
+            sums = builder.emit_te(without_padding, sums, groups, len(weight), primfunc_name_hint="take_channels")
         return sums
 
     def _floats(

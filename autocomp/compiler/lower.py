@@ -9,7 +9,7 @@ from typing import Any
 
 from autocomp.compiler.convolve import convolve
 from autocomp.compiler.expressions import array_of, is_constant, shape_of
-from autocomp.hardware import Profile
+from autocomp.hardware.profile import Profile
 from autocomp.kernels import compute, packing, rows, vector_math, volumes
 
 

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autocomp.compiler.expressions import shape_of
-from autocomp.hardware import Profile
+from autocomp.hardware.profile import Profile
 from autocomp.kernels import recurrent, recurrent_int8
 from autocomp.kernels.intrinsics import dot_product
-from autocomp.kernels.recurrent import Kind, RecurrentSpec
+from autocomp.kernels.recurrent import RecurrentSpec
 from autocomp.kernels.recurrent_int8 import LstmSpec
 from autocomp.kernels.templates import stating
+from autocomp.records.recurrent import Kind
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from autocomp.hardware import Profile
+from autocomp.hardware.profile import Profile
 from autocomp.kernels import weight_only
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class WeightOnlyConverter:
     def __call__(self, node: Any, importer: Any) -> Any:
         from tvm import relax
 
-        from autocomp.compress.weight_only import unpack_levels
+        from autocomp.layers.weight_only import unpack_levels
 
         builder = importer.block_builder
         data = importer.env[node.args[0]]

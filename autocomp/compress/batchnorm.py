@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autocomp.batches import Axes, Batch, count, split
+from autocomp.graph.batches import Axes, Batch, count, split
+from autocomp.layers.narrow import Norms
 
-Norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # Input elements of one pass at most that is made with all samples at once: 256 samples of 3 x 64 x 64.
 ONE_PASS = 256 * 3 * 64 * 64
 SAMPLES = 64  # of a pass at most, where all are more than that

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from autocomp.batches import split
-from autocomp.compress.convolution import Layers
+from autocomp.graph.batches import split
+from autocomp.layers.convolution import Layers
 
 if TYPE_CHECKING:
-    from autocomp.batches import Axes, Batch
-    from autocomp.graph import Graph
+    from autocomp.graph.batches import Axes, Batch
+    from autocomp.graph.graph import Graph
 
 Between = Literal["nothing", "relu", "relu6"]
 _ACTIVATIONS: dict[str, Between] = {
@@ -76,7 +76,7 @@ def equalised(
 
 def sites(model: nn.Module, graph: Graph, example_inputs: tuple[Tensor, ...]) -> list[Site]:
     """Find the pairs of layers with at most a BatchNorm and a ReLU or ReLU6 between them, nothing else reading what is between."""
-    from autocomp.canonical import canonical
+    from autocomp.graph.canonical import canonical
 
     model = canonical(model, example_inputs)
     assert model.code.graph is not None

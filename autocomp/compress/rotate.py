@@ -18,17 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from autocomp.batches import split
-from autocomp.compress.convolution import Layers, outputs_first
-from autocomp.compress.prune import with_weights
-from autocomp.groups import Changes
-from autocomp.program import CanonicalModel, source_of, tensor_at
-from autocomp.ties import MOVES, SAME, argument, operation
+from autocomp.graph.batches import split
+from autocomp.graph.labels import MOVES, SAME, argument, operation
+from autocomp.graph.program import CanonicalModel, source_of, tensor_at
+from autocomp.graph.removal import Changes
+from autocomp.layers.convolution import Layers, outputs_first
+from autocomp.layers.narrow import with_weights
 
 if TYPE_CHECKING:
-    from autocomp.batches import Axes, Batch
-    from autocomp.graph import Graph
-    from autocomp.groups import Group
+    from autocomp.graph.batches import Axes, Batch
+    from autocomp.graph.graph import Graph, Group
 
 aten = torch.ops.aten
 NEAR = 1e-4  # of the largest output: what rounding may change

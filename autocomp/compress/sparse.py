@@ -119,7 +119,7 @@ def study(
 ) -> list[SparsePoint]:
     """Return what masks of one layer [O, K] cost and save: unstructured at each share, and the N:M `PATTERNS`.
 
-    ``covariance`` [K, K] and ``fisher`` [O] are those of ``accuracy.calibrate``. Ungrouped layers only (ValueError by the shapes).
+    ``covariance`` [K, K] and ``fisher`` [O] are those of ``database.calibrate``. Ungrouped layers only (ValueError by the shapes).
     """
     if covariance.shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(

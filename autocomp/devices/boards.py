@@ -1,6 +1,6 @@
 """Boards behind a TVM RPC tracker: who is there, and sessions that end in time.
 
-Every session is opened in a child process (`kernels.workers`), so that a board which falls silent costs a time-out and nothing
+Every session is opened in a child process (`processes.shared`), so that a board which falls silent costs a time-out and nothing
 else, and so that a session is closed whatever happens: the child's end closes it. The server ends a session by itself after the
 lifetime that was asked for, which frees a board from a kernel that never returns.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from autocomp.errors import AutocompError, BoardError, UsageError, last_line, suggest
-from autocomp.hardware import Rpc
+from autocomp.hardware.profile import Rpc
 
 _ANSWER = 5.0  # seconds in which a tracker answers anything but a request for a board
 _RESTART = 8.0  # seconds in which a server that a kernel has crashed comes back (a loop starts it again)
@@ -155,7 +155,7 @@ def temporary_library(executable: Any, target: Any) -> bytes:
     import tempfile
 
     from autocomp.compiler.build import quiet_stderr
-    from autocomp.compiler.link import linker_for
+    from autocomp.hardware.link import linker_for
 
     with tempfile.TemporaryDirectory(prefix="autocomp-") as folder:
         path = Path(folder) / "module.so"

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from autocomp.hardware import Profile
-from autocomp.kernels.store import KernelStore
-from autocomp.kernels.tune import Tuner
-from autocomp.latency import LatencyModel
-from autocomp.records import KernelTime, Latency
+from autocomp.devices.latency import LatencyModel
+from autocomp.hardware.profile import Profile
+from autocomp.records.latency import KernelTime, Latency
+from autocomp.tuning.store import KernelStore
+from autocomp.tuning.tune import Tuner
 
 if TYPE_CHECKING:
     import torch
@@ -68,21 +68,6 @@ class Device(Protocol):
     def time_in_turn(self, modules: Sequence[Compiled], example_inputs: tuple[torch.Tensor, ...]) -> list[Latency]:
         """The latencies of several modules, sample after sample of each in turn, so that a drift of the machine meets all alike."""
         ...
-
-
-def open_device(profile: Profile, store: KernelStore | None = None) -> Device:
-    """Open a profile's target. UsageError if it cannot be reached; ``store`` replaces the user's kernel store."""
-    if profile.how == "estimate":
-        from autocomp.devices.estimated import EstimatedDevice
-
-        return EstimatedDevice(profile, store)
-    if profile.how == "rpc":
-        from autocomp.devices.rpc import RpcDevice
-
-        return RpcDevice(profile, store)
-    from autocomp.devices.local import LocalDevice
-
-    return LocalDevice(profile, store)
 
 
 def quieter(compiled: Compiled, example_inputs: tuple[torch.Tensor, ...]) -> Latency:

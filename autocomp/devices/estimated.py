@@ -11,12 +11,12 @@ import numpy as np
 from autocomp.devices.device import Compiled, latency_model
 from autocomp.devices.local import check_compiled
 from autocomp.errors import UsageError
-from autocomp.hardware import Profile
-from autocomp.kernels.store import KernelStore
-from autocomp.kernels.timers import Job, signature
-from autocomp.kernels.tune import Tuner
-from autocomp.kernels.workers import attempt_shared
-from autocomp.records import How, Latency
+from autocomp.hardware.profile import Profile
+from autocomp.processes.shared import attempt_shared
+from autocomp.records.latency import How, Latency
+from autocomp.tuning.store import KernelStore
+from autocomp.tuning.timers import Job, signature
+from autocomp.tuning.tune import Tuner
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +94,7 @@ class EstimatedModel:
         import torch
 
         from autocomp.compiler.interpret import interpret
-        from autocomp.plain import plain_tensor
+        from autocomp.graph.plain import plain_tensor
 
         arrays = [plain_tensor(tensor).detach().contiguous().numpy() for tensor in inputs]
         result = interpret(self._scheduled.module, arrays, self._runner())
@@ -138,7 +138,7 @@ class EstimatedModel:
         import tvm
 
         from autocomp.compiler.build import quiet_stderr
-        from autocomp.compiler.link import linker_for
+        from autocomp.hardware.link import linker_for
 
         executable = tvm.compile(self._scheduled.module, self._target)
         with quiet_stderr():

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from autocomp.compiler.link import architecture_of
-from autocomp.hardware import Profile
-from autocomp.records import Precision
+from autocomp.hardware.link import architecture_of
+from autocomp.hardware.profile import Profile
+from autocomp.records.candidate import Precision
 
 if TYPE_CHECKING:
     from autocomp.devices.boards import Session
@@ -75,7 +75,7 @@ def fit_to_board(profile: Profile, facts: BoardFacts) -> tuple[Profile, tuple[st
 
 
 def _uses(profile: Profile, feature: str) -> bool:
-    from autocomp import host
+    from autocomp.hardware import host
 
     return host.has_feature(_bare(profile.target), feature)
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from autocomp.compiler.build import CompiledModel, build, time_in_turn
+from autocomp.compiler.verify import check_outputs, first_differing_layer
 from autocomp.devices.device import Compiled, latency_model, quieter
 from autocomp.errors import MismatchError, UsageError
-from autocomp.hardware import Profile
-from autocomp.kernels.store import KernelStore
-from autocomp.kernels.tune import Tuner
-from autocomp.records import Latency
-from autocomp.verify import check_outputs, first_differing_layer
+from autocomp.hardware.profile import Profile
+from autocomp.records.latency import Latency
+from autocomp.tuning.store import KernelStore
+from autocomp.tuning.tune import Tuner
 
 if TYPE_CHECKING:
     import torch

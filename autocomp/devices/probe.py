@@ -10,10 +10,10 @@ from autocomp.devices.boards import Limits
 from autocomp.devices.features import BoardFacts, read_board
 from autocomp.devices.rpc import RpcDevice, on_a_board, rpc_of
 from autocomp.errors import AutocompError
-from autocomp.hardware import Profile
-from autocomp.kernels.roofline import measure_bandwidth
-from autocomp.kernels.store import KernelStore
-from autocomp.records import Precision
+from autocomp.hardware.profile import Profile
+from autocomp.records.candidate import Precision
+from autocomp.tuning.roofline import measure_bandwidth
+from autocomp.tuning.store import KernelStore
 
 # The product by which each arithmetic is measured, and the precision without which a board has no kernel for it.
 _PEAKS: dict[str, tuple[str, Precision]] = {

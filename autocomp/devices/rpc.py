@@ -11,14 +11,14 @@ from autocomp.devices.boards import Limits, Session, boards_of, temporary_librar
 from autocomp.devices.device import Compiled, latency_model, quieter
 from autocomp.devices.features import fit_to_board, read_board
 from autocomp.devices.local import check_compiled
-from autocomp.devices.timing import median_and_spread
 from autocomp.errors import BoardError, UsageError, last_line
-from autocomp.hardware import Profile, Rpc
-from autocomp.kernels.store import KernelStore
-from autocomp.kernels.timers import Job, compile_function, random_arrays
-from autocomp.kernels.tune import Tuner
-from autocomp.kernels.workers import attempt_shared
-from autocomp.records import How, KernelTime, Latency
+from autocomp.hardware.profile import Profile, Rpc
+from autocomp.hardware.timing import median_and_spread
+from autocomp.processes.shared import attempt_shared
+from autocomp.records.latency import How, KernelTime, Latency
+from autocomp.tuning.store import KernelStore
+from autocomp.tuning.timers import Job, compile_function, random_arrays
+from autocomp.tuning.tune import Tuner
 
 if TYPE_CHECKING:
     import numpy as np
@@ -280,7 +280,7 @@ def _machine(session: Session, library: bytes) -> Any:
 
 def _arrays(inputs: Sequence[torch.Tensor]) -> list[np.ndarray]:
 
-    from autocomp.plain import plain_tensor
+    from autocomp.graph.plain import plain_tensor
 
     return [plain_tensor(tensor).detach().contiguous().numpy() for tensor in inputs]
 

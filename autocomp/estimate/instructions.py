@@ -18,7 +18,7 @@ import yaml
 
 from autocomp.errors import UsageError, suggest
 from autocomp.estimate.decode import LOAD, LOAD_AND_STORE, STORE, Instruction
-from autocomp.hardware import Profile
+from autocomp.hardware.profile import Profile
 
 _CORES = Path(__file__).parent / "cores"
 _FORMAT = 1

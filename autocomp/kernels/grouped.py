@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from autocomp.kernels.packing import round_up
+from autocomp.kernels.specs import round_up
 
 
 @dataclass(frozen=True)

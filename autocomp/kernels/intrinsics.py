@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autocomp.hardware import Profile
+from autocomp.hardware.profile import Profile
 
 
 @dataclass(frozen=True)

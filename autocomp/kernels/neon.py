@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from autocomp.hardware import Profile
+from autocomp.hardware.profile import Profile
 from autocomp.kernels.intrinsics import dot_product
 
 if TYPE_CHECKING:
-    from autocomp.kernels.templates import Anchor, Tile
+    from autocomp.kernels.tile import Anchor, Tile
 
 # Above so many sums LLVM spills some; where the reduction is unrolled too, that was seen of 8 x 3 and 4 x 6, not of 7 x 3.
 _SUMS, _UNROLLED_SUMS = 27, 21

@@ -13,13 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autocomp.kernels.intrinsics import DotProduct
+from autocomp.kernels.specs import round_up
 
 if TYPE_CHECKING:
-    from autocomp.kernels.compute import ConvSpec
-
-
-def round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+    from autocomp.kernels.specs import ConvSpec
 
 
 def pack_conv_weight(weight: np.ndarray, spec: ConvSpec, dot: DotProduct | None) -> np.ndarray:

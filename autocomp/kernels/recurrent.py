@@ -8,16 +8,13 @@ batch may be computed by two tiles that overlap.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from autocomp.kernels import vector_math
-from autocomp.kernels.packing import round_up
-
-Kind = Literal["lstm", "gru", "rnn_tanh", "rnn_relu"]
-GATES: dict[str, int] = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
-IN_8_BITS = ("lstm",)  # kinds whose loop there is in 8-bit integers too
+from autocomp.kernels.specs import round_up
+from autocomp.records.recurrent import GATES, Kind
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from autocomp.kernels import recurrent, vector_math
 from autocomp.kernels.intrinsics import DotProduct
-from autocomp.kernels.packing import round_up
+from autocomp.kernels.specs import round_up
 
 GATES = recurrent.GATES["lstm"]  # input, forget, new value, output: torch's order
 _SPARE = 4  # registers that hold no sums: the input, and what the gates' formulas need

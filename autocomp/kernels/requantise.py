@@ -1,4 +1,4 @@
-"""Floats to 8-bit levels and integer sums back to floats, as ``compress.quantize`` specifies them: what surrounds an integer contraction."""
+"""Floats to 8-bit levels and integer sums back to floats, as ``layers.w8a8`` specifies them: what surrounds an integer contraction."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _ROUNDING_BITS = 0x4B400000  # of that number
 
 
 def quantise(data: Any, inverse_scale: Any, zero_point: Any, dtype: str) -> Any:
-    """``clamp(round_half_even(x * inverse_scale) + zero_point, 0, 255)``: the specification is ``compress.quantize``.
+    """``clamp(round_half_even(x * inverse_scale) + zero_point, 0, 255)``: the specification is ``layers.w8a8``.
 
     Where ``dtype`` is int8, 128 is taken off the zero point that is given, and so off every bound and result. The clamp comes first (its
     bounds are whole numbers, so that is the same), and the rounding is the addition of 1.5 * 2^23: the integer then stands in the low

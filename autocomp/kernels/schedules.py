@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from autocomp.hardware import Profile
+from autocomp.hardware.profile import Profile
 
 _SQUARE = 16  # floats of a cache line of 64 bytes
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
-from autocomp.hardware import Profile
+from autocomp.hardware.profile import Profile
 from autocomp.kernels import neon
 from autocomp.kernels.compute import FLOPS, RUNS, TEMPLATE
 from autocomp.kernels.intrinsics import dot_product
@@ -27,6 +26,7 @@ from autocomp.kernels.schedules import (
     vectorise_last,
     write_back,
 )
+from autocomp.kernels.tile import Anchor, Tile, lanes_of
 
 VERSION = 7  # raise when a change here makes stored choices worth finding again
 
@@ -38,37 +38,6 @@ CONTRACTIONS = (
 
 
 _SPATIAL, _REDUCTION = "autocomp.spatial", "autocomp.reduction"  # attributes of functions
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One point of a template's tuning space.
-
-    ``rows`` output pixels by ``vectors`` registers of channels are accumulated at a time, ``unroll`` steps of the reduction are unrolled,
-    and ``channels_outer`` sweeps all pixels for one block of weights before the next block (else the reverse). A depthwise kernel takes
-    ``band`` output rows of one block of channels at a time, and pads only the inputs of those, which then lie in the nearest cache (0: the
-    whole input first).
-    """
-
-    rows: int = 1
-    vectors: int = 1
-    unroll: int = 1
-    channels_outer: bool = True
-    rows_up: int = 1
-    band: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """What the scheduler must know of a fused function: its template, arithmetic, and the extents of its anchor's loops."""
-
-    template: str
-    flops: int
-    spatial: tuple[int, ...] = ()
-    reduction: tuple[int, ...] = ()
 
 
 def describe(function: Any) -> Anchor:
@@ -173,7 +142,8 @@ def apply(function: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:
     """Schedule a fused function with one tile; returns a PrimFunc marked as scheduled."""
     from tvm import s_tir
 
-    from autocomp.kernels import half, weight_only
+    from autocomp.kernels import fp16 as half
+    from autocomp.kernels import weight_only
 
     if _is_scheduled(function):
         return function
@@ -299,19 +269,6 @@ def _anchor_block(schedule: Any) -> Any:
         if TEMPLATE in schedule.get(block).annotations:
             return block
     return None
-
-
-def lanes_of(anchor: Anchor, profile: Profile) -> int:
-    """Elements of a vector of the anchor's sums."""
-    if anchor.template.endswith("int8"):
-        return dot_product(profile).lanes
-    lanes = 2 * profile.lanes if anchor.template.endswith("fp16") else profile.lanes
-    if anchor.template.startswith(
-        "depthwise"
-    ):  # shorter vectors rather than a ragged one: channels are mostly multiples of 8
-        shorter = math.gcd(anchor.spatial[-1], lanes)
-        return shorter if shorter >= 4 else lanes
-    return lanes
 
 
 def _divisors(value: int, limit: int) -> list[int]:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autocomp.kernels.compute import FLOPS, TEMPLATE, padded_rows, round_up
+from autocomp.kernels.compute import FLOPS, TEMPLATE, round_up
+from autocomp.kernels.specs import padded_rows
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from autocomp.hardware import Profile
-from autocomp.kernels.compute import FLOPS, TEMPLATE, padded_rows, round_up
+from autocomp.hardware.profile import Profile
+from autocomp.kernels.compute import FLOPS, TEMPLATE, round_up
 from autocomp.kernels.schedules import blocks_of, flatten_rows, inline_epilogue, vectorise_last, write_back
-from autocomp.kernels.templates import Anchor, Tile
+from autocomp.kernels.specs import padded_rows
+from autocomp.kernels.tile import Anchor, Tile
 
 FIELDS = 8  # four-bit weights in one 32-bit word
 _OFFSET = (

@@ -9,11 +9,11 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from autocomp.accuracy.divergence import Comparison, compare
-from autocomp.accuracy.guess import describe
-from autocomp.accuracy.outputs import Stated
-from autocomp.batches import Axes, count
 from autocomp.errors import AutocompError, UsageError
+from autocomp.graph.batches import Axes, count
+from autocomp.tasks.divergence import Comparison, compare
+from autocomp.tasks.guess import describe
+from autocomp.tasks.outputs import Stated
 
 HOT, COLD = 4.0, 1.0  # temperatures at the first and the last step
 LOOKED_AT = 4  # batches that say what the outputs are, and how much those that are numbers vary

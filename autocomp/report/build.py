@@ -10,16 +10,17 @@ from typing import Any
 from urllib.parse import quote
 
 from autocomp.cache import write_atomically
+from autocomp.config.files import read_json, read_yaml
+from autocomp.config.quantities import format_bytes
 from autocomp.errors import CorruptError, InfeasibleError, UsageError, shown
-from autocomp.quantities import format_bytes
-from autocomp.reading import read_json, read_yaml
-from autocomp.records import Evaluation, Latency, Reference, Sensitivity
+from autocomp.front.goals import best
+from autocomp.records.evaluation import Evaluation, Reference, Sensitivity
+from autocomp.records.latency import Latency
+from autocomp.records.run import FrontPoint, Run, check_version, finite, read_evaluations, read_run, speedup
 from autocomp.report import figures
 from autocomp.report.curves import sensitivity_figures
-from autocomp.report.data import FrontPoint, Run, check_version, finite, read_evaluations, read_run, speedup
 from autocomp.report.figures import Metric, milliseconds
 from autocomp.report.targets import knee_of, targets
-from autocomp.search.goals import best
 
 REPORT = "report.html"
 MAX_KERNELS = 14  # rows of a kernel table; the rest is summed in one more
@@ -27,7 +28,7 @@ MAX_KERNELS = 14  # rows of a kernel table; the rest is summed in one more
 
 @dataclass(frozen=True)
 class Goals:
-    """The limits of a run's config, as ``autocomp.search.goals`` reads them."""
+    """The limits of a run's config, as ``autocomp.front.goals`` reads them."""
 
     max_drop: float | None = None
     max_latency: float | None = None

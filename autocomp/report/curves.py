@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from autocomp.records import Sensitivity
+from autocomp.records.evaluation import Sensitivity
 from autocomp.report.figures import Figure, layout_of
 
 NAMED = 6  # most sensitive layers of a figure that the legend names; the others are grey and named where they are pointed at

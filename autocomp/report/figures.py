@@ -9,10 +9,11 @@ import html
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from autocomp.quantities import format_bytes
-from autocomp.records import Evaluation, Latency
-from autocomp.report.data import Run, speedup
-from autocomp.search.pareto import pareto_set
+from autocomp.config.quantities import format_bytes
+from autocomp.front.pareto import pareto_set
+from autocomp.records.evaluation import Evaluation
+from autocomp.records.latency import Latency
+from autocomp.records.run import Run, speedup
 
 Figure = dict[str, Any]
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from autocomp.records import Evaluation, Latency
-from autocomp.report.data import Run
+from autocomp.front.goals import undisturbed
+from autocomp.front.pareto import knee
+from autocomp.records.evaluation import Evaluation
+from autocomp.records.latency import Latency
+from autocomp.records.run import Run
 from autocomp.report.figures import Metric
-from autocomp.search.goals import undisturbed
-from autocomp.search.pareto import knee
 
 
 class Page(Protocol):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autocomp.progress import Progress
-from autocomp.task import Task
 from autocomp.tasks.resnet import ResNet
+from autocomp.tasks.task import Task
 from autocomp.tasks.training import Recipe, trained
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from autocomp.progress import Progress
-from autocomp.task import Task
 from autocomp.tasks import digits
+from autocomp.tasks.task import Task
 from autocomp.tasks.training import Recipe
 
 RECIPE = Recipe(

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autocomp.progress import Progress
-from autocomp.task import Task
 from autocomp.tasks.encoder import Encoder
 from autocomp.tasks.stdlib_text import LENGTH, NAMES, PROSE, ROLES, VOCABULARY, Text, load_text
+from autocomp.tasks.task import Task
 from autocomp.tasks.training import Recipe, trained
 
 HELD_OUT = 768  # windows, 49,152 tokens, in each of the validation and the test split

@@ -51,10 +51,10 @@ def built(entry: Entry, _budget: Budget, _folder: Path) -> dict[str, Any]:
 def analysed(entry: Entry, _budget: Budget, _folder: Path) -> dict[str, Any]:
     """What `autocomp check` says: layers, groups, and how many multiplications are in those that can be pruned or quantised."""
     from autocomp.api import refuse_unsupported
-    from autocomp.graph import analyse
-    from autocomp.hardware import load_profile
-    from autocomp.space import build_space
-    from autocomp.space_file import load_space
+    from autocomp.graph.analyse import analyse
+    from autocomp.hardware.profile import load_profile
+    from autocomp.space.build import build_space
+    from autocomp.space.file import load_space
 
     task, profile = make_task(entry), load_profile(PROFILE)
     graph = analyse(task.model, task.example_inputs)
@@ -99,8 +99,8 @@ def timed(entry: Entry, budget: Budget, _folder: Path) -> dict[str, Any]:
     import numpy as np
 
     import autocomp
-    from autocomp.devices.timing import interleaved, quiet_core
-    from autocomp.onnx_export import onnx_session
+    from autocomp.export.onnx import onnx_session
+    from autocomp.hardware.timing import interleaved, quiet_core
 
     _tiles(budget)
     model, example = build(entry), entry.inputs(0)
@@ -155,8 +155,8 @@ def reloaded(_entry: Entry, _budget: Budget, folder: Path) -> dict[str, Any]:
     """Every point of the front read back from its files: the torch model, its ONNX file and its library agree, or say that they do not."""
     from autocomp.api import SearchResult
     from autocomp.compiler.build import CompiledModel
-    from autocomp.hardware import load_profile
-    from autocomp.onnx_export import onnx_session, run_session
+    from autocomp.export.onnx import onnx_session, run_session
+    from autocomp.hardware.profile import load_profile
 
     result, points = SearchResult(folder / "run"), {}
     batches = [_entry.inputs(seed) for seed in SEEDS]
@@ -278,7 +278,7 @@ def _run(model: nn.Module, batch: tuple[Tensor, ...]) -> Any:
 
 def _tiles(budget: Budget) -> None:
     """Try so many tiles for a kernel: this process is the stage's own."""
-    from autocomp.kernels.tune import Tuner
+    from autocomp.tuning.tune import Tuner
 
     defaults = Tuner.__init__.__kwdefaults__
     assert "budget" in defaults

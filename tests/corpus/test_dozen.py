@@ -37,7 +37,7 @@ BUDGET = Budget(tiles=1, trials=6, measure=1, minutes=1.0)
 @pytest.fixture(scope="module", autouse=True)
 def _first_tiles() -> Iterator[None]:
     """The stages set how many tiles are tried, in a process of their own; here it is put back."""
-    from autocomp.kernels.tune import Tuner
+    from autocomp.tuning.tune import Tuner
 
     before = dict(Tuner.__init__.__kwdefaults__)
     yield

@@ -18,7 +18,7 @@ import yaml
 from fake_run import write_fake_run
 from torch import nn
 
-from autocomp.cli import MESSAGE_LINES, main
+from autocomp.cli.main import MESSAGE_LINES, main
 from autocomp.tasks import BUILT_IN
 
 Refused = Callable[..., str]

@@ -12,14 +12,15 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from autocomp.config import Goals, Settings, dump_settings, load_settings, read_mapping, read_settings
+from autocomp.config.files import read_mapping
+from autocomp.config.settings import Goals, Settings, dump_settings, load_settings, read_settings
 from autocomp.errors import AutocompError
-from autocomp.hardware import load_profile
-from autocomp.kernels.exchange import read_export
-from autocomp.kernels.store import read_lines
-from autocomp.report.data import read_evaluations, read_run
-from autocomp.runfolder import open_run_folder
-from autocomp.space_file import load_space
+from autocomp.hardware.profile import load_profile
+from autocomp.records.run import read_evaluations, read_run
+from autocomp.run.folder import open_run_folder
+from autocomp.space.file import load_space
+from autocomp.tuning.exchange import read_export
+from autocomp.tuning.store import read_lines
 
 # Files in the shape of what is read, so that the fuzzing reaches past the first key.
 KEYS = st.sampled_from(

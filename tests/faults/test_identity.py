@@ -19,10 +19,10 @@ import torch
 
 import autocomp
 from autocomp.errors import UsageError
-from autocomp.identity import identity_of, source_of
-from autocomp.report.data import read_evaluations
-from autocomp.search.storage import Claim, masked, open_storage, read_study
-from autocomp.search.study import Space, open_search
+from autocomp.records.run import read_evaluations
+from autocomp.run.identity import identity_of, source_of
+from autocomp.study.storage import Claim, masked, open_storage, read_study
+from autocomp.study.study import Space, open_search
 
 pytestmark = pytest.mark.usefixtures("short_tuning", "without_exports")
 OPTIONS = {"trials": 4, "measure": 1, "references": False}
@@ -114,7 +114,7 @@ def test_another_task_is_refused_and_touches_nothing(
 
 
 def test_identity_is_the_same_in_another_process() -> None:
-    code = "import tiny_task, json; from autocomp.identity import identity_of; print(json.dumps(identity_of(tiny_task.task())))"
+    code = "import tiny_task, json; from autocomp.run.identity import identity_of; print(json.dumps(identity_of(tiny_task.task())))"
     tests = Path(tiny_task.__file__).parent
     done = subprocess.run([sys.executable, "-c", code], cwd=tests, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == identity_of(tiny_task.task())
@@ -199,7 +199,7 @@ def holder(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     url = f"sqlite:///{tmp_path / 'held.db'}"
     open_search(url, "run", Space({"g": (2, 1)}, {})).close()
     code = (
-        "import time; from autocomp.search.storage import Claim, open_storage\n"
+        "import time; from autocomp.study.storage import Claim, open_storage\n"
         f"storage = open_storage({url!r}); claim = Claim(storage, storage.get_study_id_from_name('run'), {url!r})\n"
         "print('held', flush=True); time.sleep(600)"
     )
@@ -278,8 +278,8 @@ def test_passwords_are_masked_and_their_file_is_private(tmp_path: Path, spaces: 
     with pytest.raises(UsageError) as caught:
         autocomp.search(task=tiny_task.task(), out=out, space=spaces["full"], storage=storage, **OPTIONS)
     assert "secret" not in str(caught.value)
-    from autocomp.config import load_settings
-    from autocomp.runfolder import open_run_folder
+    from autocomp.config.settings import load_settings
+    from autocomp.run.folder import open_run_folder
 
     open_run_folder(load_settings(None, {"task": "digits", "out": str(out), "storage": storage}), resume=False)
     assert stat.S_IMODE((out / "config.yaml").stat().st_mode) == 0o600

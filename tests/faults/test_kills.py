@@ -17,13 +17,13 @@ import tiny_task
 from studies import told
 
 from autocomp.api import SearchResult
-from autocomp.report.data import read_evaluations, read_run
+from autocomp.records.run import read_evaluations, read_run
 
 TESTS = Path(tiny_task.__file__).parent
 # What every process of a run does first: die when it is about to put its n-th file in place. Its children count for themselves.
 KILLED = """
 import os, signal, sys
-from autocomp.kernels.tune import Tuner
+from autocomp.tuning.tune import Tuner
 Tuner.__init__.__kwdefaults__["budget"] = 1
 put, left = os.replace, [int(sys.argv[1])]
 def replace(*args, **options):

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from autocomp.cache import sweep, write_atomically
-from autocomp.kernels.store import KernelRecord, KernelStore, RecordFields, read_lines
-from autocomp.kernels.templates import Tile
-from autocomp.records import Candidate, Evaluation, Method, evaluation_to_json
-from autocomp.search.storage import open_storage
-from autocomp.search.study import Space, open_search
+from autocomp.kernels.tile import Tile
+from autocomp.records.candidate import Candidate, Method
+from autocomp.records.evaluation import Evaluation, evaluation_to_json
+from autocomp.study.storage import open_storage
+from autocomp.study.study import Space, open_search
+from autocomp.tuning.store import KernelRecord, KernelStore, RecordFields, read_lines
 
 RECORD: dict[str, Any] = {
     "key": "k", "operator": "dense", "tile": {"rows": 4}, "seconds": 1e-6, "flops": 10, "trials": 1, "spatial": [4], "reduction": [8],

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import autocomp
-from autocomp import api, interrupt
+from autocomp import api
 from autocomp.api import SearchResult
-from autocomp.compress.quantize import QuantConv2d
 from autocomp.errors import AutocompError, UsageError
-from autocomp.report.data import read_evaluations
-from autocomp.task import load_task
+from autocomp.layers.w8a8 import QuantConv2d
+from autocomp.processes import interrupt
+from autocomp.records.run import read_evaluations
+from autocomp.tasks.task import load_task
 
 pytestmark = pytest.mark.usefixtures("short_tuning", "without_exports")
 
@@ -213,7 +214,7 @@ def test_check_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "endless.py").write_text("def task():\n    while True:\n        pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(api, "CHECK_SECONDS", 1.0)
-    from autocomp.config import load_settings
+    from autocomp.config.settings import load_settings
 
     with pytest.raises(UsageError, match="not done after 1 s"):
         autocomp.api.check(load_settings(None, {"task": "endless:task"}))

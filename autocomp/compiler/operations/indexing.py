@@ -55,7 +55,7 @@ def _lookup(
         for axis, where in zip(kept, outer, strict=True):
             found[axis] = where
         for axis, tensor in zip(axes, tensors, strict=True):
-            found[axis] = tensor[_aligned(inner, tensor.shape)]
+            found[axis] = tensor[aligned(inner, tensor.shape)]
         return found
 
     return target, position
@@ -243,7 +243,7 @@ def _broadcast(shapes: Sequence[Sequence[int]]) -> list[int]:
     return list(np.broadcast_shapes(*map(tuple, shapes)))
 
 
-def _aligned(at: Sequence[Any], shape: Sequence[Any]) -> tuple[Any, ...]:
+def aligned(at: Sequence[Any], shape: Sequence[Any]) -> tuple[Any, ...]:
     """The position in a tensor that is broadcast to where ``at`` is a position."""
     behind = at[len(at) - len(shape) :] if len(shape) else []
     return tuple(0 if int(size) == 1 else where for where, size in zip(behind, shape, strict=True))

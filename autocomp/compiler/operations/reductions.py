@@ -137,7 +137,7 @@ def elementwise(node: Any, importer: Any, function: Any, name: str) -> Any:
     """A function of two broadcast operands, of which either may be a number."""
     from tvm import relax, te
 
-    from autocomp.compiler.operations.indexing import _aligned
+    from autocomp.compiler.operations.indexing import aligned
 
     target = tuple(int(size) for size in node.meta["val"].shape)
     tensors = [importer.env[argument] for argument in node.args[:2] if hasattr(argument, "meta")]
@@ -145,7 +145,7 @@ def elementwise(node: Any, importer: Any, function: Any, name: str) -> Any:
     operands = [importer.env[a] if hasattr(a, "meta") else relax.const(a, kind) for a in node.args[:2]]
     return importer.block_builder.emit_te(
         lambda a, b: te.compute(
-            target, lambda *at: function(a[_aligned(at, a.shape)], b[_aligned(at, b.shape)]), name=name
+            target, lambda *at: function(a[aligned(at, a.shape)], b[aligned(at, b.shape)]), name=name
         ),
         *operands,
         primfunc_name_hint=name,

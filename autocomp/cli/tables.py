@@ -1,0 +1,205 @@
+"""Tables the command line shows on standard output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from decimal import Decimal  # candidates outnumber what a float holds
+from typing import TYPE_CHECKING, Any
+
+from autocomp.config.quantities import format_bytes, format_milliseconds
+from autocomp.errors import UsageError
+from autocomp.hardware.profile import list_profiles, load_profile
+from autocomp.records.evaluation import Sensitivity
+from autocomp.records.latency import Latency
+from autocomp.records.run import FrontPoint, Run, speedup
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Wide enough for a table where no terminal says how wide it is (a file, a pipe).
+FILE_WIDTH = 140
+
+
+def output() -> Console:
+    """Return a console on standard output."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=FILE_WIDTH)
+
+
+def show_table(headings: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
+    """Print a table; headings that start with ``>`` are aligned to the right."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        right = heading.startswith(">")
+        table.add_column(heading.removeprefix(">"), justify="right" if right else "left", no_wrap=right)
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    output().print(table)
+
+
+def show_front(run: Run) -> None:
+    """Print the front of a run, dense first: the validation split's objective, latency by profile, and which files did not come out well."""
+    objective = run.task.objective
+    headings = ["point", f">{objective}", ">drop"]
+    for profile in run.profiles:
+        suffix = f" ({profile})" if len(run.profiles) > 1 else ""
+        headings += [f">latency{suffix}", ">speed-up"]
+    dense = run.dense.evaluation
+    sign = 1 if run.task.higher_is_better else -1
+    rows: list[list[str]] = []
+    for point in (run.dense, *run.front):
+        evaluation = point.evaluation
+        is_dense = evaluation.candidate == dense.candidate
+        drop = sign * (dense.metrics[objective] - evaluation.metrics[objective])
+        row = [
+            "dense" if is_dense else evaluation.candidate.id,
+            f"{evaluation.metrics[objective]:.4f}",
+            "" if is_dense else f"{drop:+.4f}",
+        ]
+        for profile in run.profiles:
+            latency = evaluation.latency[profile]
+            row += [format_latency(latency), f"{speedup(evaluation, dense, profile):.2f}x"]
+        if not is_dense or not rows:  # the front may hold dense itself
+            rows.append([*row, format_bytes(evaluation.bytes), _files(point)])
+    show_table([*headings, ">size", "files"], rows)
+    failed = dict.fromkeys(
+        f"{kind}: {check.note or 'differs from torch'}"
+        for point in run.front
+        for kind, check in point.verified.items()
+        if not check.ok
+    )
+    if failed:
+        lines = "\n".join(f"  {line}" for line in failed)
+        output().print(f"\nfiles that could not be made, or failed their check:\n{lines}", markup=False)
+
+
+def _files(point: FrontPoint) -> str:
+    """``so, onnx`` where each kind was read back and equals torch; one that is missing or wrong is named as that."""
+    words = []
+    for kind, check in point.verified.items():
+        words.append(kind if check.ok else f"{kind} FAILED" if kind in point.files else f"{kind} MISSING")
+    return ", ".join(words)
+
+
+def show_check(found: Mapping[str, Any]) -> None:
+    """Print what a search would choose from and what it would not, from what `autocomp.api.check` returns."""
+    outputs = [
+        [row["output"], "x".join(map(str, row["shape"])), row["compared"], row["why"]] for row in found["outputs"]
+    ]
+    show_table(["output", "shape", "compared as", "why"], outputs)
+    output().print()
+    # Each part's own reasons stand in the last table: most parts have several.
+    groups = [
+        [
+            group["group"] + ("*" if group["approximate"] else ""), str(group["width"]),
+            ", ".join(map(str, group["offered"])), ", ".join(group["layers"]),
+        ]
+        for group in found["groups"]
+    ]  # fmt: skip
+    show_table(["group of channels", ">width", "widths offered", "layers tied by it"], groups)
+    for group in found["groups"]:
+        if group["approximate"] and len(group["offered"]) > 1:
+            output().print(
+                f"* approximate: {group['approximate']} is computed over the channels of {group['group']} that are left"
+            )
+    layers = [
+        [layer["layer"], layer["kind"], f"{layer['macs'] / 1e6:.3g}", ", ".join(layer["methods"])]
+        for layer in found["layers"]
+    ]
+    output().print()
+    show_table(["layer", "kind", ">MMAC", "methods offered"], layers)
+    if found["refused"]:
+        output().print()
+        refused = [[refusal["subject"], str(refusal["option"]), refusal["reason"]] for refusal in found["refused"]]
+        show_table(["not offered for", "option", "why"], refused)
+    for note in found["converted"]:
+        output().print(f"\n{note}", markup=False)
+    profiles = ", ".join(found["profiles"])
+    output().print(
+        f"\n{found['task']} on {profiles}: about {Decimal(found['candidates']):.1e} candidates", markup=False
+    )
+
+
+def show_sensitivity(rows: Sequence[Sensitivity]) -> None:
+    """Print a line for each layer or group and kind of compression: its options, mild to strong, with the error of each."""
+    lines: dict[tuple[str, str], list[Sensitivity]] = {}
+    for row in rows:
+        lines.setdefault((row.subject, row.kind), []).append(row)
+    cells = [
+        [
+            subject,
+            kind,
+            f"{max(row.error for row in found):.2g}",
+            "  ".join(f"{row.option}: {row.error:.2g}" for row in found),
+        ]
+        for (subject, kind), found in sorted(lines.items(), key=lambda item: -max(row.error for row in item[1]))
+    ]
+    show_table(["layer or group", "kind", ">worst", "error of each option alone (nats a sample)"], cells)
+
+
+def format_latency(latency: Latency) -> str:
+    """Write a measured latency with its spread, an estimated one with the known error of the model, and say so."""
+    return _around(latency) if latency.how == "measured" else f"{_around(latency)} (estimated)"
+
+
+def _around(latency: Latency) -> str:
+    seconds = format_milliseconds(latency.seconds)
+    if latency.how == "measured":
+        return f"{seconds} ± {latency.spread:.1%}" + (" (noisy)" if latency.noisy else "")
+    return seconds if latency.error is None else f"{seconds} ± {latency.error:.0%}"
+
+
+def show_latency(latency: Latency, kernels: int) -> None:
+    """Print a latency and its dearest kernels."""
+    where = f" {'on' if latency.how == 'measured' else 'by the'} {latency.device}" if latency.device else ""
+    output().print(f"{latency.profile}: {_around(latency)}, {latency.how}{where}", markup=False)
+    total = sum(kernel.seconds for kernel in latency.kernels) or 1.0
+    dearest = sorted(latency.kernels, key=lambda kernel: kernel.seconds, reverse=True)[:kernels]
+    rows = []
+    for kernel in dearest:
+        peak = "" if kernel.peak_fraction is None else f"{kernel.peak_fraction:.0%}"
+        rate = f"{kernel.flops / kernel.seconds / 1e9:.1f}" if kernel.flops and kernel.seconds else ""
+        share = f"{kernel.seconds / total:.1%}"
+        rows.append([kernel.operator, kernel.name, format_milliseconds(kernel.seconds), share, rate, peak, kernel.how])
+    if rows:
+        show_table(["operator", "kernel", ">time alone", ">share", ">Gop/s", ">of peak", "how"], rows)
+
+
+def describe_profiles() -> list[dict[str, Any]]:
+    """Return what is known of every shipped profile; one this machine cannot run says why under ``unavailable``."""
+    described: list[dict[str, Any]] = []
+    for name in list_profiles():
+        try:
+            profile = load_profile(name)
+        except UsageError as error:
+            described.append({"name": name, "unavailable": str(error)})
+        else:
+            described.append({**asdict(profile), "fingerprint": profile.fingerprint})
+    return described
+
+
+def show_profiles(described: Iterable[Mapping[str, Any]]) -> None:
+    """Print what `describe_profiles` returns as a table."""
+    rows = []
+    for profile in described:
+        if "unavailable" in profile:
+            rows.append([profile["name"], "not here", "", "", "", profile["unavailable"]])
+            continue
+        target = profile["target"]
+        rows.append(
+            [
+                profile["name"],
+                profile["how"],
+                str(target.get("mcpu", target.get("kind"))),
+                f"{profile['lanes']} lanes, int8 {profile['int8']}",
+                ", ".join(profile["precisions"]),
+                profile["description"],
+            ]
+        )
+    show_table(["profile", "reached", "processor", "vectors", "precisions", "description"], rows)

@@ -1,0 +1,92 @@
+"""``autocomp::conv2d_fp16`` and ``autocomp::linear_fp16`` → Relax.
+
+Where the target multiplies 16-bit floats: cast → contraction → bias, three functions, so that fusion puts the cast of the next such layer into
+the write-back of this one and activations stay in 16 bits between them. Elsewhere the same rounded values are multiplied in float32.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from autocomp.hardware.profile import Profile
+from autocomp.kernels import fp16 as half
+from autocomp.kernels.specs import ConvSpec, DenseSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+class HalfConverter:
+    """Emit one 16-bit layer."""
+
+    def __init__(self, program: torch.export.ExportedProgram, profile: Profile, *, convolution: bool) -> None:
+        signature = program.graph_signature
+        self.names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self.state = {**program.state_dict, **program.constants}
+        self.lanes = 2 * profile.lanes
+        self.has_kernels = half.has_kernels(profile)
+        self.convolution = convolution
+        self._rounded: dict[int, tuple[Any, Any]] = {}
+
+    def __call__(self, node: Any, importer: Any) -> Any:
+        builder, x = importer.block_builder, importer.env[node.args[0]]
+        weight, bias = (self.state[self.names[argument.name]].detach().numpy() for argument in node.args[1:3])
+        if not self.has_kernels:
+            return self._in_float32(builder, x, weight, bias, node.args[3:])
+        return self._in_float16(builder, x, weight, bias, node.args[3:])
+
+    def _in_float16(self, builder: Any, x: Any, weight: np.ndarray, bias: np.ndarray, geometry: Any) -> Any:
+        from tvm import relax
+
+        from autocomp.compiler.vectors import whole_vectors, without_padding
+
+        data = self._round(builder, x)
+        shape = [int(size) for size in data.ty.shape]
+        if self.convolution:
+            stride, padding, dilation, groups = geometry
+            tiled = whole_vectors(weight, int(groups), self.lanes)
+            spec = ConvSpec.of(shape, tiled.shape, stride, [*padding, *padding], dilation, int(groups), self.lanes)
+            packed = relax.const(half.pack_conv_weight(tiled, spec))
+            name = "depthwise_fp16" if spec.depthwise else "conv2d_fp16"
+            sums = builder.emit_te(lambda data, w: half.conv2d(data, w, spec), data, packed, primfunc_name_hint=name)
+            if len(tiled) != len(weight):
+                sums = builder.emit_te(
+                    without_padding, sums, int(groups), len(weight), primfunc_name_hint="take_channels"
+                )
+        else:
+            dense = DenseSpec.of(shape, len(weight), self.lanes)
+            packed = relax.const(half.pack_dense_weight(weight, self.lanes))
+            sums = builder.emit_te(
+                lambda data, w: half.dense(data, w, dense), data, packed, primfunc_name_hint="dense_fp16"
+            )
+        result = builder.emit(relax.op.add(sums, relax.const(np.ascontiguousarray(bias))))
+        return builder.emit(relax.op.permute_dims(result, [0, 3, 1, 2])) if self.convolution else result
+
+    def _round(self, builder: Any, x: Any) -> Any:
+        """``x`` in 16 bits, channels last: once for all layers that read it."""
+        from tvm import relax, te
+
+        if hash(x) not in self._rounded:
+            data = builder.emit(relax.op.permute_dims(x, [0, 2, 3, 1])) if self.convolution else x
+            value = builder.emit_te(
+                lambda data: te.compute(data.shape, lambda *i: data[i].astype("float16"), name="to_half"),
+                data, primfunc_name_hint="to_half",
+            )  # fmt: skip
+            self._rounded[hash(x)] = (x, value)  # the source is held so that its hash stays taken
+        return self._rounded[hash(x)][1]
+
+    def _in_float32(self, builder: Any, x: Any, weight: np.ndarray, bias: np.ndarray, geometry: Any) -> Any:
+        from tvm import relax
+
+        rounded = builder.emit(relax.op.astype(builder.emit(relax.op.astype(x, "float16")), "float32"))
+        wide = np.ascontiguousarray(weight.astype("float32"))
+        if not self.convolution:
+            product = builder.emit(relax.op.matmul(rounded, relax.const(np.ascontiguousarray(wide.T))))
+            return builder.emit(relax.op.add(product, relax.const(np.ascontiguousarray(bias))))
+        stride, padding, dilation, groups = geometry
+        sums = builder.emit(
+            relax.op.nn.conv2d(rounded, relax.const(wide), list(stride), list(padding), list(dilation), int(groups))
+        )
+        return builder.emit(relax.op.add(sums, relax.const(np.ascontiguousarray(bias.reshape(1, -1, 1, 1)))))

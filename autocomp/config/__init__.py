@@ -1,0 +1,1 @@
+"""Settings: where they come from, how files of them are read, and how their faults are told."""

@@ -1,0 +1,226 @@
+"""Settings of a run: flag over ``AUTOCOMP_*`` variable over file over default, validated where they enter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from autocomp.config.files import is_number, read_mapping, validated
+from autocomp.config.quantities import LARGEST, parse_bytes, parse_seconds
+from autocomp.errors import UsageError, cut, shown, suggest
+
+FORMAT_VERSION = 1
+MOST = 10_000_000  # trials, samples, minutes: more than any run has
+LONGEST = 2000  # characters of a name, a path or an address
+ENV_PREFIX = "AUTOCOMP_"
+# Variables of autocomp that are no settings of a run.
+ENV_RESERVED = {"AUTOCOMP_CACHE"}
+# What a resumed run may change: how much more to do, and where its folder now lies.
+BUDGET_KEYS = {"trials", "measure", "minutes", "out", "evaluate_timeout"}
+
+
+def _seconds(value: Any) -> Any:
+    return parse_seconds(value) if _has_unit(value) else value
+
+
+def _bytes(value: Any) -> Any:
+    return parse_bytes(value) if _has_unit(value) else value
+
+
+def _has_unit(value: Any) -> bool:
+    """Text that is only a number is left to the strict check, which refuses it."""
+    return isinstance(value, str) and not is_number(value)
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable() or len(text) > LONGEST:
+        raise ValueError(f"must be one line of at most {LONGEST} printable characters")
+    return text
+
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(_printable)]
+
+
+class Goals(BaseModel):
+    """What a candidate must meet to count as feasible; None: no limit."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    max_drop: float | None = Field(
+        default=None, ge=0, description="largest loss of the objective against dense, in its own units"
+    )
+    max_latency: Annotated[float | None, BeforeValidator(_seconds)] = Field(
+        default=None, gt=0, le=LARGEST, description="seconds on every profile; text with a unit (0.5ms) is read too"
+    )
+    max_bytes: Annotated[int | None, BeforeValidator(_bytes)] = Field(
+        default=None, gt=0, le=int(LARGEST), description="bytes of stored weights; text with a unit (500KB) is read too"
+    )
+
+
+class Settings(BaseModel):
+    """Everything that decides a run, resolved; what ``config.yaml`` of a run folder holds."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    task: Text | None = Field(default=None, description="a built-in task, or package.module:function")
+    profiles: list[Text] = Field(
+        default=["x86-host"], min_length=1, max_length=16, description="hardware profiles, names or YAML files"
+    )
+    space: Text = Field(default="default", description="search space, a name or a YAML file")
+    trials: int = Field(default=300, ge=1, le=MOST, description="candidates told to the study")
+    measure: int = Field(default=24, ge=1, le=MOST, description="candidates compiled and timed as whole modules")
+    minutes: float | None = Field(
+        default=None, gt=0, le=MOST, description="minutes of the whole run, the files of its end included"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of calibration, search and sampling")
+    out: Text = Field(default="runs/task", description="run folder; runs/NAME OF THE TASK unless given")
+    storage: Text | None = Field(
+        default=None, description="Optuna storage URL; study.db in the run folder unless given"
+    )
+    calibration_samples: int = Field(default=256, ge=1, le=MOST, description="samples of the calibration data to use")
+    references: bool = Field(default=True, description="measure ONNX Runtime on the same model as reference points")
+    evaluate_timeout: Annotated[float | None, BeforeValidator(_seconds)] = Field(
+        default=None,
+        gt=0,
+        le=LARGEST,
+        description="seconds that evaluate and test may take for one model each; text with a unit (90s) is read",
+    )
+    deterministic: bool = Field(
+        default=False, description="let no time that this run measures decide what is searched: same seed, same trials"
+    )
+    goals: Goals = Field(default=Goals(), description="limits a candidate must meet to be feasible")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_out_after_task(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("task"), str) and data["task"] and "out" not in data:
+            return {**data, "out": f"runs/{data['task'].rpartition(':')[2]}"}
+        return data
+
+    @model_validator(mode="after")
+    def _no_clock(self) -> Settings:
+        if self.deterministic and self.minutes is not None:
+            raise ValueError(
+                "minutes end a search by the clock, so it cannot be deterministic: leave one of the two out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _distinct_profiles(self) -> Settings:
+        if len(set(self.profiles)) < len(self.profiles):
+            raise ValueError(f"profiles must differ from each other, got {cut(', '.join(self.profiles))}")
+        return self
+
+
+# Every setting by the name it has as a variable or a flag; goals stand under their own names there.
+SETTING_NAMES = (set(Settings.model_fields) - {"goals"}) | set(Goals.model_fields)
+
+
+def load_settings(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
+    """Resolve settings: ``overrides`` (flags, keywords; None: not given) over environment over file over defaults.
+
+    The file is YAML or TOML by its ending. Goals may be overridden under their own names (``max_drop``). UsageError
+    names the file or variable, the key, the rule and the value received.
+    """
+    merged: dict[str, Any] = {}
+    if path is not None:
+        merged = read_mapping(Path(path))
+        _check_version(merged, Path(path))
+    origins = dict.fromkeys(merged, f"{path}: ")
+    _override(merged, _from_environment(os.environ), origins, "environment: ")
+    _override(merged, {key: value for key, value in (overrides or {}).items() if value is not None}, origins, "")
+    return validated(Settings, merged, origins)
+
+
+def read_settings(path: Path) -> Settings:
+    """Read what `dump_settings` wrote, as it stands: no variables, no flags. UsageError as `load_settings`."""
+    data = read_mapping(path)
+    _check_version(data, path)
+    return validated(Settings, data, f"{path}: ")
+
+
+def settings_schema() -> dict[str, Any]:
+    """Return the JSON schema of a config file, for editors and checkers."""
+    return Settings.model_json_schema()
+
+
+def dump_settings(settings: Settings) -> str:
+    """Return the YAML of resolved settings, with its format version; `load_settings` reads it back."""
+    return yaml.safe_dump({"format_version": FORMAT_VERSION, **settings.model_dump()}, sort_keys=False)
+
+
+def differences(old: Settings, new: Settings) -> list[str]:
+    """Return what differs between two settings in a way a resumed run may not, one ``key: old -> new`` each."""
+    before, after = _flat(old), _flat(new)
+    return [
+        f"{key}: {before[key]} -> {after[key]}"
+        for key in before
+        if key not in BUDGET_KEYS and before[key] != after[key]
+    ]
+
+
+def _check_version(data: dict[str, Any], path: Path) -> None:
+    version = data.pop("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise UsageError(
+            f"{path}: format_version is {shown(version)}, this autocomp reads {FORMAT_VERSION}: "
+            "install the autocomp that wrote it"
+        )
+
+
+def _override(target: dict[str, Any], data: Mapping[str, Any], origins: dict[str, str], origin: str) -> None:
+    """Lay settings over those of the file; goals may come under their own names or as a mapping."""
+    rest = {key: value for key, value in data.items() if key not in Goals.model_fields}
+    goals = {key: value for key, value in data.items() if key in Goals.model_fields}
+    if isinstance(rest.get("goals"), Goals):
+        goals = rest.pop("goals").model_dump() | goals
+    elif isinstance(rest.get("goals"), Mapping):
+        goals = dict(rest.pop("goals")) | goals
+    if goals and isinstance(target.get("goals", {}), dict):
+        rest["goals"] = {**target.get("goals", {}), **goals}
+    for key in goals:
+        origins[f"goals.{key}"] = origin
+    target.update(rest)
+    origins.update(dict.fromkeys(rest.keys() - {"goals"}, origin))
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Read ``AUTOCOMP_*`` variables as settings; a name near a setting's is refused, any other is left alone."""
+    found: dict[str, Any] = {}
+    known = {ENV_PREFIX + name.upper(): name for name in SETTING_NAMES}
+    for variable, text in environment.items():
+        if not variable.startswith(ENV_PREFIX) or variable in ENV_RESERVED:
+            continue
+        if variable in known:
+            if text != "":
+                found[known[variable]] = _typed(known[variable], text)
+        elif near := suggest(variable.removeprefix(ENV_PREFIX), (name.upper() for name in SETTING_NAMES)):
+            raise UsageError(f"environment: {variable} is no setting.{near} (after {ENV_PREFIX})")
+    return found
+
+
+def _typed(name: str, text: str) -> Any:
+    """A variable is always text: give it the type of its setting where it reads as one, else leave it to be refused."""
+    if name == "profiles":
+        return [part.strip() for part in text.split(",") if part.strip()]
+    if name in ("task", "space", "out", "storage"):
+        return text
+    if name in ("references", "deterministic"):
+        return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}.get(text.lower(), text)
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _flat(settings: Settings) -> dict[str, Any]:
+    data = settings.model_dump()
+    goals = data.pop("goals")
+    return {**data, **{f"goals.{key}": value for key, value in goals.items()}}

@@ -1,0 +1,1 @@
+"""Calibrate, compress each layer once, keep it, stitch candidates."""

@@ -1,0 +1,1 @@
+"""Front point → files that are read back and checked."""

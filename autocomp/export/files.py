@@ -1,0 +1,164 @@
+"""Front point → files a user can deploy: ``model.so``, ``model.onnx``, ``weights.pt``, ``manifest.json``, each read back and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autocomp.cache import unwritable_reason, write_atomically
+from autocomp.compiler.verify import compare, precision_of
+from autocomp.errors import AutocompError, MismatchError, last_line
+from autocomp.export.onnx import EXACT, export_onnx, onnx_session, run_session
+from autocomp.records.evaluation import FORMAT_VERSION, Evaluation
+from autocomp.records.latency import latency_to_json
+from autocomp.records.run import Verified
+
+if TYPE_CHECKING:
+    import torch
+
+    from autocomp.devices.device import Compiled
+
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.pt"
+ONNX = "model.onnx"
+_NAME_LENGTH = 100  # of a profile's path in a file's name, which may have 255 bytes on most file systems
+
+
+def export_point(
+    evaluation: Evaluation,
+    model: torch.nn.Module,
+    compiled: Mapping[str, Compiled | Exception],
+    inputs: Sequence[tuple[torch.Tensor, ...]],
+    folder: Path,
+) -> dict[str, Verified]:
+    """Write one candidate's files into ``folder`` and return what reading each of them back found.
+
+    ``compiled`` has for each profile its module, or why there is none (its board is gone, it does not compile any more); ``inputs`` some input
+    tuples to compare on. Keys are ``so`` (of the first profile; ``so:NAME`` for others), ``onnx``, and ``weights`` where these could not be
+    written. A file that fails, whatever its failure, is reported, never raised, and taken away. OSError where nothing can be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    libraries = _libraries(list(compiled))
+    verified: dict[str, Verified] = {
+        kind: _tried(folder / name, partial(_library, module, model, inputs))
+        for (kind, name), module in zip(libraries.items(), compiled.values(), strict=True)
+    }
+    verified["onnx"] = _tried(folder / ONNX, partial(_onnx, model, inputs))
+    weights = _tried(folder / WEIGHTS, partial(_weights, model))
+    if not weights.ok:
+        verified["weights"] = weights
+    _write_manifest(folder, evaluation, inputs[0], verified, precision_of(model) == "int8")
+    return verified
+
+
+def files_of(profiles: Sequence[str]) -> dict[str, str]:
+    """The files of a point by kind (``manifest``, ``weights``, ``so`` and ``so:NAME``, ``onnx``), as `export_point` names them."""
+    return {"manifest": MANIFEST, "weights": WEIGHTS, **_libraries(profiles), "onnx": ONNX}
+
+
+def library_of(profile: str, profiles: Sequence[str]) -> str:
+    """The file of the library for one of a run's profiles."""
+    return list(_libraries(profiles).values())[list(profiles).index(profile)]
+
+
+def _libraries(profiles: Sequence[str]) -> dict[str, str]:
+    """The kind of a library and its file for each profile. A profile of the user's own is named by the path of its file."""
+    found: dict[str, str] = {}
+    for profile in profiles:
+        name = profile.removesuffix(".yaml").replace("/", "_")[-_NAME_LENGTH:]
+        file = f"model.{name}.so" if found else "model.so"
+        if file in found.values():  # two paths that are written alike
+            file = f"model.{name}.{len(found)}.so"
+        found[f"so:{profile}" if found else "so"] = file
+    return found
+
+
+def load_model(folder: Path) -> torch.nn.Module:
+    """Load the compressed torch model of an exported point. The file is a pickle: open only what you trust."""
+    import torch
+
+    import autocomp.layers.w8a8  # noqa: F401 - registers the custom ops the model may call
+
+    model: torch.nn.Module = torch.load(folder / WEIGHTS, weights_only=False)
+    return model.eval()
+
+
+def _tried(path: Path, write: Callable[[Path], Verified]) -> Verified:
+    """What ``write`` found; a file that failed is not left for anyone to use."""
+    try:
+        return write(path)
+    except Exception as error:
+        if isinstance(error, OSError) and unwritable_reason(error):
+            raise
+        path.unlink(missing_ok=True)
+        if isinstance(error, AutocompError):
+            return Verified(False, note=str(error), wrong=isinstance(error, MismatchError))
+        traceback.print_exc()  # into the run's log
+        return Verified(False, note=f"{type(error).__name__}: {last_line(error)}")
+
+
+def _library(
+    module: Compiled | Exception, model: torch.nn.Module, inputs: Sequence[tuple[torch.Tensor, ...]], path: Path
+) -> Verified:
+    if isinstance(module, Exception):
+        raise module
+    module.save(path)
+    found = compare(model, module.reload(path).run, inputs[: module.checked_inputs], path.name)
+    return Verified(True, found.errors.worst, note=found.note)
+
+
+def _onnx(model: torch.nn.Module, inputs: Sequence[tuple[torch.Tensor, ...]], path: Path) -> Verified:
+    export_onnx(model, inputs[0], path)
+    session = onnx_session(path, exact=True)
+    found = compare(model, lambda *arguments: run_session(session, *arguments), inputs, path.name)
+    return Verified(True, found.errors.worst, note=found.note)
+
+
+def _weights(model: torch.nn.Module, path: Path) -> Verified:
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    write_atomically(path, buffer.getvalue())
+    return Verified(True)
+
+
+def _write_manifest(
+    folder: Path,
+    evaluation: Evaluation,
+    example: tuple[torch.Tensor, ...],
+    verified: Mapping[str, Verified],
+    eight_bits: bool,
+) -> None:
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "id": evaluation.candidate.id,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "candidate": evaluation.candidate.to_json(),
+        "inputs": [
+            {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")} for tensor in example
+        ],
+        "metrics": dict(evaluation.metrics),
+        "bytes": evaluation.bytes,
+        "latency": {name: _brief(latency_to_json(latency)) for name, latency in evaluation.latency.items()},
+        "verified": {kind: asdict(check) for kind, check in verified.items()},
+        "onnx_session_options": EXACT if eight_bits else {},  # for processors without VNNI
+        "sha256": {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.iterdir())
+            if path.name != MANIFEST
+        },
+    }
+    write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+
+
+def _brief(latency: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in latency.items() if key not in ("samples", "kernels")}

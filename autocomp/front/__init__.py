@@ -1,0 +1,1 @@
+"""Pareto set, knee, goals: pure functions."""

@@ -1,0 +1,1 @@
+"""What a target is, what this machine is, and how to time on it undisturbed."""

@@ -1,0 +1,1 @@
+"""Candidates, boards and reference points, compiled and timed."""

@@ -1,0 +1,92 @@
+"""What could fail at the end of a run is tried at its start, with the uncompressed model: compile, judge, write, read back, report."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autocomp.compiler.handover import describe_outputs
+from autocomp.devices.device import Compiled, Device
+from autocomp.errors import CorruptError, UsageError, last_line
+from autocomp.export.files import export_point
+from autocomp.progress import Progress
+from autocomp.records.candidate import Candidate
+from autocomp.records.evaluation import Evaluation
+from autocomp.records.latency import Latency
+from autocomp.records.run import FrontPoint, Run, Summary, TaskInfo, Verified, write_evaluations, write_front
+from autocomp.tasks.task import Task, evaluate_task
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """The uncompressed model as a front point would be: its modules by profile, its metrics, and the seconds that its files took."""
+
+    compiled: Mapping[str, Compiled]
+    metrics: Mapping[str, float]
+    seconds: float
+
+
+def rehearse(
+    task: Task, devices: Mapping[str, Device], inputs: list[tuple[torch.Tensor, ...]], progress: Progress
+) -> Rehearsed:
+    """Do with the uncompressed model, in a folder that is thrown away, all that is done with a point of the front.
+
+    UsageError if it cannot be judged, compiled, linked, or reported on. A file of another kind that cannot be written (ONNX, weights) is a
+    warning: the front is worth having without it.
+    """
+    with progress.stage("trying the whole way", 4) as stage:
+        if said := describe_outputs(task.model, inputs):
+            stage.warn(said)
+        metrics = evaluate_task(task, task.model)
+        stage.advance(note="metric")
+        start = time.perf_counter()
+        compiled = {name: device.compile(task.model, inputs) for name, device in devices.items()}
+        stage.advance(note="compiled")
+        compiling, start = time.perf_counter() - start, time.perf_counter()
+        candidate = Candidate({}, {})
+        latency = {name: Latency(1.0, 0.0, "estimated", name) for name in devices}
+        evaluation = Evaluation(0, candidate, "dense", "measured", 0.0, 0, metrics=metrics, latency=latency)
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder) / "models" / candidate.id
+            verified = export_point(evaluation, task.model, compiled, inputs, place)
+            _judge(verified, progress)
+            stage.advance(note="written")
+            _report(Path(folder), task, evaluation, verified)
+            stage.advance(note="reported")
+    writing = time.perf_counter() - start
+    # at the end all kernels are tuned: most of what compiling takes now is not needed then
+    return Rehearsed(compiled, metrics, writing + min(compiling, writing))
+
+
+def _judge(verified: Mapping[str, Verified], progress: Progress) -> None:
+    for kind, check in verified.items():
+        if check.ok:
+            continue
+        if kind.startswith("so"):
+            raise UsageError(f"the compiled model cannot be handed over ({kind}), so no search is begun: {check.note}")
+        progress.warn(f"no model of this run will have its {kind} file: {check.note}")
+
+
+def _report(folder: Path, task: Task, evaluation: Evaluation, verified: Mapping[str, Verified]) -> None:
+    from autocomp.report.build import build_report
+
+    dense = FrontPoint(evaluation, {}, verified, {})
+    objective = next(iter(evaluation.metrics))
+    info = TaskInfo(task.name, task.description, objective, task.higher_is_better, 0, 0)
+    run = Run(info, dict.fromkeys(evaluation.latency, ""), dense, (dense,), summary=Summary(1, 1, 0))
+    try:
+        write_front(folder, run)
+        write_evaluations(folder, [evaluation])
+        build_report(folder)
+    except (UsageError, OSError):
+        raise
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, CorruptError) and error.__cause__ else error
+        raise UsageError(f"the report cannot be made here: {type(cause).__name__}: {last_line(cause)}") from error

@@ -1,0 +1,1 @@
+"""Forked children: how they are started, asked, ended, and kept quiet."""

@@ -1,0 +1,61 @@
+"""A time, how it was obtained, and of what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+How = Literal["measured", "estimated"]
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """One fused function of a compiled module: what it is and what it costs alone.
+
+    ``peak_fraction`` is achieved over peak arithmetic rate of the profile (None where no arithmetic peak applies).
+    """
+
+    name: str
+    key: str
+    operator: str
+    seconds: float
+    flops: int
+    how: How = "measured"
+    peak_fraction: float | None = None
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of one inference on a profile, and how they were obtained.
+
+    ``seconds`` is the median, ``spread`` the interquartile range over the median, ``error`` the known relative error of an
+    estimate (None when measured), ``samples`` the raw repeats in seconds. ``noisy``: other work on the machine disturbed it, and went on
+    when it was measured again.
+    """
+
+    seconds: float
+    spread: float
+    how: How
+    profile: str
+    device: str = ""
+    samples: tuple[float, ...] = ()
+    kernels: tuple[KernelTime, ...] = ()
+    error: float | None = None
+    noisy: bool = False
+
+
+def latency_to_json(latency: Latency) -> dict[str, Any]:
+    data = dict(latency.__dict__)
+    data["samples"] = list(latency.samples)
+    data["kernels"] = [dict(kernel.__dict__) for kernel in latency.kernels]
+    if not latency.noisy:  # which files of before do not say
+        del data["noisy"]
+    return data
+
+
+def latency_from_json(data: Mapping[str, Any]) -> Latency:
+    fields = dict(data)
+    fields["samples"] = tuple(data["samples"])
+    fields["kernels"] = tuple(KernelTime(**kernel) for kernel in data["kernels"])
+    return Latency(**fields)

@@ -1,0 +1,96 @@
+"""What the numbers of a run belong to. A resumed run that had another model or other data would mix two runs in one front."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from autocomp.errors import UsageError
+from autocomp.graph.program import CanonicalModel
+
+if TYPE_CHECKING:
+    import torch
+
+    from autocomp.tasks.task import Task
+
+_DIGITS = 16
+
+
+def identity_of(task: Task) -> dict[str, str]:
+    """Digests of a task's parts, by what a message calls them. Its model must not have been equalised or otherwise changed."""
+    model = task.model  # of a task changed after it was made, it is not canonical yet
+    source = model.code.source if isinstance(model, CanonicalModel) else str(type(model))
+    state = task.model.state_dict()
+    layers = [
+        f"{name} {module}" for name, module in task.model.named_modules() if next(module.children(), None) is None
+    ]
+    return {
+        "the model's weights": _of_tensors((name, state[name]) for name in sorted(state)),
+        "the model's graph": _of_text([source, *layers]),
+        "the example inputs": _of_tensors(("", tensor) for tensor in task.example_inputs),
+        "the calibration data": _of_tensors(("", tensor) for batch in task.calibration for tensor in batch),
+        "the objective": _of_text([str(task.objective), str(task.higher_is_better)]),
+        "the outputs compared": _of_text([str(task.outputs), str(task.batch_axes)]),
+        "the source of evaluate": source_of(task.evaluate),
+        "the source of test": source_of(task.test),
+    }
+
+
+def refuse_another(before: Mapping[str, str], now: Mapping[str, str], folder: object) -> None:
+    """UsageError naming every part of the task that is not what it was when the run began."""
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        raise UsageError(
+            f"the run in {folder} was begun with another task: {', '.join(changed)} changed since, and its numbers would be mixed with "
+            "new ones. Resume it with the task as it was (seed what is drawn at random, keep the order of the samples), or choose "
+            "another --out for a new run"
+        )
+
+
+def source_of(function: Callable[..., Any] | None) -> str:
+    """A digest of the code behind a function: its whole file without comments and layout, or its own bytecode where there is no file."""
+    if function is None:
+        return "none"
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    if not inspect.isroutine(function):
+        function = type(function).__call__
+    try:
+        path = inspect.getsourcefile(function)
+        if path is not None:
+            with open(path, encoding="utf-8") as file:
+                return _of_text([ast.dump(ast.parse(file.read()))])
+    except (OSError, TypeError, SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
+        pass
+    code = getattr(function, "__code__", None)
+    return _of_text(_of_code(code)) if code is not None else _of_text([repr(type(function))])
+
+
+def _of_code(code: Any) -> list[str]:
+    """Bytecode, names and constants; those of functions inside, too."""
+    inner = [part for constant in code.co_consts if inspect.iscode(constant) for part in _of_code(constant)]
+    constants = [repr(constant) for constant in code.co_consts if not inspect.iscode(constant)]
+    return [code.co_code.hex(), *code.co_names, *constants, *inner]
+
+
+def _of_text(parts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode(errors="surrogatepass"))
+        digest.update(b"\0")
+    return digest.hexdigest()[:_DIGITS]
+
+
+def _of_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:_DIGITS]

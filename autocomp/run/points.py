@@ -1,0 +1,119 @@
+"""Front points → their files, several points side by side; and their times beside dense's, in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autocomp.export.files import export_point, files_of, library_of
+from autocomp.hardware.timing import steady
+from autocomp.measurement.measurer import reason_of
+from autocomp.measurement.side_by_side import side_by_side
+from autocomp.records.evaluation import Evaluation
+from autocomp.records.run import FrontPoint, Verified
+
+if TYPE_CHECKING:
+    from autocomp.devices.device import Compiled, Device
+    from autocomp.run.pipeline import Pipeline
+
+
+def write_points(pipeline: Pipeline, evaluations: Sequence[Evaluation]) -> list[FrontPoint]:
+    """Write, read back and check the files of candidates, without their test metrics.
+
+    What was done before (a resumed run) is done again: weights are cheap. A point for which that fails as a whole stands as measured, its
+    files as failed.
+    """
+    together = pipeline.measurer.together
+    points: list[FrontPoint] = []
+    with pipeline.progress.stage("writing and verifying models", len(evaluations)) as stage:
+        for first in range(0, len(evaluations), together):
+            group = evaluations[first : first + together]
+            for evaluation, (verified, failure) in zip(group, _written(pipeline, group), strict=True):
+                checks = verified if verified is not None else {"so": Verified(False, note=failure)}
+                points.append(FrontPoint(evaluation, {}, checks, _files(pipeline, evaluation)))
+                stage.advance()
+    return points
+
+
+def timed_in_turn(pipeline: Pipeline, dense: Evaluation, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Dense and the evaluations with latencies taken anew from their written libraries, in turn, where a target can be timed.
+
+    Times while searching were taken minutes apart, and a machine's speed drifts. They are kept as ``earlier``. A target that cannot be
+    timed now keeps them, with a warning.
+    """
+    found = [dense, *evaluations]
+    for name, device in pipeline.devices.items():
+        if device.profile.how == "estimate":
+            continue
+        with pipeline.progress.stage("timing the front beside dense"):
+            try:
+                found = _again(pipeline, name, device, found)
+            except Exception as error:
+                pipeline.progress.warn(f"the front was not timed again on {name}: {reason_of(error)}")
+    for evaluation in {e.trial: e for e in found if e.earlier}.values():
+        pipeline.search.update(evaluation.trial, evaluation)
+    return found
+
+
+def _again(pipeline: Pipeline, name: str, device: Device, evaluations: list[Evaluation]) -> list[Evaluation]:
+    """The evaluations with new latencies on one profile; one without a library, which was reported, keeps what it has."""
+    dense = evaluations[0]
+    base: Compiled = pipeline.measurer.dense_module(name)
+    modules: dict[int, Compiled] = {dense.trial: base}
+    file = library_of(name, list(pipeline.devices))
+    for evaluation in evaluations[1:]:
+        path = pipeline.folder / "models" / evaluation.candidate.id / file
+        if evaluation.trial != dense.trial and path.exists():
+            modules[evaluation.trial] = base.reload(path)
+    taken = steady(lambda: device.time_in_turn(list(modules.values()), pipeline.inputs[0]))
+    latencies = dict(zip(modules, taken, strict=True))
+
+    def renewed(evaluation: Evaluation) -> Evaluation:
+        if evaluation.trial not in latencies:
+            return evaluation
+        before = evaluation.latency[name]
+        # read back from a file, a module does not know its kernels; its profile may be named by a file of the user's
+        after = replace(latencies[evaluation.trial], kernels=before.kernels, profile=before.profile)
+        earlier = {name: before, **evaluation.earlier}
+        return replace(evaluation, latency={**evaluation.latency, name: after}, earlier=earlier)
+
+    return [renewed(evaluation) for evaluation in evaluations]
+
+
+def _written(pipeline: Pipeline, evaluations: Sequence[Evaluation]) -> list[tuple[dict[str, Verified] | None, str]]:
+    """What was found of each point's files, or None and why they could not be written."""
+    if pipeline.measurer.here:
+        found: list[tuple[dict[str, Verified] | None, str]] = []
+        for evaluation in evaluations:
+            try:
+                found.append((_write(pipeline, evaluation), ""))
+            except Exception as error:
+                found.append((None, reason_of(error)))
+        return found
+
+    def work(evaluation: Evaluation, _alone: Callable[[], None]) -> dict[str, Verified]:
+        return _write(pipeline, evaluation)
+
+    tuners = {name: device.tuner for name, device in pipeline.devices.items()}
+    return side_by_side(evaluations, work, tuners, lambda: None)
+
+
+def _write(pipeline: Pipeline, evaluation: Evaluation) -> dict[str, Verified]:
+    model = pipeline.stitch(evaluation.candidate)
+    compiled: dict[str, Compiled | Exception] = {}
+    for name, device in pipeline.devices.items():
+        try:
+            compiled[name] = device.compile(model, pipeline.inputs)
+        except Exception as error:  # a board is gone, or worse: the point stands as measured, its file as failed
+            compiled[name] = error
+    folder = pipeline.folder / "models" / evaluation.candidate.id
+    return export_point(evaluation, model, compiled, pipeline.inputs, folder)
+
+
+def _files(pipeline: Pipeline, evaluation: Evaluation) -> dict[str, str]:
+    """The files of a point that are there, by kind, as paths in the run folder."""
+    place = Path("models") / evaluation.candidate.id
+    files = files_of(list(pipeline.devices))
+    return {kind: str(place / name) for kind, name in files.items() if (pipeline.folder / place / name).exists()}

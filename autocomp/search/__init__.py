@@ -1,1 +1,0 @@
-"""Which candidates are worth evaluating: an exact solver for seeds, a stored study, proposals, goals, Pareto sets."""

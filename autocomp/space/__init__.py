@@ -1,0 +1,1 @@
+"""Rules × graph × profile → the choices that are legal and worth offering."""

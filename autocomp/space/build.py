@@ -1,0 +1,192 @@
+"""A search-space file, a graph and profiles → the space: what is legal, and what it refuses and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from math import gcd
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autocomp.compress.hessian import WIDE
+from autocomp.errors import UsageError, suggest
+from autocomp.records.candidate import Method, Precision
+from autocomp.records.precisions import CENTROIDS, FORMATS
+from autocomp.records.recurrent import IN_8_BITS
+from autocomp.space.file import Rule, SpaceFile, load_space
+
+if TYPE_CHECKING:
+    from autocomp.graph.analyse import Group
+    from autocomp.graph.graph import Graph, Layer
+from autocomp.space.space import Refusal, Space, Target, has_kernel, rank_waste
+
+
+def build_space(graph: Graph, space_file: SpaceFile | str | Path, profile: Target | Sequence[Target]) -> Space:
+    """Return the legal choices for a graph; several profiles allow what all of them do.
+
+    UsageError for a file that names no layer of the graph in one of its rules (a mistyped glob).
+    """
+    rules = space_file if isinstance(space_file, SpaceFile) else load_space(space_file)
+    profiles = list(profile) if isinstance(profile, Sequence) else [profile]
+    _check_globs(graph, rules)
+    builder = _Builder(graph, rules, profiles)
+    counts = {group.name: builder.widths(group) for group in graph.groups.values()}
+    widths = {name: tuple(offered) for name, offered in counts.items()}
+    methods = {layer.name: builder.methods(layer) for layer in graph.layers.values()}
+    for name, reason in graph.skipped.items():
+        builder.refuse(name, "every option", reason)
+    return Space(graph, widths, methods, tuple(builder.refused), builder.lanes, counts, rules.observer)
+
+
+def _check_globs(graph: Graph, rules: SpaceFile) -> None:
+    known = [*graph.layers, *graph.skipped]
+    asked = [(glob, "rules") for rule in rules.rules for glob in rule.globs()]
+    for glob, key in [*asked, *((glob, "protect") for glob in rules.protect)]:
+        if not any(fnmatchcase(name, glob) for name in known):
+            raise UsageError(
+                f"search space, {key}: {glob!r} matches no layer of the model.{suggest(glob, known)} "
+                f"Layers: {', '.join(known) or 'none'}"
+            )
+
+
+class _Builder:
+    """Collects refusals while it turns rules into choices."""
+
+    def __init__(self, graph: Graph, rules: SpaceFile, profiles: Sequence[Target]) -> None:
+        self.graph, self.rules, self.profiles = graph, rules, profiles
+        self.lanes = max(profile.lanes for profile in profiles)
+        self.exact = any(group.prunable and not group.approximate for group in graph.groups.values())
+        self.refused: list[Refusal] = []
+
+    def refuse(self, subject: str, option: str, reason: str) -> None:
+        self.refused.append(Refusal(subject, option, reason))
+
+    def options(self, layer: str) -> Rule:
+        """Merge the rules that match; without any, nothing is offered."""
+        merged: dict[str, Any] = {"keep": [1.0], "ranks": [], "spatial_ranks": [], "precisions": ["fp32"]}
+        for rule in self.rules.rules:
+            if rule.matches(layer):
+                merged |= rule.model_dump(exclude={"layers"}, exclude_none=True)
+        return Rule(layers=layer, **merged)
+
+    def protected(self, layer: str) -> bool:
+        return any(fnmatchcase(layer, glob) for glob in self.rules.protect)
+
+    def widths(self, group: Group) -> dict[int, tuple[int, ...]]:
+        """Return the widths offered, widest first, each with the units of every segment it keeps."""
+        shares = [set(self.options(name).keep or ()) for name in group.producers]
+        asked = sorted(set.intersection(*shares) - {1.0}, reverse=True)
+        for share in sorted(set.union(*shares) - {1.0} - set(asked), reverse=True):
+            self.refuse(group.name, f"keep {share:g}", f"not allowed for all of {', '.join(group.producers)}")
+        stay = group.reason if not group.prunable else ""
+        if group.approximate and not stay and self.exact and not (self.rules.approximate or self.rules.rotate):
+            stay = f"{group.approximate} takes its channels together: `approximate` in the search space offers it, `rotate` at less cost"
+        for name in group.producers:
+            if self.protected(name):
+                stay = stay or f"layer {name} is protected"
+        sizes = group.sizes() or (group.width,)
+        offered = {group.width: sizes}
+        for share in asked:
+            steps = [self._step(group, segment) for segment in range(len(sizes))]
+            kept = tuple(_multiple(share * n, n, step) for n, step in zip(sizes, steps, strict=True))
+            width = sum(kept)
+            if stay:
+                self.refuse(group.name, f"keep {share:g}", stay)
+            elif width in offered:
+                self.refuse(group.name, f"keep {share:g}", f"rounds to {width} of {group.width}, offered already")
+            else:
+                offered[width] = kept
+        return offered
+
+    def _step(self, group: Group, segment: int) -> int:
+        """Units of a segment that come in whole vectors in every layer; heads have a size of their own."""
+        if group.attention:
+            return 1
+        step = 1
+        for units in (*group.rows.values(), *group.columns.values()):
+            each = group.per_unit(units)[1][segment]
+            if each:
+                step = max(step, self.lanes // gcd(self.lanes, each))
+        return step
+
+    def _rounded(self, wanted: float, full: int) -> int:
+        return _multiple(wanted, full, self.lanes)
+
+    def methods(self, layer: Layer) -> tuple[Method, ...]:
+        options = self.options(layer.name)
+        why_dense = layer.fixed or ("it is protected" if self.protected(layer.name) else "")
+        precisions: list[Precision] = ["fp32"]
+        for precision in dict.fromkeys(options.precisions or ()):
+            if precision == "fp32":
+                continue
+            reason = why_dense or self._precision_refused(layer, precision)
+            if reason:
+                self.refuse(layer.name, precision, reason)
+            else:
+                precisions.append(precision)
+        ranks = [(), *self._ranks(layer, options, why_dense)]
+        return tuple(Method(precision, rank) for rank in ranks for precision in precisions)
+
+    def _precision_refused(self, layer: Layer, precision: Precision) -> str:
+        """Say why a layer cannot or should not take a precision; empty if it may."""
+        kind = FORMATS[precision]
+        if layer.loop and kind.kind == "integer" and layer.loop not in IN_8_BITS:
+            return f"a {layer.loop}'s loop over time is in fp32"
+        lacking = [profile.name for profile in self.profiles if not has_kernel(layer, precision, profile)]
+        if lacking and (kind.kind == "integer" or self.rules.kernels_only):
+            return f"profile {', '.join(lacking)} has no kernels for it"
+        order = list(self.graph.layers)
+        least = {"any": 0, "8bit": 8, "float": 16}[self.rules.ends]
+        if layer.name in (order[0], order[-1]) and kind.bits < least:
+            which = "first" if layer.name == order[0] else "last"
+            return f"it is the {which} layer, among the most sensitive: `ends: {self.rules.ends}` in the search space protects it"
+        if kind.kind == "codebook":
+            books, indices = kind.stages * CENTROIDS * kind.dim * 2, layer.weights * kind.bits / 8
+            if books > indices:
+                return f"its codebooks of {books} bytes outweigh their {indices:.0f} bytes of indices"
+        return ""
+
+    def _ranks(self, layer: Layer, options: Rule, why_dense: str) -> list[tuple[int, ...]]:
+        offered: list[tuple[int, ...]] = []
+        square = len(layer.kernel) == 2 and min(layer.kernel) > 1
+        asked = [(share, False) for share in sorted(set(options.ranks or ()), reverse=True)]
+        if square:
+            asked += [(share, True) for share in sorted(set(options.spatial_ranks or ()), reverse=True)]
+        for share, spatial in asked:
+            ranks: tuple[int, ...] = ()
+            reason = why_dense
+            if layer.kind == "depthwise" or layer.conv_groups > 1:
+                reason = "a grouped convolution has no low-rank form here"
+            elif layer.loop:
+                reason = "a loop over time multiplies by its whole weight"
+            elif not layer.is_plain:
+                reason = "a transposed or three-dimensional convolution has no low-rank form here"
+            elif layer.columns > WIDE:
+                reason = f"with more than {WIDE} weights for each output, it is compressed a column at a time"
+            if not reason:
+                ranks = self._ranks_at(layer, share, spatial)
+                reason = "its rank is less than a vector" if not ranks else rank_waste(layer, ranks)
+            if not reason and ranks in offered:
+                reason = f"rounds to {ranks}, offered already"
+            if reason:
+                self.refuse(layer.name, f"{'spatial ' if spatial else ''}rank {share:g}", reason)
+            else:
+                offered.append(ranks)
+        return offered
+
+    def _ranks_at(self, layer: Layer, share: float, spatial: bool) -> tuple[int, ...]:
+        """Return one rank (SVD or spatial) or two (Tucker-2 of a kernel), in whole vectors; empty below one vector."""
+        if spatial or layer.taps == 1:
+            full: tuple[int, ...] = (min(layer.in_channels, layer.out_channels),)
+        else:
+            full = (layer.in_channels, layer.out_channels)
+        if min(full) < 2 * self.lanes:
+            return ()
+        return tuple(self._rounded(share * size, size) for size in full)
+
+
+def _multiple(wanted: float, full: int, step: int) -> int:
+    """Round to whole vectors; what is narrower than a vector has none to round to."""
+    if full < step:
+        return max(1, round(wanted))
+    return min(full, max(step, int(wanted / step + 0.5) * step))

@@ -1,0 +1,116 @@
+"""Search-space files: what they may say, where they are found, and how one is read."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from autocomp.config.files import read_yaml
+from autocomp.config.shipped import shipped_files
+from autocomp.errors import UsageError, cut, shown, suggest
+from autocomp.records.candidate import Precision
+
+Share = Annotated[float, Field(gt=0.0, le=1.0, strict=True)]
+
+
+class Rule(BaseModel):
+    """Options of the layers named; ``keep`` and the ranks are shares in (0, 1]; a missing key says nothing.
+
+    ``ranks`` are those of SVD and Tucker-2, ``spatial_ranks`` those of a column and a row kernel in place of a square one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layers: str | list[str]
+    keep: list[Share] | None = None
+    ranks: list[Share] | None = None
+    spatial_ranks: list[Share] | None = None
+    precisions: list[Precision] | None = None
+
+    @field_validator("keep", "ranks", "spatial_ranks", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        """YAML reads ``1`` as an integer, which is fine, and ``5e-1`` as a text, which is not."""
+        if not isinstance(value, list):
+            return value
+        for item in value:
+            if isinstance(item, str):
+                raise ValueError(f"{shown(item)} is a text; write the number with a point and without quotes, as 0.5")
+        return [float(item) if isinstance(item, int) and not isinstance(item, bool) else item for item in value]
+
+    def globs(self) -> list[str]:
+        return [self.layers] if isinstance(self.layers, str) else self.layers
+
+    def matches(self, layer: str) -> bool:
+        return any(fnmatchcase(layer, glob) for glob in self.globs())
+
+
+class SpaceFile(BaseModel):
+    """A search-space file: ``rules`` in order, later ones override earlier ones by key; ``protect`` beats them all.
+
+    ``ends`` is the least that the first and the last layer, which are the most sensitive, may be stored and computed in: ``float``
+    (fp16), ``8bit``, or ``any`` to leave them to the rules. ``kernels_only`` offers only precisions that every profile computes in:
+    without it the others are offered for their size. ``observer`` chooses the ranges of 8-bit activations, ``equalise`` first brings the
+    channels between layers to like ranges, which leaves the function as it is (``compress.equalise``); so does ``rotate``, which turns residual
+    streams to their principal directions, so that they can be narrowed at less cost (``compress.rotate``).
+    ``approximate`` offers widths of approximate groups (``groups.Group``) beside exact ones; where a model has no others, or with ``rotate``,
+    they are offered anyway. Norms, softmax and everything
+    else that is no convolution or linear layer stays in fp32 whatever the file says.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: Literal[1]
+    description: str = ""
+    rules: list[Rule]
+    protect: list[str] = []
+    ends: Literal["any", "8bit", "float"] = "8bit"
+    kernels_only: bool = False
+    observer: Literal["minmax", "percentile", "mse"] = "mse"
+    equalise: bool = False
+    rotate: bool = False
+    approximate: bool = False
+
+
+def list_spaces() -> list[str]:
+    """Return the names of the search spaces that ship with autocomp."""
+    return list(shipped_files("search_spaces"))
+
+
+def load_space(name: str | Path) -> SpaceFile:
+    """Read a search-space file by path or shipped name. UsageError names the file, the key, the rule and the value."""
+    shipped = shipped_files("search_spaces")
+    path = shipped.get(str(name), Path(name))
+    try:
+        data = read_yaml(path)
+    except FileNotFoundError:
+        known = ", ".join(shipped)
+        raise UsageError(
+            f"unknown search space {shown(str(name))}.{suggest(str(name), shipped)} Known: {known}, or a path"
+        ) from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: a search space must be a mapping with 'format_version' and 'rules'")
+    version = data.get("format_version")
+    if isinstance(version, int) and version > 1:
+        raise UsageError(
+            f"{path}: format_version {shown(version)} is newer than this autocomp knows (1): update autocomp"
+        )
+    try:
+        return SpaceFile.model_validate(data)
+    except ValidationError as error:
+        raise UsageError(f"{path}: {_first_error(error)}") from error
+
+
+def _first_error(error: ValidationError) -> str:
+    """Say in one line what pydantic found first: the key, the rule, the value."""
+    first = error.errors(include_url=False)[0]
+    key = cut(".".join(map(str, first["loc"])))
+    if first["type"] == "extra_forbidden":
+        model = Rule if first["loc"][0] == "rules" else SpaceFile
+        return f"unknown key {shown(key)}.{suggest(str(first['loc'][-1]), model.model_fields)}"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    value = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
+    return f"{key}: {cut(first['msg'].removeprefix('Value error, '), 400)}{value}{more}"

@@ -1,0 +1,1 @@
+"""What to try next: solver seeds, proposals, the stored study, costs."""

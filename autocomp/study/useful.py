@@ -1,0 +1,33 @@
+"""How far from the uncompressed model a candidate is still of use: the divergence at which too much of the metric is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from autocomp.front.goals import Limits, drop
+from autocomp.records.evaluation import Evaluation
+
+UNKNOWN = 0.25  # nats a sample, where nothing measured says more: past it a front holds what nobody would take
+BEYOND = 1.5  # times the drop that a goal allows: the front is wanted on both sides of it
+# without a goal: the shares of the metric, or of an error, that a candidate may lose and still be looked at first
+METRIC, ERROR = 0.05, 0.5
+
+
+def useful_divergence(
+    measured: Sequence[Evaluation], dense: Evaluation, goals: Limits, objective: str, higher_is_better: bool = True
+) -> float:
+    """The divergence at which the objective is thought to have dropped by as much as anyone would accept; in nats a sample.
+
+    The drop is taken to be proportional to the divergence, which small ones are; the rate is the median of what
+    was measured. `UNKNOWN` where nothing measured lost anything.
+    """
+    pairs = [(e.kl, drop(e, dense, objective, higher_is_better)) for e in measured if e.kl]
+    rates = [lost / divergence for divergence, lost in pairs if np.isfinite(lost)]
+    rate = float(np.median(rates)) if rates else 0.0
+    if goals.max_drop is not None:
+        tolerated = BEYOND * goals.max_drop
+    else:
+        tolerated = (METRIC if higher_is_better else ERROR) * abs(dense.metrics[objective])
+    return tolerated / rate if rate > 0 and tolerated > 0 else UNKNOWN

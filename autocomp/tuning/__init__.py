@@ -1,0 +1,1 @@
+"""Which tile is fastest: trials, timers, the store of what was found."""
