@@ -62,6 +62,7 @@ pretrained: $(VENV)/.ready
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 # model.so needs a linker of this machine's and one of arm64's, as `autocomp/hardware/link.py` looks for them; pip's ziglang is both. (Each

@@ -24,8 +24,9 @@ from estimate_validation import schedules
 from autocomp.errors import UsageError
 from autocomp.estimate import compile_object, core_of, load_image
 from autocomp.estimate.core import simulate
-from autocomp.estimate.decode import Instruction, decode
+from autocomp.estimate.decode import decode
 from autocomp.estimate.emulator import count_blocks
+from autocomp.estimate.instruction import Instruction
 from autocomp.estimate.instructions import Core
 from autocomp.estimate.objects import BASE
 from autocomp.hardware.profile import load_profile

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autocomp.estimate import load_core
+from autocomp.estimate.arm64 import decode_arm64
 from autocomp.estimate.core import simulate
-from autocomp.estimate.decode import decode_arm64
 
 CORE = load_core("cortex-a76")
 START = 0x1000_0000

@@ -10,7 +10,8 @@ import pytest
 
 from autocomp.errors import ObjectError, UsageError
 from autocomp.estimate import compile_object, core_of, estimate_kernel, kernel, load_core, load_image, run_kernel, stubs
-from autocomp.estimate.decode import FLAGS, decode_arm64
+from autocomp.estimate.arm64 import decode_arm64
+from autocomp.estimate.instruction import FLAGS
 from autocomp.estimate.instructions import list_cores
 from autocomp.hardware.profile import load_profile
 

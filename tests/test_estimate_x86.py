@@ -6,7 +6,7 @@ import pytest
 
 from autocomp.errors import ObjectError
 from autocomp.estimate import estimate_kernel, load_core, run_kernel, stubs
-from autocomp.estimate.decode import FLAGS, LOAD, LOAD_AND_STORE, NO_ACCESS, STORE
+from autocomp.estimate.instruction import FLAGS, LOAD, LOAD_AND_STORE, NO_ACCESS, STORE
 from autocomp.estimate.objects import compile_object
 from autocomp.estimate.x86 import decode_x86, stand_in
 

@@ -14,7 +14,7 @@ import numba
 import numpy as np
 
 from autocomp.estimate.caches import LINE, arrival, holds, new_caches, warm_accesses, warm_ranges
-from autocomp.estimate.decode import LOAD, LOAD_AND_STORE, REGISTERS, STORE, Instruction
+from autocomp.estimate.instruction import LOAD, LOAD_AND_STORE, REGISTERS, STORE, Instruction
 from autocomp.estimate.instructions import Core, MicroOperation
 
 # Arrays are few and plain, with named columns: numba counts references to each array it takes out of a tuple, which costs more

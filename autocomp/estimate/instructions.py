@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from autocomp.errors import UsageError, suggest
-from autocomp.estimate.decode import LOAD, LOAD_AND_STORE, STORE, Instruction
+from autocomp.estimate.instruction import LOAD, LOAD_AND_STORE, STORE, Instruction
 from autocomp.hardware.profile import Profile
 
 _CORES = Path(__file__).parent / "cores"

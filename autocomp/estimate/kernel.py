@@ -14,8 +14,9 @@ from autocomp.cache import cache_dir, write_atomically
 from autocomp.errors import ObjectError
 from autocomp.estimate import hooks
 from autocomp.estimate.core import simulate
-from autocomp.estimate.decode import Instruction, decode
+from autocomp.estimate.decode import decode
 from autocomp.estimate.emulator import Counts, Tensor, count_blocks, trace_windows
+from autocomp.estimate.instruction import Instruction
 from autocomp.estimate.instructions import Core
 from autocomp.estimate.objects import BASE, Image, load_image
 

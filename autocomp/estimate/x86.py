@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from autocomp.errors import ObjectError
-from autocomp.estimate.decode import (
+from autocomp.estimate.instruction import (
     FLAGS,
     LOAD,
     LOAD_AND_STORE,
@@ -22,7 +22,7 @@ from autocomp.estimate.decode import (
     distinct,
 )
 
-_VECTOR, _MASK = 40, 80  # numbers of zmm0 and k0
+VECTOR, _MASK = 40, 80  # numbers of zmm0 and k0
 _INTEGER = ("ax", "cx", "dx", "bx", "sp", "bp", "si", "di")  # in the order of their encodings
 _TOUCHED = 4  # bytes that a stand-in reads or writes
 _MERGING = re.compile(r"vf[n]?m(add|sub)\w*|vpdp\w+|vpternlog\w|vperm[it]2\w+|vpmadd52\w+")
@@ -156,7 +156,7 @@ def _register(name: str) -> int:
     if name in ("rflags", "eflags", "flags"):
         return FLAGS
     if match := re.fullmatch(r"[xyz]mm(\d+)", name):
-        return _VECTOR + int(match[1])
+        return VECTOR + int(match[1])
     if match := re.fullmatch(r"k(\d)", name):
         return _MASK + int(match[1])
     if match := re.fullmatch(r"r(\d+)[dwb]?", name):

@@ -18,8 +18,8 @@ from autocomp.graph.canonical import canonical
 from autocomp.graph.graph import Graph, Layer
 from autocomp.graph.graph import Group as Group
 from autocomp.graph.groups import make_groups, verified
-from autocomp.graph.labels import trace
 from autocomp.graph.program import CanonicalModel, observe
+from autocomp.graph.ties import trace
 from autocomp.layers.convolution import AnyLayer, Layers, Transposed
 from autocomp.layers.recurrent import Recurrence
 

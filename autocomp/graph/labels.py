@@ -8,13 +8,13 @@ whatever mixes channels (a norm over them, the model's output, an operation with
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from autocomp.graph.program import CanonicalModel
 from autocomp.graph.sizes import places, size_at
@@ -65,6 +65,9 @@ class Label(NamedTuple):
 Labels = Label | tuple[Label, ...]  # of an operation's result, or of its several results
 
 
+Rule = Callable[["Tracer", fx.Node], Labels]  # what an operation does to the labels of what it reads
+
+
 class Counted(NamedTuple):
     """A number in an operation and what it counts: a row of atoms for each element of the axis."""
 
@@ -105,17 +108,16 @@ class Reduction(NamedTuple):
     meets: list[Tensor]
 
 
-def trace(model: CanonicalModel, layers: Mapping[str, Any], skipped: Mapping[str, str]) -> Ties:
-    """Follow the channels of ``layers`` through a graph that was observed; atoms come back as numbers of components."""
-    assert model.code.graph is not None
-    tracer = Tracer(model, layers, skipped)
-    for node in model.code.graph.nodes:
-        tracer.see(node)
-    return tracer.finish()
-
-
 class Tracer:
-    def __init__(self, model: CanonicalModel, layers: Mapping[str, Any], skipped: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        model: CanonicalModel,
+        layers: Mapping[str, Any],
+        skipped: Mapping[str, str],
+        rules: Mapping[str, Rule],
+        modules: Mapping[type[nn.Module], Rule],
+    ) -> None:
+        self.rules, self.modules = rules, modules
         self.paths: dict[str, str] = {}  # of bare parameters and buffers, by node
         self.model, self.layers, self.skipped = model, layers, skipped
         self.count = 1
@@ -226,10 +228,8 @@ class Tracer:
                 self.count_sizes(node)
 
     def call(self, node: fx.Node) -> Labels:
-        from autocomp.graph.rules import MODULES, RULES
-
         if node.op == "call_module":
-            return MODULES[type(self.model.get_submodule(str(node.target)))](self, node)
+            return self.modules[type(self.model.get_submodule(str(node.target)))](self, node)
         if "getitem" in str(node.target) and not str(node.target).startswith("aten"):
             source, index = node.args
             assert isinstance(source, fx.Node)
@@ -238,8 +238,8 @@ class Tracer:
             return found if isinstance(found, Label) else found[index]
         name = operation(node)
         name = name.removesuffix("_") if not name.startswith("__") else name
-        if name in RULES:
-            return RULES[name](self, node)
+        if name in self.rules:
+            return self.rules[name](self, node)
         if name in SAME:
             return self.label(node.args[0])
         if name in MOVES:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import fx, nn
 
-from autocomp.graph.labels import Counted, Label, Labels, Product, argument, nothing, shape_of, where
+from autocomp.graph.labels import Counted, Label, Labels, Product, Rule, argument, nothing, shape_of, where
 from autocomp.graph.program import Size, tensor_at
 from autocomp.layers.recurrent import Recurrence
 
@@ -309,7 +309,7 @@ def on_embedding(tracer: Tracer, node: fx.Node) -> Labels:
     return Label(atoms.view([1] * (len(shape_of(node)) - 1) + [-1]))
 
 
-RULES: Mapping[str, Callable[[Tracer, fx.Node], Labels]] = {
+RULES: Mapping[str, Rule] = {
     "layer_norm": on_layer_norm,
     "rms_norm": on_layer_norm,
     "group_norm": on_group_norm,
@@ -326,7 +326,7 @@ RULES: Mapping[str, Callable[[Tracer, fx.Node], Labels]] = {
     "scaled_dot_product_attention": on_attention,
 }
 
-MODULES: Mapping[type[nn.Module], Callable[[Tracer, fx.Node], Labels]] = {
+MODULES: Mapping[type[nn.Module], Rule] = {
     nn.Linear: on_layer,
     nn.Conv1d: on_layer,
     nn.Conv2d: on_layer,

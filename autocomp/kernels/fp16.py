@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from autocomp.hardware.profile import Profile
-from autocomp.kernels import compute, packing, templates
+from autocomp.kernels import compute, packing
 from autocomp.kernels.compute import FLOPS, RUNS, TEMPLATE, round_up
 from autocomp.kernels.schedules import blocks_of, flatten_rows, keep_in_registers, vectorise_last, write_back
 from autocomp.kernels.specs import ConvSpec, DenseSpec, padded_rows
-from autocomp.kernels.tile import Anchor, Tile
+from autocomp.kernels.tile import Anchor, Tile, lanes_of
 
 _RUN = 192  # products summed in fp16, about
 _SHORTEST, _LONGEST = 96, 256
@@ -161,7 +161,7 @@ def _in_runs(
 def tile_runs(schedule: Any, tile: Tile, anchor: Anchor, profile: Profile) -> None:
     """Schedule, in place, a contraction whose runs float32 adds up: one tile of fp16 sums in registers, the totals beside it."""
     block, total = schedule.get_sblock("anchor"), schedule.get_sblock("total")
-    lanes = templates.lanes_of(anchor, profile)
+    lanes = lanes_of(anchor, profile)
     last = keep_in_registers(schedule, total, profile)
     if len(anchor.spatial) == 2:
         flatten_rows(schedule, last)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from autocomp.tasks.task import Task
 
 
 @contextmanager
@@ -33,12 +31,10 @@ def process_kept() -> Iterator[None]:
             os.chdir(folder)
 
 
-def versions(task: Task) -> Mapping[str, int]:
+def versions(inputs: Sequence[Tensor], calibration: Sequence[Sequence[Tensor]]) -> Mapping[str, int]:
     """How often each tensor of the task's data was written to, by its name in the task; torch counts it, at no cost."""
-    named: dict[str, Tensor] = {f"Task.example_inputs[{i}]": tensor for i, tensor in enumerate(task.example_inputs)}
+    named: dict[str, Tensor] = {f"Task.example_inputs[{i}]": tensor for i, tensor in enumerate(inputs)}
     named |= {
-        f"Task.calibration[{b}][{i}]": tensor
-        for b, batch in enumerate(task.calibration)
-        for i, tensor in enumerate(batch)
+        f"Task.calibration[{b}][{i}]": tensor for b, batch in enumerate(calibration) for i, tensor in enumerate(batch)
     }
     return {name: tensor._version for name, tensor in named.items() if not tensor.is_inference()}
