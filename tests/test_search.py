@@ -91,10 +91,15 @@ def test_run_folder_is_complete(finished: Finished) -> None:
     assert list((finished.folder / "layers").glob("*.bin"))
     for point in finished.result.front:
         folder = finished.folder / "models" / point.candidate.id
-        assert {path.name for path in folder.iterdir()} == {"model.so", "model.onnx", "manifest.json", "weights.pt"}
+        assert {path.name for path in folder.iterdir()} == {
+            "model.so",
+            "model.onnx",
+            "manifest.json",
+            "model.safetensors",
+        }
         manifest = json.loads((folder / MANIFEST).read_text())
         assert manifest["candidate"] == point.candidate.to_json()
-        assert set(manifest["sha256"]) == {"model.so", "model.onnx", "weights.pt"}
+        assert set(manifest["sha256"]) == {"model.so", "model.onnx", "model.safetensors"}
     provenance = json.loads((finished.folder / "provenance.json").read_text())
     assert {"torch", "apache-tvm", "onnxruntime"} <= set(provenance["packages"])
     assert provenance["seed"] == 0

@@ -1,9 +1,8 @@
-"""Front point → files a user can deploy: ``model.so``, ``model.onnx``, ``weights.pt``, ``manifest.json``, each read back and checked."""
+"""Front point → files to deploy: ``model.so``, ``model.onnx``, ``model.safetensors``, ``manifest.json``, each read back and checked."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import time
 import traceback
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from autocomp.cache import unwritable_reason, write_atomically
 from autocomp.compiler.verify import compare, precision_of
-from autocomp.errors import AutocompError, MismatchError, last_line
+from autocomp.errors import AutocompError, MismatchError, UsageError, last_line
 from autocomp.export.onnx import EXACT, export_onnx, onnx_session, run_session
 from autocomp.records.evaluation import FORMAT_VERSION, Evaluation
 from autocomp.records.latency import latency_to_json
@@ -27,8 +26,10 @@ if TYPE_CHECKING:
     from autocomp.devices.device import Compiled
 
 MANIFEST = "manifest.json"
-WEIGHTS = "weights.pt"
+WEIGHTS = "model.safetensors"
+_PICKLED = "weights.pt"  # of version 0.1
 ONNX = "model.onnx"
+_STRUCTURE = "autocomp"  # in the metadata of the tensors' file
 _NAME_LENGTH = 100  # of a profile's path in a file's name, which may have 255 bytes on most file systems
 
 
@@ -52,7 +53,7 @@ def export_point(
         for (kind, name), module in zip(libraries.items(), compiled.values(), strict=True)
     }
     verified["onnx"] = _tried(folder / ONNX, partial(_onnx, model, inputs))
-    weights = _tried(folder / WEIGHTS, partial(_weights, model))
+    weights = _tried(folder / WEIGHTS, partial(_weights, model, inputs))
     if not weights.ok:
         verified["weights"] = weights
     _write_manifest(folder, evaluation, inputs[0], verified, precision_of(model) == "int8")
@@ -82,13 +83,38 @@ def _libraries(profiles: Sequence[str]) -> dict[str, str]:
 
 
 def load_model(folder: Path) -> torch.nn.Module:
-    """Load the compressed torch model of an exported point. The file is a pickle: open only what you trust."""
-    import torch
+    """The compressed torch model of an exported point, in evaluation mode. Nothing in the file is run; UsageError if it is not readable.
 
-    import autocomp.layers.w8a8  # noqa: F401 - registers the custom ops the model may call
+    It takes batches of any size that the original takes. What the original returned in a class of its own comes as a dictionary with the same
+    names, which are attributes too.
+    """
+    from safetensors import SafetensorError, safe_open
 
-    model: torch.nn.Module = torch.load(folder / WEIGHTS, weights_only=False)
-    return model.eval()
+    from autocomp.graph.structure import FORMAT_VERSION as NEWEST
+    from autocomp.graph.structure import rebuild
+
+    path = folder / WEIGHTS
+    if not path.exists():
+        if (folder / _PICKLED).exists():
+            raise UsageError(
+                f"{folder / _PICKLED} was written by autocomp 0.1 as a pickle, which can run any code and is not opened any more: use the "
+                "model.onnx or model.so beside it, load it with autocomp 0.1, or search again"
+            )
+        raise UsageError(f"there is no {WEIGHTS} in {folder}: its manifest.json says why it was not written")
+    try:
+        with safe_open(path, "pt") as file:
+            structure = json.loads((file.metadata() or {}).get(_STRUCTURE, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, ValueError, OSError) as error:
+        raise UsageError(f"{path} cannot be read: {last_line(error)}") from error
+    if not isinstance(structure, dict):
+        raise UsageError(f"{path} holds tensors, but not the structure of a model: it was not written by autocomp")
+    if structure.get("format_version", 0) > NEWEST:
+        raise UsageError(f"{path} was written by a newer autocomp: install that, or a newer one")
+    try:
+        return rebuild(structure, tensors).eval()
+    except (KeyError, TypeError, ValueError, AttributeError, AssertionError, IndexError, RuntimeError) as error:
+        raise UsageError(f"{path} is damaged: {type(error).__name__}: {last_line(error)}") from error
 
 
 def _tried(path: Path, write: Callable[[Path], Verified]) -> Verified:
@@ -122,13 +148,16 @@ def _onnx(model: torch.nn.Module, inputs: Sequence[tuple[torch.Tensor, ...]], pa
     return Verified(True, found.errors.worst, note=found.note)
 
 
-def _weights(model: torch.nn.Module, path: Path) -> Verified:
-    import torch
+def _weights(model: torch.nn.Module, inputs: Sequence[tuple[torch.Tensor, ...]], path: Path) -> Verified:
+    from safetensors.torch import save
 
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    write_atomically(path, buffer.getvalue())
-    return Verified(True)
+    from autocomp.graph.canonical import canonical
+    from autocomp.graph.structure import describe
+
+    structure, tensors = describe(canonical(model, inputs[0]))
+    write_atomically(path, save(tensors, {_STRUCTURE: json.dumps(structure)}))
+    found = compare(model, load_model(path.parent), inputs, path.name)
+    return Verified(True, found.errors.worst, note=found.note)
 
 
 def _write_manifest(

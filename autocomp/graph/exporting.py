@@ -19,7 +19,7 @@ from torch.utils import _pytree
 from autocomp.errors import ExportError
 from autocomp.processes import interrupt
 
-_OWN = {"exporting.py", "canonical.py", "batch.py", "graph.py", "program.py"}
+_OWN = {"exporting.py", "canonical.py", "samples.py", "analyse.py", "program.py"}
 
 
 def exported(
