@@ -295,10 +295,8 @@ def sensitivity(
     from autocomp.cache import write_atomically
     from autocomp.database.calibrate import collect
     from autocomp.database.database import LayerDatabase
-    from autocomp.graph.analyse import analyse
     from autocomp.report.build import render_sensitivity
-    from autocomp.run.pipeline import settled_task
-    from autocomp.space.build import build_space
+    from autocomp.run.prepare import prepare
     from autocomp.tasks.training import one_thread
 
     if settings.task is None:
@@ -307,13 +305,11 @@ def sensitivity(
     progress = progress or Progress()
     task = load_task(settings.task, progress)
     with one_thread(), tempfile.TemporaryDirectory() as folder, caught(None, progress.console):
-        task.model.eval()
-        task = settled_task(task, settings.calibration_samples)
-        graph = analyse(task.model, task.example_inputs)
-        space = build_space(graph, rules, profiles)
+        prepared = prepare(task, rules, profiles, settings.calibration_samples, progress)
+        task, graph = prepared.task, prepared.graph
         with progress.stage("calibrating"):
             statistics = collect(task, graph, settings.calibration_samples, settings.seed)
-        database = LayerDatabase(folder, task.model, graph, space, statistics)
+        database = LayerDatabase(folder, task.model, graph, prepared.space, statistics)
         database.build(progress)
         rows = curves(database.tables())
         if masked:

@@ -28,7 +28,8 @@ from autocomp.hardware.profile import load_profile
 from autocomp.measurement.classic import classic_models
 from autocomp.measurement.references import INT8, OURS, measure_references
 from autocomp.progress import Progress
-from autocomp.run.pipeline import Pipeline, check_inputs
+from autocomp.run.pipeline import Pipeline
+from autocomp.run.prepare import checked_inputs
 from autocomp.tasks.task import evaluate_task, load_task, objective_of
 from autocomp.tasks.training import one_thread
 
@@ -90,7 +91,7 @@ def classics(task: str, folder: Path, keeps: Sequence[float]) -> dict[str, dict]
     space.write_text(yaml.safe_dump({"format_version": 1, "rules": [{"layers": "*", **SPACES["pruning"]}]}))
     prepared = prepare(task, str(space), folder=folder / "classic")
     device = open_device(load_profile("x86-host"))
-    inputs = check_inputs(prepared.task)
+    inputs = checked_inputs(prepared.task)
     compiled = device.compile(prepared.task.model, inputs)
     dense = device.time(compiled, inputs[0])
     accuracy = prepared.metric(prepared.task.model)

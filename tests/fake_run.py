@@ -142,6 +142,7 @@ def make_run(
             True,
             272_474,
             told[0].bytes,
+            "%",
         ),
         profiles={name: "AVX-512 with VNNI (x86-64-v4), 1 thread, measured on this machine" for name in profiles},
         dense=point(told[0], 0),

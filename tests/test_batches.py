@@ -19,7 +19,7 @@ from autocomp.errors import UsageError
 from autocomp.graph.analyse import analyse
 from autocomp.graph.batches import count, first, like, part, split
 from autocomp.graph.canonical import canonical
-from autocomp.run.pipeline import check_inputs
+from autocomp.run.prepare import checked_inputs
 
 torch.set_num_threads(1)
 
@@ -53,7 +53,7 @@ def test_modules_are_checked_on_samples_of_their_shape():
     model = nn.Conv1d(3, 4, 3)
     calibration = [(torch.ones(3, 3, 9),), (torch.ones(5, 3, 12),), (torch.full((3, 3, 9), 2.0),)]
     task = Task(model, (torch.zeros(2, 3, 9),), calibration, lambda model: {"loss": 1.0})
-    assert [tuple(x.shape) for (x,) in check_inputs(task)] == [(2, 3, 9)] * 3
+    assert [tuple(x.shape) for (x,) in checked_inputs(task)] == [(2, 3, 9)] * 3
     assert [float(x[0, 0, 0]) for (x,) in like(task.example_inputs, calibration)] == [1, 2]
 
 

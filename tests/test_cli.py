@@ -69,7 +69,7 @@ def point(accuracy: float, seconds: float, size: int, width: int) -> FrontPoint:
 
 DENSE = point(0.98, 0.0004, 1_600_000, 32)
 ENDED = FrontRun(
-    task=TaskInfo("digits", "", "accuracy", True, 400_000, 1_600_000),
+    task=TaskInfo("digits", "", "accuracy", True, 400_000, 1_600_000, "%"),
     profiles={"x86-host": "this machine"},
     dense=DENSE,
     front=(DENSE, point(0.97, 0.0001, 400_000, 16)),

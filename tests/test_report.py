@@ -263,7 +263,7 @@ def test_two_profiles_and_lower_is_better() -> None:
         evaluation=replace(run.dense.evaluation, metrics=inverted(run.dense.evaluation.metrics)),
         test_metrics={},
     )
-    task = replace(run.task, objective="loss", higher_is_better=False)
+    task = replace(run.task, objective="loss", higher_is_better=False, unit="")
     text = page(replace(run, task=task, front=front, dense=dense, baselines=(), references=()), told).text
     assert "validation" in text
     assert "%)" not in re.sub(r"\s+", "", text.split("Points of the front")[1].split("Where the time goes")[0])
@@ -302,8 +302,10 @@ def test_units() -> None:
         "±0 pt",
         "+1.0 pt",
     )
-    plain = Metric(replace(run, task=replace(run.task, objective="score")))
+    plain = Metric(replace(run, task=replace(run.task, unit="")))
     assert (plain.text(0.12345), plain.change(0.5, 0.25)) == ("0.1235", "+0.25")
+    other = Metric(replace(run, task=replace(run.task, unit="dB")))
+    assert (other.title, other.text(12.3456), other.bare(12.3456)) == ("accuracy (dB)", "12.35 dB", "12.35")
     assert [milliseconds(s) for s in (1.234e-4, 1.234e-3, 0.01234, 1.234)] == [
         "0.123 ms",
         "1.23 ms",

@@ -85,6 +85,7 @@ def task() -> Task:
         calibration=[(data(64, seed=1)[0],)],
         evaluate=_reader("validation", seed=3),
         test=_reader("test", seed=4),
+        unit="%",
         name="tiny",
     )
 

@@ -79,7 +79,7 @@ def _report(folder: Path, task: Task, evaluation: Evaluation, verified: Mapping[
 
     dense = FrontPoint(evaluation, {}, verified, {})
     objective = next(iter(evaluation.metrics))
-    info = TaskInfo(task.name, task.description, objective, task.higher_is_better, 0, 0)
+    info = TaskInfo(task.name, task.description, objective, task.higher_is_better, 0, 0, task.unit)
     run = Run(info, dict.fromkeys(evaluation.latency, ""), dense, (dense,), summary=Summary(1, 1, 0))
     try:
         write_front(folder, run)

@@ -40,6 +40,7 @@ class TaskInfo:
     higher_is_better: bool
     parameters: int
     bytes: int
+    unit: str = ""  # of the objective; ``%``: a share between 0 and 1
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def write_front(folder: Path, run: Run) -> Path:
     """Write ``front.json`` into a run folder, whole or not at all; numbers that are not finite become null."""
     data = {
         "format_version": FORMAT_VERSION,
-        "task": asdict(run.task),
+        "task": {key: value for key, value in asdict(run.task).items() if key != "unit" or value},
         "profiles": dict(run.profiles),
         "dense": _point_to_json(run.dense),
         "front": [_point_to_json(point) for point in run.front],

@@ -23,27 +23,26 @@ _MARKER_DIAMETER = 28  # pixels, of the largest model shown; areas are in propor
 
 
 class Metric:
-    """How values of the objective are shown: shares as percentages and points, everything else as it is."""
-
-    _SHARES = ("acc", "top", "f1", "precision", "recall", "auc", "iou", "wer", "cer", "map", "error_rate")
+    """How values of the objective are shown: shares (of the unit ``%``) as percentages and points, everything else as it is, with its unit."""
 
     def __init__(self, run: Run) -> None:
         self.name = run.task.objective
         self.higher_is_better = run.task.higher_is_better
-        values = [point.evaluation.metrics.get(self.name, 0.0) for point in (run.dense, *run.front)]
-        self.percent = any(part in self.name.lower() for part in self._SHARES) and all(0 <= v <= 1 for v in values)
+        self.unit = run.task.unit
+        self.percent = self.unit == "%"
         self.scale = 100.0 if self.percent else 1.0
-        self.title = f"{self.name} (%)" if self.percent else self.name
+        self.title = f"{self.name} ({self.unit})" if self.unit else self.name
 
     def text(self, value: float | None) -> str:
         """``97.4 %`` or four digits; a dash where there is none."""
         if value is None:
             return "–"
-        return f"{value * 100:.1f} %" if self.percent else f"{value:.4g}"
+        shown = f"{value * 100:.1f}" if self.percent else f"{value:.4g}"
+        return f"{shown} {self.unit}" if self.unit else shown
 
     def bare(self, value: float | None) -> str:
         """As ``text`` without the sign, for columns that carry it in their heading."""
-        return self.text(value).removesuffix(" %")
+        return self.text(value).removesuffix(f" {self.unit}")
 
     def loss(self, value: float, dense: float) -> float:
         """How much worse than dense, in the metric's units; negative: better."""

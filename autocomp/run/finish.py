@@ -61,7 +61,9 @@ def _make_run(pipeline: Pipeline) -> Run:
     references = _references(pipeline)
     parameters = sum(parameter.numel() for parameter in task.model.parameters())
     return Run(
-        task=TaskInfo(task.name, task.description, objective, task.higher_is_better, parameters, dense.bytes),
+        task=TaskInfo(
+            task.name, task.description, objective, task.higher_is_better, parameters, dense.bytes, task.unit
+        ),
         profiles={name: profile_line(device.profile) for name, device in pipeline.devices.items()},
         dense=dense_point,
         front=tuple(points),

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,6 @@ from autocomp.devices.device import Device
 from autocomp.devices.open import open_device
 from autocomp.errors import AutocompError
 from autocomp.front.pareto import promising
-from autocomp.graph.batches import first, like
 from autocomp.hardware.profile import load_profile
 from autocomp.measurement.measurer import Measurer, reason_of
 from autocomp.measurement.preflight import rehearse
@@ -34,7 +32,7 @@ from autocomp.records.evaluation import Evaluation, Source
 from autocomp.run.budget import BASELINES, TELLING, Budget
 from autocomp.run.folder import study_of
 from autocomp.run.identity import identity_of, refuse_another
-from autocomp.space.build import build_space
+from autocomp.run.prepare import prepare
 from autocomp.space.file import load_space
 from autocomp.study.costs import Costs
 from autocomp.study.solver import solve_front
@@ -45,7 +43,6 @@ from autocomp.tasks.task import Task, evaluate_task
 if TYPE_CHECKING:
     import torch
 
-    from autocomp.graph.graph import Graph
 
 UNIFORM_KEEPS = (1.0, 0.75, 0.5, 0.25)  # the baselines: one ratio for every group, in fp32 and in int8
 SOLVER_SEEDS = 40
@@ -57,7 +54,6 @@ SETTLED = 2.0  # seconds of work after which its rate says something
 FITTING = 0.1  # of the time to search at most for that fit, where minutes are set
 DEEP = 4  # one in so many measurements looks for what is fast at whatever loss within `UNKNOWN`; the others at what is of use
 MEASURE_ROUNDS = 4  # the budget of measurements is spent in rounds, each choosing by all that is known then
-CHECKED_SAMPLES = 4  # inputs on which a compiled module is compared with torch
 
 _Work = tuple[Candidate, float]  # and the divergence above which it is not looked at any closer
 _Scored = tuple[float | None, str, float]  # divergence, or None and why; seconds
@@ -70,35 +66,22 @@ class Pipeline:
         self, settings: Settings, task: Task, folder: Path, known: Mapping[str, Any] | None, progress: Progress
     ) -> None:
         """``known`` is what the study of a run that is resumed has recorded; None for a new run."""
-        from autocomp.compress.equalise import equalised
-        from autocomp.compress.rotate import rotated
         from autocomp.database.calibrate import collect
         from autocomp.database.database import LayerDatabase
-        from autocomp.graph.analyse import analyse
 
         self.settings, self.folder, self.progress = settings, folder, progress
         self._group_seconds = 0.0  # that measuring a group of candidates last took
         self._warned = False  # that the minutes cannot be kept
         self.budget = Budget(settings.minutes)
-        task.model.eval()
         with progress.stage("preparing devices", len(settings.profiles)) as stage:
             self.devices = {name: _open_device(name, stage) for name in settings.profiles}
-        with progress.stage("reading the model"):
-            identity = identity_of(task)
-            if known and "space" in known:  # else nothing was asked yet
-                refuse_another(known.get("identity", {}), identity, folder)
-            self.graph = analyse(task.model, task.example_inputs)
-            profiles = [device.profile for device in self.devices.values()]
-            rules = load_space(settings.space)
-            if rules.rotate:
-                task = _rewritten(task, self.graph, rotated)
-                self.graph = analyse(task.model, task.example_inputs)
-            self.space = build_space(self.graph, rules, profiles)
-        if rules.equalise:
-            with progress.stage("equalising channels"):
-                task = _rewritten(task, self.graph, equalised)
-        self.task = task = settled_task(task, settings.calibration_samples)
-        self.inputs = check_inputs(task)
+        identity = identity_of(task)
+        if known and "space" in known:  # else nothing was asked yet
+            refuse_another(known.get("identity", {}), identity, folder)
+        profiles = [device.profile for device in self.devices.values()]
+        prepared = prepare(task, load_space(settings.space), profiles, settings.calibration_samples, progress)
+        self.task = task = prepared.task
+        self.graph, self.space, self.inputs = prepared.graph, prepared.space, prepared.inputs
         self.measurer = Measurer(task, self.devices, self.inputs, self.stitch)
         if not (known and (folder / "layers").exists()):  # else a run got past this before
             self._rehearse()
@@ -441,30 +424,6 @@ class Pipeline:
                 self.search.update(done.trial, done)
                 stage.advance()
             self._group_seconds = self.budget.spent() - begun
-
-
-def _rewritten(task: Task, graph: Graph, rewrite: Callable[..., tuple[torch.nn.Module, Any]]) -> Task:
-    """The task with its model as ``rewrite`` (`equalised`, `rotated`) makes it from the calibration data; the model computes what it did."""
-    return replace(
-        task, model=rewrite(task.model, graph, task.example_inputs, list(task.calibration), task.batch_axes)[0]
-    )
-
-
-def settled_task(task: Task, samples: int) -> Task:
-    """The task with its model written in the BatchNorm statistics of the calibration samples; the model computes what it did."""
-    from autocomp.compress.batchnorm import settled
-
-    try:
-        model = settled(task.model, first(task.calibration, samples, task.batch_axes), task.batch_axes)
-    except Exception:  # the model's own code: where it cannot take the calibration data, calibrating says which
-        return task
-    return task if model is task.model else replace(task, model=model)
-
-
-def check_inputs(task: Task) -> list[tuple[torch.Tensor, ...]]:
-    """The example inputs and some calibration samples of the same shapes, on which modules are compared with torch."""
-    parts = like(task.example_inputs, task.calibration, task.batch_axes)
-    return [task.example_inputs, *islice(parts, CHECKED_SAMPLES)]
 
 
 def _open_device(name: str, stage: Stage) -> Device:

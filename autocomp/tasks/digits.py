@@ -73,6 +73,7 @@ def digits_task(
         train=train,
         loss=functional.cross_entropy,
         objective="accuracy",
+        unit="%",
         name=recipe.task,
         description=(
             f"Handwritten digits (UCI, 1,797 images brought to 16x16), classified by {described}; "

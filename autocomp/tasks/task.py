@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from autocomp.errors import AutocompError, UsageError, last_line, suggest
+from autocomp.errors import AutocompError, UsageError, last_line, shown, suggest
 from autocomp.graph.batches import count
 from autocomp.processes import interrupt
 from autocomp.progress import Progress
@@ -24,6 +24,7 @@ from autocomp.tasks import BUILT_IN
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+LONGEST_UNIT = 20
 Evaluate = Callable[["nn.Module"], Mapping[str, float]]
 
 
@@ -36,7 +37,8 @@ class Task:
     split and returns metrics by name, the objective first (or the one named by ``objective``); metrics of slices are
     named ``metric/slice``. ``test`` does the same on data nothing else has seen: the final report calls it once for
     each front point. ``train`` yields ``(inputs, target)`` pairs, ``inputs`` a tuple of tensors, afresh each time it is
-    iterated; ``loss(output, target)`` is the scalar to minimise.
+    iterated; ``loss(output, target)`` is the scalar to minimise. ``unit`` is how the objective is shown: ``"%"`` says that it is a share
+    between 0 and 1, shown in percent and points, anything else (``"dB"``) stands behind its values as they are.
 
     ``batch_axes`` says along which axis of each input samples lie, None for an input that has none (a table); by default it is found by
     running two samples at once. Samples may vary in their other sizes from one calibration batch to the next.
@@ -56,6 +58,7 @@ class Task:
     loss: Callable[[Any, Tensor], Tensor] | None = None
     objective: str | None = None
     higher_is_better: bool = True
+    unit: str = ""
     name: str = "task"
     description: str = ""
     outputs: str | Sequence[str] | Mapping[str, str] | None = None
@@ -89,6 +92,8 @@ class Task:
             raise UsageError(f"Task.train must be an iterable of (inputs, target), got {_kind(self.train)}")
         if self.train is not None and notes:
             self.train = PlainBatches(self.train)
+        if not isinstance(self.unit, str) or len(self.unit) > LONGEST_UNIT:
+            raise UsageError(f"Task.unit must be a text of at most {LONGEST_UNIT} characters, got {shown(self.unit)}")
         if not isinstance(self.name, str) or not self.name:
             raise UsageError(f"Task.name must be a non-empty text, got {self.name!r}")
         rule = "a trained model has only finite weights"

@@ -52,6 +52,7 @@ def load_tokens_task(
         train=train,
         loss=tagging_loss,
         objective="accuracy",
+        unit="%",
         name="tokens",
         description=(
             f"Python's standard library: which of {len(ROLES)} roles each of {LENGTH} tokens of source has, told by a "

@@ -25,6 +25,7 @@ def make_task() -> autocomp.Task:
         # The search reads the validation split as often as it likes; the final report reads the test split once.
         evaluate=lambda candidate: {"accuracy": accuracy(candidate, *validation)},
         test=lambda candidate: {"accuracy": accuracy(candidate, *test)},
+        unit="%",  # a share: shown in percent and points
         name="breast-cancer",
         description="Malignant or benign, from 30 measurements of cell nuclei",
     )

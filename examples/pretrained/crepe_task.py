@@ -59,6 +59,7 @@ def task() -> autocomp.Task:
         evaluate=lambda model: {"within 50 cents": metric(outcomes(model, "validation"))},
         test=lambda model: {"within 50 cents": metric(outcomes(model, "test"))},
         outputs="binary-probabilities",  # each of 360 bins by itself
+        unit="%",
         name="torchcrepe",
         description="Pitch of one frame of 1024 samples",
     )

@@ -59,6 +59,7 @@ def task() -> autocomp.Task:
         calibration=[(batch,) for batch in images.split(64)],
         evaluate=lambda model: {"accuracy": metric(outcomes(model, "validation"))},
         test=lambda model: {"accuracy": metric(outcomes(model, "test"))},
+        unit="%",
         name="digit-recognizer-py",
         description="Handwritten digits, one 28 x 28 image",
     )

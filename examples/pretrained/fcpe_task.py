@@ -69,6 +69,7 @@ def task() -> autocomp.Task:
         evaluate=lambda model: {"within 50 cents": metric(outcomes(model, "validation"))},
         test=lambda model: {"within 50 cents": metric(outcomes(model, "test"))},
         outputs="binary-probabilities",  # each of 360 bins by itself
+        unit="%",
         name="torchfcpe",
         description="Pitch of one second of sound, every 10 ms",
     )

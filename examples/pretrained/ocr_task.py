@@ -75,6 +75,7 @@ def task() -> autocomp.Task:
         calibration=[(batch,) for batch in images.split(8)],
         evaluate=lambda model: {"1 - CER": metric(outcomes(model, "validation"))},
         test=lambda model: {"1 - CER": metric(outcomes(model, "test"))},
+        unit="%",
         name="easyocr",
         description="Text of one line, 64 x 320",
     )

@@ -109,6 +109,7 @@ def task() -> autocomp.Task:
         evaluate=lambda model: {"balanced accuracy": metric(outcomes(model, "validation"))},
         test=lambda model: {"balanced accuracy": metric(outcomes(model, "test"))},
         outputs=("binary-probabilities", "regression", "regression"),  # the state is handed on
+        unit="%",
         name="silero-vad",
         description="Speech or not, one step of 32 ms",
     )

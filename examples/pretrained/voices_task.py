@@ -74,6 +74,7 @@ def task() -> autocomp.Task:
         evaluate=lambda model: {"1 - EER": metric(outcomes(model, "validation"))},
         test=lambda model: {"1 - EER": metric(outcomes(model, "test"))},
         outputs="embedding@1",
+        unit="%",
         name="resemblyzer",
         description="Embedding of 1.6 s of a voice",
     )
