@@ -6,7 +6,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autocomp.api import SearchResult, compile, measure, search
+    from autocomp.api import Point, SearchResult, check, compile, measure, rebuild_report, search, sensitivity
+    from autocomp.errors import (
+        AutocompError,
+        BoardError,
+        CorruptError,
+        ExportError,
+        InfeasibleError,
+        Interrupted,
+        MismatchError,
+        UsageError,
+    )
     from autocomp.hardware.profile import list_profiles
     from autocomp.records.candidate import Candidate
     from autocomp.records.latency import Latency
@@ -15,29 +25,53 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "AutocompError",
+    "BoardError",
     "Candidate",
+    "CorruptError",
+    "ExportError",
+    "InfeasibleError",
+    "Interrupted",
     "Latency",
+    "MismatchError",
+    "Point",
     "SearchResult",
     "Task",
+    "UsageError",
     "__version__",
+    "check",
     "compile",
     "list_profiles",
     "load_task",
     "measure",
+    "rebuild_report",
     "search",
+    "sensitivity",
 ]
 
 # Where each public name lives. Resolved on first use (PEP 562): importing autocomp must not import torch or TVM.
 _HOMES = {
+    "AutocompError": "autocomp.errors",
+    "BoardError": "autocomp.errors",
     "Candidate": "autocomp.records.candidate",
+    "CorruptError": "autocomp.errors",
+    "ExportError": "autocomp.errors",
+    "InfeasibleError": "autocomp.errors",
+    "Interrupted": "autocomp.errors",
     "Latency": "autocomp.records.latency",
+    "MismatchError": "autocomp.errors",
+    "Point": "autocomp.api",
     "SearchResult": "autocomp.api",
     "Task": "autocomp.tasks.task",
+    "UsageError": "autocomp.errors",
+    "check": "autocomp.api",
     "compile": "autocomp.api",
     "list_profiles": "autocomp.hardware.profile",
     "load_task": "autocomp.tasks.task",
     "measure": "autocomp.api",
+    "rebuild_report": "autocomp.api",
     "search": "autocomp.api",
+    "sensitivity": "autocomp.api",
 }
 
 

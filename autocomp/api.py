@@ -69,7 +69,7 @@ class Point:
         return self.record.evaluation.bytes
 
     def load(self) -> torch.nn.Module:
-        """The compressed torch model, in evaluation mode. The file is a pickle: open only runs you trust."""
+        """The compressed torch model, in evaluation mode; nothing in its file is run. UsageError if it is not there or not readable."""
         from autocomp.export.files import load_model
 
         return load_model(self.folder / "models" / self.candidate.id)
@@ -222,7 +222,8 @@ def compile(
     model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...], profile: str | Profile = "x86-host"
 ) -> Compiled:
     """Compile a model for a profile: ``.run(*tensors)``, ``.save(path)``. Errors as ``measure``."""
-    return _compiled(model, example_inputs, profile)[1]
+    result: Compiled = _compiled(model, example_inputs, profile)[1]
+    return result
 
 
 def check(settings: Settings, progress: Progress | None = None) -> dict[str, Any]:

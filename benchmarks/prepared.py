@@ -16,11 +16,10 @@ from autocomp.accuracy.proxy import stitch_and_score
 from autocomp.database.calibrate import Statistics, collect
 from autocomp.database.database import LayerDatabase
 from autocomp.database.stitch import stitch
-from autocomp.graph.analyse import analyse
 from autocomp.graph.graph import Graph
 from autocomp.hardware.profile import load_profile
 from autocomp.records.candidate import Candidate
-from autocomp.space.build import build_space
+from autocomp.run import prepare as run
 from autocomp.space.file import load_space
 from autocomp.space.space import Space
 from autocomp.tasks.task import Task, evaluate_task, load_task
@@ -55,10 +54,8 @@ class Prepared:
 def prepare(name: str, space: str = "default", samples: int = 256, folder: Path | None = None) -> Prepared:
     """Load a task (training its model unless it is cached) and build its layer database, in a temporary folder unless given."""
     torch.set_num_threads(1)
-    task = load_task(name)
-    task.model.eval()
-    graph = analyse(task.model, task.example_inputs)
-    legal = build_space(graph, load_space(space), load_profile("x86-host"))
+    ready = run.prepare(load_task(name), load_space(space), [load_profile("x86-host")], samples)
+    task, graph, legal = ready.task, ready.graph, ready.space
     statistics = collect(task, graph, samples, 0)
     folder = folder or Path(tempfile.mkdtemp(prefix="autocomp-benchmark-"))
     database = LayerDatabase(folder, task.model, graph, legal, statistics)

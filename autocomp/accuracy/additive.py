@@ -71,7 +71,8 @@ class AdditiveModel:
         """Return the additive error of candidates: fitted, or raw without a fit."""
         if self.coefficients is None:
             at = [[table.error[_place(table, c)] for table in self.tables] for c in candidates]
-            return np.array(at, dtype=np.float64).reshape(len(candidates), -1).sum(1)
+            found: Floats = np.array(at, dtype=np.float64).reshape(len(candidates), -1).sum(1)
+            return found
         result: Floats = np.einsum("clt,lt->c", self._features(candidates), self.coefficients)
         return result
 

@@ -35,7 +35,7 @@ MESSAGE_LINES = 10
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
-class Quantity(click.ParamType):
+class Quantity(click.ParamType):  # type: ignore[type-arg] # generic in click 8.3 alone
     """A number with its unit."""
 
     def __init__(self, name: str, parse: Callable[[str], float]) -> None:

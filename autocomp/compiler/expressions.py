@@ -27,7 +27,8 @@ def is_constant(expression: Any) -> bool:
 
 def array_of(constant: Any) -> np.ndarray:
     """The array of a Relax constant."""
-    return constant.value.numpy()
+    result: np.ndarray = constant.value.numpy()
+    return result
 
 
 def reshape_parts(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:

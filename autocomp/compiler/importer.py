@@ -18,6 +18,7 @@ from autocomp.errors import ExportError
 from autocomp.hardware.profile import Profile
 from autocomp.kernels import compute, packing, requantise
 from autocomp.kernels.intrinsics import dot_product
+from autocomp.kernels.specs import ConvSpec, DenseSpec
 from autocomp.kernels.volumes import unfolded
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class _QuantisedConverter:
             result = self._floats(builder, sums, weight_array, scale, bias, zero_point)
             return builder.emit(relax.op.permute_dims(result, [0, 3, 1, 2]))
         rows = [int(size) for size in data.ty.shape]
-        spec = compute.DenseSpec.of(rows, weight_array.shape[0], self.lanes)
+        spec = DenseSpec.of(rows, weight_array.shape[0], self.lanes)
         packed = packing.pack_dense_weight(weight_array, self.lanes, self.dot)
         sums = builder.emit_te(
             lambda data, w: compute.dense(data, w, spec, self.dot),
@@ -193,7 +194,7 @@ class _QuantisedConverter:
 
         tiled = whole_vectors(weight, groups, max(self.lanes, self.dot.lanes))
         shape = [int(size) for size in data.ty.shape]
-        spec = compute.ConvSpec.of(shape, tiled.shape, stride, borders, dilation, groups, self.lanes)
+        spec = ConvSpec.of(shape, tiled.shape, stride, borders, dilation, groups, self.lanes)
         packed = packing.pack_conv_weight(tiled, spec, self.dot)
         sums = builder.emit_te(
             lambda data, w, z: compute.conv2d(data, w, spec, self.dot, z),
@@ -217,7 +218,8 @@ class _QuantisedConverter:
 
     def _array(self, node: Any) -> np.ndarray:
         """The array of a weight, which the exported graph takes as an input."""
-        return self.state[self.names[node.name]].detach().numpy()
+        result: np.ndarray = self.state[self.names[node.name]].detach().numpy()
+        return result
 
     def _quantise(self, builder: Any, source: Any, data: Any, inv_xs: float, zero_point: int) -> Any:
         from tvm import relax

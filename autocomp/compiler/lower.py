@@ -11,6 +11,7 @@ from autocomp.compiler.convolve import convolve
 from autocomp.compiler.expressions import array_of, is_constant, shape_of
 from autocomp.hardware.profile import Profile
 from autocomp.kernels import compute, packing, rows, vector_math, volumes
+from autocomp.kernels.specs import ConvSpec, DenseSpec
 
 
 def lower(mod: Any, profile: Profile, target: Any) -> Any:
@@ -62,7 +63,7 @@ class _Anchors:
     def conv2d(self, builder: Any, call: Any) -> Any:
         if call.attrs.data_layout != "NHWC" or call.attrs.kernel_layout != "OHWI" or shape_of(call) is None:
             return _default(builder, call)
-        return convolve(builder, call, self.lanes, compute.ConvSpec, compute.conv2d)
+        return convolve(builder, call, self.lanes, ConvSpec, compute.conv2d)
 
     def conv3d(self, builder: Any, call: Any) -> Any:
         if call.attrs.data_layout != "NDHWC" or call.attrs.kernel_layout != "ODHWI" or shape_of(call) is None:
@@ -77,7 +78,7 @@ class _Anchors:
         if shape_a is None or shape_b is None or len(shape_a) < 2 or len(shape_b) < 2:
             return _default(builder, call)
         if is_constant(b) and len(shape_b) == 2:
-            spec = compute.DenseSpec.of(shape_a, shape_b[1], self.lanes)
+            spec = DenseSpec.of(shape_a, shape_b[1], self.lanes)
             packed = relax.const(packing.pack_dense_weight(array_of(b).T, self.lanes, None))
             return builder.call_te(lambda x, w: compute.dense(x, w, spec), a, packed, primfunc_name_hint="dense")
         source = self._transposed_source(builder, b)

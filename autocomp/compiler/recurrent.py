@@ -30,7 +30,8 @@ KINDS: dict[str, Kind] = {
 def projected(node: Any) -> bool:
     """Whether an exported recurrent layer projects its states (``proj_size``), for which there is no kernel."""
     parameters, biases, layers, bidirectional = node.args[2], node.args[3], node.args[4], node.args[7]
-    return len(parameters) != layers * (2 if bidirectional else 1) * (4 if biases else 2)
+    result: bool = len(parameters) != layers * (2 if bidirectional else 1) * (4 if biases else 2)
+    return result
 
 
 class _Converter:
@@ -46,7 +47,8 @@ class _Converter:
 
     def array(self, node: Any, importer: Any) -> np.ndarray:
         found = importer.folded[node] if node in importer.folded else self.state[self.names[node.name]]
-        return found.detach().numpy()
+        result: np.ndarray = found.detach().numpy()
+        return result
 
     def loop(
         self, builder: Any, kind: Kind, gates: Any, weight: np.ndarray, bias: np.ndarray | None, states: list[Any],

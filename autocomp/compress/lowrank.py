@@ -48,7 +48,8 @@ class Factors:
         """Features [S, columns] as the rows that factor ``stage`` is multiplied by: the first one's has a row for each place."""
         if stage or self.taps == 1:
             return features
-        return features.unflatten(1, (-1, self.taps)).transpose(1, 2).flatten(0, 1)
+        result: Tensor = features.unflatten(1, (-1, self.taps)).transpose(1, 2).flatten(0, 1)
+        return result
 
     def metric(self, stage: int, covariance: Tensor) -> Tensor:
         """The covariance of `rows`, given that of the features."""
@@ -123,7 +124,8 @@ class Whitened:
             # The left singular vectors of a wide matrix, from the small Gram matrix of its rows.
             self._bases[taps] = lower, torch.linalg.eigh(unfolded @ unfolded.T)[1].flip(1)
         lower, vectors = self._bases[taps]
-        return torch.linalg.solve_triangular(lower, vectors[:, :rank].T, upper=False, left=False)
+        result: Tensor = torch.linalg.solve_triangular(lower, vectors[:, :rank].T, upper=False, left=False)
+        return result
 
     def _regressed(self, first: Tensor, taps: int) -> tuple[Tensor, Tensor]:
         """Regress the outputs on the features z = first x: return their matrix, and the covariance of z."""

@@ -39,12 +39,14 @@ def cholesky(matrix: Tensor) -> Tensor:
     mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     for step in _MORE_DAMPING:
         if not bool(failed.any()):
-            return lower
+            result: Tensor = lower
+            return result
         more = matrix.clone()
         more.diagonal(dim1=-2, dim2=-1).add_(torch.where(mean > 0, step * mean, 1.0))
         lower, failed = torch.linalg.cholesky_ex(more)
     if not bool(failed.any()):
-        return lower
+        result = lower
+        return result
     raise UsageError(
         "the calibration data drive a layer to values that cannot be computed with (their squares are beyond the range of the numbers): look "
         "for samples far out of range among Task.calibration"

@@ -297,7 +297,8 @@ def _directions(
         before.apply(model)
         for handle in handles:
             handle.remove()
-    return torch.linalg.eigh(total)[1].flip(1)
+    result: Tensor = torch.linalg.eigh(total)[1].flip(1)
+    return result
 
 
 def _written(model: CanonicalModel, stream: _Stream, turn: Tensor) -> Changes:

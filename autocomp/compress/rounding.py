@@ -35,13 +35,15 @@ class Metric:
     def error(self, difference: Tensor) -> Tensor:
         """Return dW_o H dW_o^T of every row [O]."""
         rows = difference.unflatten(0, (self.count, -1))
-        return (times(rows, self.hessian) * rows).sum(-1).flatten().clamp_min(0.0)
+        result: Tensor = (times(rows, self.hessian) * rows).sum(-1).flatten().clamp_min(0.0)
+        return result
 
     def better(self, ours: Tensor, theirs: Tensor) -> Tensor:
         """Return for every row [O] whether the error of ``ours`` [O, K] is the smaller one: a H a^T - b H b^T = (a - b) H (a + b)^T."""
         by_block = (self.count, -1)
         apart, both = (ours - theirs).unflatten(0, by_block), (ours + theirs).unflatten(0, by_block)
-        return (times(apart, self.hessian) * both).sum(-1).flatten() < 0
+        result: Tensor = (times(apart, self.hessian) * both).sum(-1).flatten() < 0
+        return result
 
     def diagonal(self) -> Tensor:
         """Return the damped diagonal as [B, K]: how much each column matters by itself."""

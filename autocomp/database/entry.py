@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -227,7 +227,8 @@ class _Compression:
         if self.layer.conv_groups == 1:
             return rows @ values
         by_group = values.view(-1, rows.shape[1])
-        return (rows.unflatten(0, (len(by_group), -1)) @ by_group[:, :, None]).flatten()
+        result: Tensor = (rows.unflatten(0, (len(by_group), -1)) @ by_group[:, :, None]).flatten()
+        return result
 
     def _bias(self, effective: Tensor, shift: Tensor | None) -> Tensor | None:
         """Return the bias with the mean output restored; a BatchNorm that is re-estimated does that by itself."""
@@ -261,7 +262,7 @@ def pack(entries: Mapping[Method, Entry]) -> dict[str, object]:
     }
 
 
-def unpack(layer: str, in_width: int, data: Mapping[str, dict]) -> dict[Method, Entry]:
+def unpack(layer: str, in_width: int, data: Mapping[str, dict[str, Any]]) -> dict[Method, Entry]:
     """Read what `pack` wrote; KeyError, TypeError or ValueError if it is anything else."""
     entries = {}
     for text, fields in data.items():

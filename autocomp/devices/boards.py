@@ -154,8 +154,8 @@ def temporary_library(executable: Any, target: Any) -> bytes:
     """What TVM has compiled for a target, linked. AutocompError where there is no linker for it."""
     import tempfile
 
-    from autocomp.compiler.build import quiet_stderr
     from autocomp.hardware.link import linker_for
+    from autocomp.processes.quiet import quiet_stderr
 
     with tempfile.TemporaryDirectory(prefix="autocomp-") as folder:
         path = Path(folder) / "module.so"

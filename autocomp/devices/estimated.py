@@ -137,8 +137,8 @@ class EstimatedModel:
         """Write the shared library for the target. AutocompError where there is no linker for it."""
         import tvm
 
-        from autocomp.compiler.build import quiet_stderr
         from autocomp.hardware.link import linker_for
+        from autocomp.processes.quiet import quiet_stderr
 
         executable = tvm.compile(self._scheduled.module, self._target)
         with quiet_stderr():

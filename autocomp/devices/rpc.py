@@ -136,7 +136,8 @@ class RemoteModel:
 
     def run(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Compute the outputs on a board. BoardError if two tries fail."""
-        return self.run_each([inputs])[0]
+        result: torch.Tensor | tuple[torch.Tensor, ...] = self.run_each([inputs])[0]
+        return result
 
     def run_each(self, inputs: Sequence[tuple[torch.Tensor, ...]]) -> list[Any]:
         """``run`` for several input tuples, in one session."""
@@ -260,7 +261,8 @@ def on_a_board(rpc: Rpc, job: Callable[[Session], R], limits: Limits, threads: i
     ((result, failure),) = attempt_shared([job], lent.use, 1, limits.module + limits.wait)
     if failure:
         raise BoardError(failure)
-    return result
+    found: R = result
+    return found
 
 
 def rpc_of(profile: Profile) -> Rpc:

@@ -366,7 +366,8 @@ def _numpy_type(dtype: str) -> np.dtype:
     if dtype == "bfloat16":
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
+        result: np.dtype = np.dtype(ml_dtypes.bfloat16)
+        return result
     try:
         return np.dtype(dtype)
     except TypeError:

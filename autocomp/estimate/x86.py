@@ -173,7 +173,8 @@ def _is_vector(raw: Any) -> bool:
     """Whether an instruction is encoded with VEX or EVEX and not one of the integer ones that share VEX (shlx, bextr, ...)."""
     if raw.bytes[0] not in (0xC4, 0xC5, 0x62):
         return False
-    return raw.mnemonic.startswith("v") or raw.mnemonic.startswith("k")
+    result: bool = raw.mnemonic.startswith("v") or raw.mnemonic.startswith("k")
+    return result
 
 
 def _replacement(raw: Any) -> bytes:
@@ -196,7 +197,8 @@ def _replacement(raw: Any) -> bytes:
     if len(new) > raw.size:
         raise ObjectError(f"no stand-in for {raw.mnemonic} {raw.op_str} in {raw.size} bytes")
     new = new or b"\x90"  # one no-operation, as a block of the emulator may end between two
-    return bytes([_PREFIX]) * (raw.size - len(new)) + new
+    result: bytes = bytes([_PREFIX]) * (raw.size - len(new)) + new
+    return result
 
 
 def _touch(raw: Any, mem: Any, store: bool) -> bytes:
@@ -205,7 +207,8 @@ def _touch(raw: Any, mem: Any, store: bool) -> bytes:
     base_name = raw.reg_name(mem.base) or ""
     disp32 = (mem.disp & 0xFFFF_FFFF).to_bytes(4, "little")
     if base_name == "rip":
-        return bytes([opcode, extension << 3 | 5]) + disp32
+        result: bytes = bytes([opcode, extension << 3 | 5]) + disp32
+        return result
     base = _register(base_name) if mem.base else -1
     index = _register(raw.reg_name(mem.index)) if mem.index else -1
     rex = 0x40 | (base > 7) | (index > 7) << 1
@@ -218,7 +221,9 @@ def _touch(raw: Any, mem: Any, store: bool) -> bytes:
         mode, displacement = (1, bytes([mem.disp & 0xFF])) if small else (2, disp32)
     prefix = bytes([rex]) if rex != 0x40 else b""
     if index < 0 and base >= 0 and base & 7 != 4:
-        return prefix + bytes([opcode, mode << 6 | extension << 3 | base & 7]) + displacement
+        result = prefix + bytes([opcode, mode << 6 | extension << 3 | base & 7]) + displacement
+        return result
     scale = {1: 0, 2: 1, 4: 2, 8: 3}[mem.scale]
     sib = scale << 6 | (index & 7 if index >= 0 else 4) << 3 | (base & 7 if base >= 0 else 5)
-    return prefix + bytes([opcode, mode << 6 | extension << 3 | 4, sib]) + displacement
+    result = prefix + bytes([opcode, mode << 6 | extension << 3 | 4, sib]) + displacement
+    return result

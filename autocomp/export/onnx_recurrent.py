@@ -49,7 +49,8 @@ class OnnxRecurrence(nn.Module):
         order = list(_ORDER[loop.kind])
 
         def ordered(rows: Tensor) -> Tensor:
-            return rows.unflatten(0, (GATES[loop.kind], -1))[order].flatten(0, 1)
+            result: Tensor = rows.unflatten(0, (GATES[loop.kind], -1))[order].flatten(0, 1)
+            return result
 
         biases = [ordered(zeros if value is None else value) for value in (bias, recurrent_bias)]
         self.register_buffer("w", ordered(weight)[None].contiguous())

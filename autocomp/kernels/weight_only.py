@@ -80,7 +80,8 @@ def pack_weight(levels: np.ndarray, spec: WeightOnlySpec) -> np.ndarray:
     fields = blocks.reshape(-1, spec.groups, spec.group // FIELDS, FIELDS, spec.vectors, spec.lanes).astype("int64")
     fields[:, :, :, : FIELDS - 1] += _OFFSET
     shifts = 4 * np.arange(FIELDS).reshape(-1, 1, 1)
-    return ((fields & 15) << shifts).sum(3).astype("uint32").view("int32")
+    result: np.ndarray = ((fields & 15) << shifts).sum(3).astype("uint32").view("int32")
+    return result
 
 
 def pack_scales(scales: np.ndarray, spec: WeightOnlySpec) -> np.ndarray:

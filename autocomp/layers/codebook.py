@@ -78,7 +78,8 @@ class CodebookConv2d(Convolution):
     def float_weight(self) -> Tensor:
         """The float32 weight OIHW that is multiplied."""
         weight = decode(self.weight, self.codebook, self.scale, math.prod(self.kernel))
-        return weight.unflatten(1, self.kernel)
+        result: Tensor = weight.unflatten(1, self.kernel)
+        return result
 
     def extra_repr(self) -> str:
         return f"{self.sizes(self.kernel)}, stages={len(self.codebook)}, dim={self.codebook.shape[2]}"

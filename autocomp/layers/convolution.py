@@ -84,7 +84,8 @@ def outputs_first(layer: AnyLayer) -> Tensor:
 
 def turned(weight: Tensor, groups: int) -> Tensor:
     """Inputs and outputs of a weight exchanged within each group: [I, O / groups, ...] to [O, I / groups, ...], or back."""
-    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    result: Tensor = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return result
 
 
 def float_convolution(weight: Tensor, bias: Tensor | None, geometry: Geometry) -> AnyConvolution:

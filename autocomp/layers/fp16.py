@@ -66,7 +66,8 @@ class HalfLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear_fp16(x, self.weight, self.bias)
+        result: Tensor = linear_fp16(x, self.weight, self.bias)
+        return result
 
     def float_weight(self) -> Tensor:
         """The weight [N, K] in float32."""
@@ -85,7 +86,8 @@ class HalfConv2d(Convolution):
     def forward(self, x: Tensor) -> Tensor:
         if not self.geometry.is_plain:
             return convolved(x, self.float_weight(), self.bias, self.geometry)
-        return conv2d_fp16(x, self.weight, self.bias, *self.geometry[:4])
+        result: Tensor = conv2d_fp16(x, self.weight, self.bias, *self.geometry[:4])
+        return result
 
     def float_weight(self) -> Tensor:
         """The weight OIHW in float32."""

@@ -202,7 +202,8 @@ class QuantLinear(nn.Module):
         self.inv_xs, self.zp = inv_xs, zp
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear_w8a8(x, self.weight, self.scale, self.bias, self.inv_xs, self.zp)
+        result: Tensor = linear_w8a8(x, self.weight, self.scale, self.bias, self.inv_xs, self.zp)
+        return result
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, inv_xs={self.inv_xs:g}, zp={self.zp}"
@@ -224,8 +225,10 @@ class QuantConv2d(Convolution):
     def forward(self, x: Tensor) -> Tensor:
         tensors = (x, self.weight, self.scale, self.bias, self.inv_xs, self.zp)
         if not self.geometry.is_plain:
-            return convolution_w8a8(*tensors, *self.geometry)
-        return conv2d_w8a8(*tensors, *self.geometry[:4])
+            result: Tensor = convolution_w8a8(*tensors, *self.geometry)
+            return result
+        result = conv2d_w8a8(*tensors, *self.geometry[:4])
+        return result
 
     def extra_repr(self) -> str:
         return f"{self.sizes(self.weight.shape[1:])}, zp={self.zp}"

@@ -44,7 +44,8 @@ def _(x: Tensor, w: Tensor, scales: Tensor, bias: Tensor, bits: int, group: int)
 def dequantise(w: Tensor, scales: Tensor, bits: int, group: int) -> Tensor:
     """The float32 weight [N, G * group] of stored levels."""
     levels = unpack_levels(w) if bits == 4 else w
-    return (levels.float().unflatten(1, (-1, group)) * scales[:, :, None]).flatten(1)
+    result: Tensor = (levels.float().unflatten(1, (-1, group)) * scales[:, :, None]).flatten(1)
+    return result
 
 
 def pack_levels(levels: Tensor) -> Tensor:
@@ -75,7 +76,8 @@ class WeightOnlyLinear(nn.Module):
         self.bits, self.group = bits, group
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear_weight_only(x, self.weight, self.scales, self.bias, self.bits, self.group)
+        result: Tensor = linear_weight_only(x, self.weight, self.scales, self.bias, self.bits, self.group)
+        return result
 
     def float_weight(self) -> Tensor:
         """The float32 weight [N, K] that is multiplied."""
@@ -119,7 +121,8 @@ class WeightOnlyConv2d(Convolution):
             levels = fields - 16 * (fields > 7)
         # Not by repeating the scales: an exporter would fold these into a constant as large as a float weight.
         whole = functional.pad(levels, (0, -columns % self.group)).unflatten(1, (-1, self.group))
-        return (whole * self.scales[:, :, None]).flatten(1)[:, :columns].unflatten(1, self.kernel)
+        result: Tensor = (whole * self.scales[:, :, None]).flatten(1)[:, :columns].unflatten(1, self.kernel)
+        return result
 
     def extra_repr(self) -> str:
         return f"{self.sizes(self.kernel)}, bits={self.bits}, group={self.group}"

@@ -153,4 +153,5 @@ def _gain(front_error: Floats, front_seconds: Floats, error: Floats, seconds: Fl
     """Area each (error, seconds) would add under the staircase of the front (fast to slow), up to its slowest point."""
     left, right = front_seconds[:-1], front_seconds[1:]
     width = np.maximum(right, seconds[:, None]) - np.maximum(left, seconds[:, None])
-    return (width * np.maximum(0.0, front_error[:-1] - error[:, None])).sum(axis=1)
+    result: Floats = (width * np.maximum(0.0, front_error[:-1] - error[:, None])).sum(axis=1)
+    return result

@@ -283,7 +283,8 @@ def _descend(problem: Problem, tables: _Tables, count: int, starts: Levels | Non
     value = np.zeros(levels.shape[:2])
     for columns, table in tables:
         value += table[(rows, *(levels[:, :, c] for c in columns))]
-    return levels[value.argmin(axis=0), np.arange(count)]
+    result: Levels = levels[value.argmin(axis=0), np.arange(count)]
+    return result
 
 
 def _hull(problem: Problem, n: int) -> Levels:

@@ -188,4 +188,7 @@ def _draw(output: Output, scale: Tensor | None, x: Tensor, generator: torch.Gene
     if kind == "regression":
         return signs * (2 / (scale * x.shape[-1])).sqrt().to(x.dtype)
     drawn, unit = signs * (2 / scale).sqrt().to(x.dtype), _unit(x)
-    return (drawn - unit * (drawn * unit).sum(-1, keepdim=True)) / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    result: Tensor = (drawn - unit * (drawn * unit).sum(-1, keepdim=True)) / x.norm(dim=-1, keepdim=True).clamp_min(
+        1e-12
+    )
+    return result

@@ -30,7 +30,8 @@ class Attention(nn.Module):
             for layer in (self.query, self.key, self.value)
         )
         mixed = functional.scaled_dot_product_attention(query, key, value)
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
+        result: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
+        return result
 
 
 class EncoderBlock(nn.Module):
@@ -44,7 +45,8 @@ class EncoderBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
-        return x + self.ffn(self.norm2(x))
+        result: Tensor = x + self.ffn(self.norm2(x))
+        return result
 
 
 class Encoder(nn.Module):
@@ -69,4 +71,5 @@ class Encoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.blocks(self.embedding(tokens) + self.position)
-        return self.classifier(self.norm(x))
+        result: Tensor = self.classifier(self.norm(x))
+        return result

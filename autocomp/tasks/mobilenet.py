@@ -35,7 +35,8 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.project(self.depthwise(self.expand(x)))
-        return x + y if self.adds else y
+        result: Tensor = x + y if self.adds else y
+        return result
 
 
 class MobileNet(nn.Module):
@@ -59,7 +60,8 @@ class MobileNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.head(self.blocks(self.stem(x)))
-        return self.classifier(y.mean((2, 3)))
+        result: Tensor = self.classifier(y.mean((2, 3)))
+        return result
 
 
 def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:

@@ -52,4 +52,5 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.stages(self.stem(x))
-        return self.classifier(y.mean((2, 3)))
+        result: Tensor = self.classifier(y.mean((2, 3)))
+        return result

@@ -156,7 +156,8 @@ def _train(model: nn.Module, recipe: Recipe, train: Batches, progress: Progress)
             stage.advance(note=f"loss {loss:.3f}")
     if not all(bool(torch.isfinite(value).all()) for value in model.state_dict().values()):
         raise AutocompError(f"training {recipe.task} diverged: weights are not finite (seed {recipe.seed})")
-    return model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]  # as above
+    done: nn.Module = model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]  # as above
+    return done
 
 
 def _one_epoch(

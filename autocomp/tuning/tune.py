@@ -15,6 +15,8 @@ from autocomp.hardware.profile import Profile
 from autocomp.kernels import compute, packing, templates
 from autocomp.kernels import fp16 as half
 from autocomp.kernels.intrinsics import dot_product
+from autocomp.kernels.specs import DenseSpec
+from autocomp.kernels.tile import Anchor, Tile
 from autocomp.tuning.store import KernelRecord, KernelStore
 from autocomp.tuning.timers import Job, LocalTimer, Timer
 
@@ -34,7 +36,7 @@ class Tuned:
 @dataclass(frozen=True)
 class _Kernel:
     function: Any
-    anchor: templates.Anchor
+    anchor: Anchor
     key: str
 
     @property
@@ -46,7 +48,7 @@ class _Kernel:
 @dataclass(frozen=True)
 class _Found:
     seconds: float
-    tile: templates.Tile
+    tile: Tile
     trials: int
 
 
@@ -113,7 +115,7 @@ class Tuner:
     def _tuned(self, kernel: _Kernel, trials: int) -> Tuned:
         record = self.store.get(kernel.key)
         assert record is not None
-        tile = templates.Tile(**record.tile)
+        tile = Tile(**record.tile)
         return Tuned(templates.apply(kernel.function, tile, kernel.anchor, self.profile), record, trials)
 
     def _race(self, kernels: Sequence[_Kernel]) -> dict[str, int]:
@@ -164,13 +166,13 @@ class Tuner:
             self.store.add(record)
         return record.flops / record.seconds
 
-    def _tiles(self, kernel: _Kernel, stop_early: bool) -> list[templates.Tile]:
+    def _tiles(self, kernel: _Kernel, stop_early: bool) -> list[Tile]:
         """The tiles to measure; only one where a kernel with the same loops and another epilogue was tuned before."""
         if stop_early and kernel.loops and (sibling := self.store.find(*kernel.loops)):
-            return [templates.Tile(**sibling.tile)]
+            return [Tile(**sibling.tile)]
         return templates.tiles(kernel.anchor, self.profile)[: self.budget]
 
-    def _others(self, kernel: _Kernel, tried: Sequence[templates.Tile]) -> list[templates.Tile]:
+    def _others(self, kernel: _Kernel, tried: Sequence[Tile]) -> list[Tile]:
         """What to fall back on, one after the other, where none of the tiles builds: there is always a schedule."""
         first = templates.tiles(kernel.anchor, self.profile)[:1]
         return [tile for tile in (*first, *templates.LAST_RESORT) if tile not in tried]
@@ -181,7 +183,7 @@ class Tuner:
         ended: dict[int, _Found | AutocompError] = {}
         answers: dict[int, tuple[float | None, str] | None] = dict.fromkeys(range(len(kernels)))
         while answers:
-            wanted: dict[int, templates.Tile] = {}
+            wanted: dict[int, Tile] = {}
             for index, answer in answers.items():
                 try:
                     wanted[index] = searches[index].send(answer)
@@ -199,7 +201,7 @@ class Tuner:
 
     def _tries(
         self, kernel: _Kernel, stop_early: bool
-    ) -> Generator[templates.Tile, tuple[float | None, str] | None, _Found | AutocompError]:
+    ) -> Generator[Tile, tuple[float | None, str] | None, _Found | AutocompError]:
         """One kernel's search: yields the tile to try next, is sent (seconds, "") or (None, why not), and returns what it found."""
         anchor = kernel.anchor
         peak = self.peak(anchor.template) if stop_early else None
@@ -241,7 +243,7 @@ def _reference_product(arithmetic: str, profile: Profile) -> Any:
     else:
         lanes, dot = profile.lanes, dot_product(profile) if arithmetic == "int8" else None
         packed, dtype = packing.pack_dense_weight(weight, lanes, dot), dot.activation if dot else "float32"
-    spec = compute.DenseSpec.of((24, 256), 64, lanes)
+    spec = DenseSpec.of((24, 256), 64, lanes)
     data = te.placeholder((24, 256), dtype, name="data")
     constant = te.placeholder(packed.shape, str(packed.dtype), name="weight")
     if arithmetic == "fp16":
@@ -249,5 +251,5 @@ def _reference_product(arithmetic: str, profile: Profile) -> Any:
     return te.create_prim_func([data, constant, compute.dense(data, constant, spec, dot)])
 
 
-def _describe(anchor: templates.Anchor) -> str:
+def _describe(anchor: Anchor) -> str:
     return f"{'x'.join(map(str, anchor.spatial))} over {'x'.join(map(str, anchor.reduction))}" if anchor.spatial else ""

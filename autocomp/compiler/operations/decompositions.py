@@ -171,7 +171,8 @@ def _median(x: Tensor) -> Tensor:
 
 
 def _cdist(a: Tensor, b: Tensor, p: float, _mode: int | None) -> Tensor:
-    return torch.linalg.vector_norm(a.unsqueeze(-2) - b.unsqueeze(-3), p, dim=-1)
+    result: Tensor = torch.linalg.vector_norm(a.unsqueeze(-2) - b.unsqueeze(-3), p, dim=-1)
+    return result
 
 
 def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Any:
@@ -296,8 +297,10 @@ def _same_padding(operation: Any) -> Callable[..., Tensor]:
         sides = [(each // 2, each - each // 2) for each in total]
         if any(left != right for left, right in sides):
             x = torch.nn.functional.pad(x, [side for pair in reversed(sides) for side in pair])
-            return operation(x, weight, bias, stride, [0] * axes, steps, groups)
-        return operation(x, weight, bias, stride, [left for left, _ in sides], steps, groups)
+            result: Tensor = operation(x, weight, bias, stride, [0] * axes, steps, groups)
+            return result
+        result = operation(x, weight, bias, stride, [left for left, _ in sides], steps, groups)
+        return result
 
     return convolution
 
@@ -360,7 +363,8 @@ def _trilinear(
 
 
 def _dist(a: Tensor, b: Tensor, p: Any = 2) -> Tensor:
-    return torch.linalg.vector_norm(a - b, p)
+    result: Tensor = torch.linalg.vector_norm(a - b, p)
+    return result
 
 
 def _clamp(x: Tensor, min: Any = None, max: Any = None) -> Any:
