@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from autocomp.kernels import recurrent, vector_math
+from autocomp.kernels import vector_math
 from autocomp.kernels.intrinsics import DotProduct
 from autocomp.kernels.specs import round_up
+from autocomp.records.recurrent import GATES as BY_KIND
 
-GATES = recurrent.GATES["lstm"]  # input, forget, new value, output: torch's order
+GATES = BY_KIND["lstm"]  # input, forget, new value, output: torch's order
 _SPARE = 4  # registers that hold no sums: the input, and what the gates' formulas need
 _FEWEST = 10  # sums in flight that hide the latency of a dot product: 5 cycles, two a cycle
 
