@@ -11,8 +11,8 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from test_compile import quantise_all
 from torch import Tensor, nn
+from wholes import quantise_all
 
 from autocomp.export.onnx import EXACT, export_onnx
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import nets
 import torch
-from test_compile import mobile
 from torch import Tensor, nn
+from wholes import mobile
 
 from autocomp.compiler.build import build
 from autocomp.compiler.importer import export_program, import_program

@@ -11,8 +11,8 @@ import pytest
 import torch
 from families import FAMILIES, samples
 from families import make as made
+from points import EVALUATION
 from safetensors.torch import save_file
-from test_export import EVALUATION
 from torch import Tensor, nn
 
 from autocomp.errors import UsageError

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from places import ROOT
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
@@ -346,9 +347,8 @@ def test_a_canonical_model_is_returned_as_it_is():
 
 
 def test_the_page_of_what_can_be_compressed_is_up_to_date():
-    from pathlib import Path
 
     from autocomp.space.document import page
 
-    written = Path(__file__).parents[1] / "docs" / "compressible.md"
+    written = ROOT / "docs" / "compressible.md"
     assert written.read_text() == page(), "run: python -m autocomp.space.document > docs/compressible.md"

@@ -8,39 +8,15 @@ import nets
 import pytest
 import torch
 from torch import Tensor, nn
+from wholes import mobile, quantise_all
 
 from autocomp.compiler.build import CompiledModel, build
 from autocomp.compiler.importer import export_program
 from autocomp.compiler.verify import check_outputs, first_differing_layer, relative_error
-from autocomp.compress.scales import activation_parameters, quantised
 from autocomp.devices.local import LocalDevice
 from autocomp.errors import ExportError, MismatchError, UsageError
 from autocomp.hardware.profile import load_profile
 from autocomp.tuning.store import KernelStore
-
-
-class InvertedResidual(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        hidden = inputs * 3
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6(),
-            nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6(),
-            nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs),
-        )  # fmt: skip
-        self.residual = stride == 1 and inputs == outputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x) if self.residual else self.body(x)
-
-
-class SqueezeExcite(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.pool, self.down, self.up = nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, 8, 1), nn.Conv2d(8, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(self.up(nn.functional.silu(self.down(self.pool(x)))))
 
 
 class SmallViT(nn.Module):
@@ -56,13 +32,6 @@ class SmallViT(nn.Module):
         tokens = self.patches(x).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.token.expand(x.shape[0], -1, -1), tokens], 1)
         return self.head(self.encoder(tokens)[:, 0])
-
-
-def mobile() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU6(), InvertedResidual(16, 24, 2), InvertedResidual(24, 24, 1),
-        SqueezeExcite(24), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10),
-    )  # fmt: skip
 
 
 def awkward() -> nn.Module:
@@ -91,26 +60,6 @@ def test_family_equals_torch(device: LocalDevice, name: str) -> None:
     inputs = [(torch.randn(shape),) for _ in range(2)]
     compiled = build(model, inputs[0], device.profile, device.tuner)
     assert check_outputs(model, compiled.run, inputs, name) < 1e-4
-
-
-def quantise_all(model: nn.Module, x: Tensor) -> nn.Module:
-    """Every convolution and linear layer in int8, ranges from one batch."""
-    ranges: dict[str, tuple[float, int]] = {}
-    handles = [
-        module.register_forward_hook(
-            lambda _m, inputs, _o, name=name: ranges.update(
-                {name: activation_parameters(float(inputs[0].min()), float(inputs[0].max()))}
-            )
-        )
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d | nn.Linear)
-    ]
-    model(x)
-    for handle in handles:
-        handle.remove()
-    for name, parameters in ranges.items():
-        model.set_submodule(name, quantised(model.get_submodule(name), *parameters))
-    return model
 
 
 @pytest.mark.parametrize("profile_name", ["x86-host", "x86-64-v3"])

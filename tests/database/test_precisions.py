@@ -10,8 +10,8 @@ import nets
 import onnx
 import pytest
 import torch
+from by_hand import by_hand
 from pipeline import STORABLE, STORED, Vectors, pipeline
-from test_apply import by_hand
 from torch import nn
 
 from autocomp.database.stitch import stitch

@@ -11,8 +11,8 @@ import torch
 from emulated import lowered, run_function, run_module, run_te
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_compile import quantise_all
 from torch import nn
+from wholes import quantise_all
 
 from autocomp.compiler.verify import relative_error
 from autocomp.devices.latency import LatencyModel, layer_work

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import operation_cases
 import pytest
 import torch
+from places import ROOT
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -125,5 +124,5 @@ def test_building_a_refused_model_raises_all_its_messages(device: LocalDevice) -
 def test_the_page_of_operations_is_that_of_the_code() -> None:
     from autocomp.compiler.operations.document import page
 
-    written = Path(__file__).parents[1] / "docs" / "operations.md"
+    written = ROOT / "docs" / "operations.md"
     assert written.read_text() == page(), "run: python -m autocomp.compiler.operations > docs/operations.md"

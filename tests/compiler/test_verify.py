@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_compile import quantise_all
 from torch import Tensor, nn
+from wholes import quantise_all
 
 from autocomp.compiler.verify import CHAOTIC, TOLERANCES, compare, precision_of, reference_outputs
 from autocomp.errors import MismatchError

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from fake_run import make_run, write_fake_run
+from places import TESTS
 
 from autocomp.errors import CorruptError, UsageError
 from autocomp.records.evaluation import Sensitivity
@@ -22,7 +23,7 @@ from autocomp.report.build import build_report, render, render_sensitivity
 from autocomp.report.curves import sensitivity_figures
 from autocomp.report.figures import Metric, front_figure, milliseconds
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = TESTS / "golden"
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ROOT
 
 from autocomp.errors import AutocompError
 from autocomp.hardware import link
 from autocomp.hardware.profile import load_profile
 
 A76 = {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a76"}
-ROOT = Path(__file__).parent.parent
 HEADER = {"aarch64": 183, "x86_64": 62}  # e_machine of an ELF file
 
 

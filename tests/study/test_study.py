@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from places import TESTS
 from problems import random_problem
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
@@ -192,7 +193,7 @@ def test_a_study_is_one_that_optuna_reads(tmp_path: Path) -> None:
 
 CHILD = """
     import sys, time
-    sys.path.insert(0, sys.argv[2])
+    sys.path[:0] = sys.argv[2:4]
     from pathlib import Path
     from test_study import DENSE, PROBLEM, solve_front, start, step
 
@@ -209,7 +210,7 @@ CHILD = """
 def test_kill_minus_nine_loses_nothing(tmp_path: Path) -> None:
     """Killed again and again in mid-search, the study ends with all told trials, none lost and none twice."""
     reported: list[str] = []
-    command = [sys.executable, "-c", textwrap.dedent(CHILD), str(tmp_path), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", textwrap.dedent(CHILD), str(tmp_path), str(TESTS), str(Path(__file__).parent)]
     rng = np.random.default_rng(0)
     kills = 0
     while True:

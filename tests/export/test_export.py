@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import tiny_task
 import torch
-from test_compile import quantise_all
+from points import EVALUATION
 from torch import nn
+from wholes import quantise_all
 
 from autocomp.compiler import build as build_module
 from autocomp.compiler.build import CompiledModel
@@ -22,23 +23,8 @@ from autocomp.export import files as export
 from autocomp.export.files import MANIFEST, export_point, load_model
 from autocomp.export.onnx import export_onnx, onnx_session, run_session
 from autocomp.hardware import link
-from autocomp.records.candidate import Candidate
-from autocomp.records.evaluation import Evaluation
-from autocomp.records.latency import Latency
 
 torch.set_num_threads(1)
-
-
-EVALUATION = Evaluation(
-    trial=3,
-    candidate=Candidate({"stem": 32}, {}),
-    source="dense",
-    state="measured",
-    error=0.0,
-    bytes=1000,
-    metrics={"accuracy": 0.9},
-    latency={"x86-host": Latency(1e-5, 0.01, "measured", "x86-host", samples=(1e-5,))},
-)
 
 
 def test_files_read_back_and_the_manifest_names_them(device: LocalDevice, tmp_path: Path) -> None:

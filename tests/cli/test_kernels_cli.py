@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from places import TESTS
 
 from autocomp.cli.main import main
 from autocomp.errors import UsageError
@@ -20,7 +21,7 @@ from autocomp.hardware.profile import load_profile
 from autocomp.tuning import exchange, roofline
 from autocomp.tuning.store import KernelRecord, KernelStore, identity_of, read_lines
 
-GOLDEN = Path(__file__).parent / "golden" / "kernels_v1.json"
+GOLDEN = TESTS / "golden" / "kernels_v1.json"
 IDENTITY = {
     "format_version": 1,
     "target": {"kind": "llvm", "mcpu": "x86-64-v4", "num-cores": 1},

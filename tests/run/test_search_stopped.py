@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from places import TESTS
 from studies import told
 
 from autocomp.api import SearchResult
@@ -21,7 +22,6 @@ from autocomp.cli.main import main
 from autocomp.errors import UsageError
 
 TASK = "tiny_task:task"
-TESTS = Path(__file__).parent
 pytestmark = pytest.mark.usefixtures("short_tuning")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_approximate import NORMS, Stream, analysed
+from streams import NORMS, Stream, analysed
 from torch import Tensor, nn
 
 from autocomp.compiler.build import build
