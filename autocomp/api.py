@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,13 +96,17 @@ class SearchResult:
         return len(self.front)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each front point, fast to slow: metrics, seconds and speed-up by profile, bytes, drop of the objective."""
+        """One row for each front point, fast to slow: metrics, seconds and speed-up by profile, bytes, drop of the objective.
+
+        A metric whose name another column has is called ``metric:NAME``.
+        """
         import pandas as pd
 
         task = self.run.task
         rows = []
         for point in self.front:
-            row: dict[str, Any] = {"id": point.candidate.id, **point.metrics}
+            row: dict[str, Any] = {"id": point.candidate.id}
+            row |= {f"metric:{name}" if _is_column(name) else name: value for name, value in point.metrics.items()}
             row |= {f"test:{name}": value for name, value in point.test_metrics.items()}
             for profile, latency in point.latency.items():
                 row[f"seconds:{profile}"] = latency.seconds
@@ -128,6 +133,20 @@ class SearchResult:
         return next(point for point in self.front if point.candidate == chosen.candidate)
 
 
+_SEARCHING = threading.Lock()
+
+
+def _is_column(metric: str) -> bool:
+    """Whether a column of `SearchResult.to_frame` has the name of a metric already."""
+    return metric in ("id", "bytes", "drop") or metric.partition(":")[0] in (
+        "seconds",
+        "how",
+        "speedup",
+        "test",
+        "metric",
+    )
+
+
 def search(
     task: Task | str | None = None,
     profiles: Sequence[str] | None = None,
@@ -151,6 +170,22 @@ def search(
         settings = _settings(task, profiles, trials, out, seed, options)
     else:
         _refuse_both(task, {"profiles": profiles, "trials": trials, "out": out, "seed": seed, **options})
+    if settings.evaluate_timeout is not None and threading.current_thread() is not threading.main_thread():
+        raise UsageError(
+            "evaluate_timeout works in the main thread alone: search there, or in a process of its own, or leave it out"
+        )
+    if not _SEARCHING.acquire(blocking=False):
+        raise UsageError(
+            "another search is running in this process: torch, TVM and their settings belong to the whole process. Search one after the other, "
+            "or in processes of their own"
+        )
+    try:
+        return _search(settings, task, resume, progress)
+    finally:
+        _SEARCHING.release()
+
+
+def _search(settings: Settings, task: Task | str | None, resume: bool, progress: Progress) -> SearchResult:
     check_run_folder(settings, resume)
     _check_names(settings)
     probe(cache_dir(), "cache", "set AUTOCOMP_CACHE to a folder of yours with room")
@@ -357,8 +392,9 @@ def _run(
     from autocomp.run.finish import finish
     from autocomp.run.pipeline import Pipeline
     from autocomp.tasks.training import one_thread
+    from autocomp.tasks.untouched import in_float32
 
-    with one_thread():  # on a busy machine a second thread makes these small layers many times slower
+    with one_thread(), in_float32():  # on a busy machine a second thread makes these small layers many times slower
         torch.manual_seed(settings.seed)
         try:
             pipeline = Pipeline(settings, task, folder, known, progress)
@@ -374,7 +410,7 @@ def _run(
                 _report(folder, progress)
                 raise
         finally:
-            pipeline.search.close()
+            pipeline.close()
     with progress.stage("writing the report"):
         _report(folder, progress)
     return SearchResult(folder)
@@ -418,10 +454,11 @@ def _compiled(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...], 
     from autocomp.compiler.handover import checked_inputs, describe_outputs
     from autocomp.devices.open import open_device
     from autocomp.graph.plain import plain
+    from autocomp.tasks.untouched import in_float32
 
     found = profile if isinstance(profile, Profile) else load_profile(profile)
     model, given, _ = plain(model, checked_batch(example_inputs, "example_inputs"), "the model", "example_inputs")
-    with caught(None):
+    with caught(None), in_float32():
         device = open_device(found)
         inputs = checked_inputs(model.eval(), given)
         said = describe_outputs(model, inputs)

@@ -43,6 +43,11 @@ def show_table(headings: Sequence[str], rows: Iterable[Sequence[str]], title: st
     output().print(table)
 
 
+def _figure(value: float, sign: str = "") -> str:
+    """Four places of a value about 1, as many digits of one that is very large or small."""
+    return f"{value:{sign}.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:{sign}.4g}"
+
+
 def show_front(run: Run) -> None:
     """Print the front of a run, dense first: the validation split's objective, latency by profile, and which files did not come out well."""
     objective = run.task.objective
@@ -59,8 +64,8 @@ def show_front(run: Run) -> None:
         drop = sign * (dense.metrics[objective] - evaluation.metrics[objective])
         row = [
             "dense" if is_dense else evaluation.candidate.id,
-            f"{evaluation.metrics[objective]:.4f}",
-            "" if is_dense else f"{drop:+.4f}",
+            _figure(evaluation.metrics[objective]),
+            "" if is_dense else _figure(drop, "+"),
         ]
         for profile in run.profiles:
             latency = evaluation.latency[profile]

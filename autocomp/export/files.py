@@ -189,5 +189,14 @@ def _write_manifest(
     write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
 
 
+def renew_manifest(folder: Path, evaluation: Evaluation) -> None:
+    """Write a point's latencies into its manifest anew: they were taken once more after its files were."""
+    path = folder / MANIFEST
+    if path.exists():
+        manifest = json.loads(path.read_text())
+        manifest["latency"] = {name: _brief(latency_to_json(latency)) for name, latency in evaluation.latency.items()}
+        write_atomically(path, (json.dumps(manifest, indent=2) + "\n").encode())
+
+
 def _brief(latency: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in latency.items() if key not in ("samples", "kernels")}

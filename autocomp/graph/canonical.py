@@ -7,6 +7,7 @@ parameters or under a parametrisation is a convolution with a constant weight, a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from autocomp.graph.reader import Reader
 from autocomp.graph.samples import Axes, doubled, find_batch, near, varying_axes
 from autocomp.graph.sizes import name_sizes
 from autocomp.processes import interrupt
+
+_ONE = threading.RLock()  # torch.export keeps its state in the process: two at once spoil each other
 
 
 def canonical(
@@ -37,6 +40,13 @@ def canonical(
     """
     if isinstance(model, CanonicalModel) and model.code.graph is not None:
         return model
+    with _ONE:
+        return _canonical(model, example_inputs, others, batch_axes)
+
+
+def _canonical(
+    model: nn.Module, example_inputs: Sequence[Tensor], others: Sequence[Sequence[Tensor]], batch_axes: Axes | None
+) -> CanonicalModel:
     inputs = tuple(tensor.detach().clone() for tensor in example_inputs)
     others = [tuple(tensor.detach() for tensor in other) for other in others]
     modes = {name: module.training for name, module in model.named_modules()}

@@ -120,9 +120,11 @@ def receive(reader: int, timeout: float | None = None) -> Any:
 
 def _read(reader: int, count: int, deadline: float | None) -> bytes | None:
     data = b""
+    waiting = select.poll()  # `select.select` takes no file descriptor above 1023
+    waiting.register(reader, select.POLLIN)
     while len(data) < count:
         left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-        ready, _, _ = select.select([reader], [], [], left)
+        ready = waiting.poll(None if left is None else left * 1e3)
         part = os.read(reader, min(count - len(data), _PART)) if ready else b""
         if not part:
             return None

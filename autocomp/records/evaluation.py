@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from autocomp.records.candidate import Candidate
@@ -77,6 +77,13 @@ class Sensitivity:
     option: str
     error: float
     share: float
+
+
+def as_searched(evaluation: Evaluation) -> Evaluation:
+    """The evaluation with the times that were taken while searching, not those taken at the end of a run."""
+    if not evaluation.earlier:
+        return evaluation
+    return replace(evaluation, latency={**evaluation.latency, **evaluation.earlier}, earlier={})
 
 
 def evaluation_to_json(evaluation: Evaluation) -> dict[str, Any]:

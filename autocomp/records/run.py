@@ -123,6 +123,13 @@ def speedup(evaluation: Evaluation, dense: Evaluation, profile: str) -> float:
     return yardstick.seconds / evaluation.latency[profile].seconds
 
 
+def comparable(evaluation: Evaluation, dense: Evaluation, profile: str) -> float:
+    """Seconds of an evaluation as they would be at the moment the dense model was last timed: those of it over `speedup`."""
+    if profile not in dense.latency:
+        return evaluation.latency[profile].seconds
+    return dense.latency[profile].seconds / speedup(evaluation, dense, profile)
+
+
 def write_front(folder: Path, run: Run) -> Path:
     """Write ``front.json`` into a run folder, whole or not at all; numbers that are not finite become null."""
     data = {
@@ -254,6 +261,7 @@ _COLUMN_ORDER = [
     "latency_how",
     "latency_spread",
     "latency_error",
+    "earlier_ms",
     "bytes",
     "seconds_spent",
     "failure",
@@ -281,6 +289,7 @@ def _row(evaluation: Evaluation) -> dict[str, Any]:
         row[f"latency_how:{profile}"] = latency.how
         row[f"latency_spread:{profile}"] = latency.spread
         row[f"latency_error:{profile}"] = latency.error
+    row |= {f"earlier_ms:{profile}": _milliseconds(latency.seconds) for profile, latency in evaluation.earlier.items()}
     row |= {
         "bytes": evaluation.bytes,
         "seconds_spent": evaluation.seconds_spent,
@@ -301,6 +310,7 @@ def _evaluation(row: Mapping[str, Any]) -> Evaluation:
         profile: Latency(ms * 1e-3, spread.get(profile, 0.0), how[profile], profile, error=error.get(profile))
         for profile, ms in part("latency_ms").items()
     }
+    earlier = {profile: Latency(ms * 1e-3, 0.0, how[profile], profile) for profile, ms in part("earlier_ms").items()}
     choice = {"widths": json.loads(row["widths"]), "methods": json.loads(row["methods"])}
     return Evaluation(
         trial=int(row["trial"]),
@@ -313,6 +323,7 @@ def _evaluation(row: Mapping[str, Any]) -> Evaluation:
         kl=float(row["kl"]) if "kl" in row else None,
         metrics=part("metric"),
         latency=latency,
+        earlier=earlier,
         failure=row.get("failure"),
         seconds_spent=float(row.get("seconds_spent", 0.0)),
     )

@@ -98,6 +98,9 @@ def render(
     )
 
 
+OURS = "dense, tuned"  # how the reference begins that is our own dense module, called as the other runtimes are
+
+
 class _Page:
     """What the template shows, worked out: texts and shares, no markup."""
 
@@ -149,13 +152,17 @@ class _Page:
                 }
             )
             references = [r for r in self.run.references if r.latency.profile == profile and r.kind == "runtime"]
-            if references:
-                fastest = min(references, key=lambda r: r.latency.seconds)
+            others = [r for r in references if not r.name.startswith(OURS)]
+            own = next((r for r in references if r.name.startswith(OURS)), None)
+            if others:
+                fastest = min(others, key=lambda r: r.latency.seconds)
+                beside = own.latency if own is not None else there  # timed in turn with it, and called as it is
+                against = fastest.latency.seconds / beside.seconds
                 cards.append(
                     {
                         "title": f"faster than {fastest.name}",
-                        "value": f"{fastest.latency.seconds / here.seconds:.1f}×",
-                        "note": f"{milliseconds(fastest.latency.seconds)}, {fastest.latency.how} in the same run",
+                        "value": f"{against * speedup(evaluation, self.dense, profile):.1f}×",
+                        "note": f"which took {against:.2f} of the time of dense, {fastest.latency.how}",
                     }
                 )
         if evaluation.bytes:

@@ -11,9 +11,9 @@ from typing import Any
 
 from autocomp.config.quantities import format_bytes
 from autocomp.front.pareto import pareto_set
-from autocomp.records.evaluation import Evaluation
+from autocomp.records.evaluation import Evaluation, as_searched
 from autocomp.records.latency import Latency
-from autocomp.records.run import Run, speedup
+from autocomp.records.run import Run, comparable, speedup
 
 Figure = dict[str, Any]
 
@@ -100,7 +100,7 @@ def front_figure(
         kept = [e for e in chosen if profile in e.latency and metric.name in e.metrics]
         marker = {"size": [e.bytes for e in kept], "opacity": 1, **_by_area(largest), **style.pop("marker")}
         return {
-            "type": "scatter", "name": name, "mode": mode, "x": [e.latency[profile].seconds * 1e3 for e in kept],
+            "type": "scatter", "name": name, "mode": mode, "x": [comparable(e, dense, profile) * 1e3 for e in kept],
             "y": [e.metrics[metric.name] * metric.scale for e in kept], "text": [hover(e) for e in kept],
             "customdata": [e.candidate.id for e in kept], "hovertemplate": "%{text}<extra></extra>", "marker": marker, **style,
         }  # fmt: skip
@@ -161,7 +161,12 @@ def front_figure(
     shapes, notes = _goal_lines(metric, dense, goals)
     for e in every:
         if e.candidate.id == taken and taken != knee and metric.name in e.metrics:
-            at = {"x": e.latency[profile].seconds * 1e3, "y": e.metrics[metric.name] * metric.scale, "ax": 36, "ay": 44}
+            at = {
+                "x": comparable(e, dense, profile) * 1e3,
+                "y": e.metrics[metric.name] * metric.scale,
+                "ax": 36,
+                "ay": 44,
+            }
             arrow = {
                 "showarrow": True,
                 "arrowhead": 0,
@@ -266,7 +271,7 @@ def prediction_figure(evaluations: Sequence[Evaluation], profile: str) -> Figure
     kept = [e for e in kept if e.latency[profile].how == "measured"]
     if len(kept) < 3:
         return None
-    x = [e.latency[profile].seconds * 1e3 for e in kept]
+    x = [as_searched(e).latency[profile].seconds * 1e3 for e in kept]  # which predictions are fitted to
     y = [e.predicted[profile] * 1e3 for e in kept]
     ends = [0.0, max([*x, *y]) * 1.05]
     same: Figure = {"type": "scatter", "mode": "lines", "x": ends, "y": ends, "name": "equal", "hoverinfo": "skip"}
@@ -299,7 +304,7 @@ def _hover(run: Run, profile: str) -> Callable[[Evaluation], str]:
         lines = [
             f"<b>{e.candidate.id}</b> ({e.source}, trial {e.trial})",
             f"{html.escape(metric.name)} {metric.text(e.metrics[metric.name])}"
-            + (f", test {metric.text(test)}" if test else ""),
+            + (f", test {metric.text(test)}" if test is not None else ""),
             latency_text(e.latency[profile]) + _times(dense, e, profile),
             f"{format_bytes(e.bytes)} ({dense.bytes / e.bytes:.1f}× smaller)" if e.bytes else format_bytes(e.bytes),
             choices_text(e, dense),
@@ -371,6 +376,6 @@ def front_of(evaluations: Sequence[Evaluation], metric: Metric, dense: Evaluatio
     """Those evaluations that no other dominates in (loss of the metric, seconds) on one profile, fast to slow."""
     kept = [e for e in evaluations if profile in e.latency and metric.name in e.metrics]
     pairs = [
-        (metric.loss(e.metrics[metric.name], dense.metrics[metric.name]), e.latency[profile].seconds) for e in kept
+        (metric.loss(e.metrics[metric.name], dense.metrics[metric.name]), comparable(e, dense, profile)) for e in kept
     ]
     return [kept[k] for k in pareto_set(pairs)]

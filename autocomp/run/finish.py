@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from autocomp.accuracy.sensitivity import curves
-from autocomp.errors import InfeasibleError
+from autocomp.errors import AutocompError, InfeasibleError
+from autocomp.export.files import renew_manifest
 from autocomp.front.goals import choose_front, feasible
 from autocomp.measurement.boards import remeasured
 from autocomp.measurement.measurer import reason_of
-from autocomp.records.evaluation import Evaluation, Reference, reference_from_json, reference_to_json
+from autocomp.records.evaluation import Evaluation, Reference, as_searched, reference_from_json, reference_to_json
 from autocomp.records.run import FrontPoint, LayerInfo, Run, Summary, TaskInfo, write_evaluations, write_front
+from autocomp.run.folder import CONFIG
 from autocomp.run.pipeline import Pipeline
 from autocomp.run.points import timed_in_turn, write_points
 from autocomp.run.provenance import goals_text, profile_line, write_provenance
@@ -33,8 +35,13 @@ def finish(pipeline: Pipeline) -> Path:
 
     InfeasibleError, after everything is written, if no measured candidate meets the goals.
     """
-    run = _make_run(pipeline)
     folder = pipeline.folder
+    if not (folder / CONFIG).exists():
+        raise AutocompError(
+            f"{folder} is not there any more, or not whole: it was moved or removed while the search ran. What was told is in its study: bring "
+            "the folder back and continue with --resume"
+        )
+    run = _make_run(pipeline)
     write_evaluations(folder, pipeline.search.told)
     write_provenance(folder, pipeline)
     write_front(folder, run)
@@ -54,6 +61,7 @@ def _make_run(pipeline: Pipeline) -> Run:
     objective = objective_of(task, pipeline.dense().metrics)
     dense, points = _verified_front(pipeline, objective)
     dense, points = _timed_again(pipeline, objective, dense, points)
+    _check_test_data(pipeline, dense)
     points = [replace(point, test_metrics=_test(pipeline, point.evaluation)) for point in points]
     dense_point = next((p for p in points if p.evaluation.trial == dense.trial), None) or FrontPoint(
         dense, _test(pipeline, dense)
@@ -86,7 +94,7 @@ def _verified_front(pipeline: Pipeline, objective: str) -> tuple[Evaluation, lis
     What it dominated takes its place. The front is chosen by the times that were taken while searching.
     """
     higher_is_better = pipeline.task.higher_is_better
-    measured = [_as_searched(e) for e in pipeline.search.told if e.state == "measured"]
+    measured = [as_searched(e) for e in pipeline.search.told if e.state == "measured"]
     dense = remeasured(pipeline.measurer, [pipeline.dense()], pipeline.search.update, pipeline.progress)[0]
     written: dict[int, FrontPoint] = {}
     while True:
@@ -120,20 +128,45 @@ def _timed_again(
     found = {e.trial: replace(point, evaluation=e) for point, e in zip(points, again, strict=True)}
     kept = [found[e.trial] for e in choose_front(again, objective, pipeline.task.higher_is_better)]
     for point in found.values():
-        if point not in kept:
-            shutil.rmtree(pipeline.folder / "models" / point.evaluation.candidate.id, ignore_errors=True)
+        place = pipeline.folder / "models" / point.evaluation.candidate.id
+        if point in kept:
+            renew_manifest(place, point.evaluation)
+        else:
+            shutil.rmtree(place, ignore_errors=True)
     return dense, kept
 
 
-def _as_searched(evaluation: Evaluation) -> Evaluation:
-    return replace(evaluation, latency={**evaluation.latency, **evaluation.earlier}, earlier={})
+def _check_test_data(pipeline: Pipeline, dense: Evaluation) -> None:
+    """Where a run goes on, read the test split with the uncompressed model once more. What was kept of other data counts no longer."""
+    before = pipeline.search.get_attr(_test_key(pipeline, dense))
+    if before is None or pipeline.task.test is None:
+        return
+    try:
+        now = evaluate_task(pipeline.task, pipeline.stitch(dense.candidate), split="test")
+    except Exception as error:
+        pipeline.progress.warn(
+            f"Task.test failed: {reason_of(error)}; what it said when the run was last at its end is shown"
+        )
+        return
+    if set(now) == set(before) and all(np.isclose(now[name], value, rtol=1e-3) for name, value in before.items()):
+        return
+    pipeline.progress.warn(
+        "Task.test judges the uncompressed model otherwise than before: it draws at random, or its data changed; all points are judged again "
+        "on what it reads now"
+    )
+    pipeline.search.set_attr("test data", pipeline.search.get_attr("test data", 0) + 1)
+
+
+def _test_key(pipeline: Pipeline, evaluation: Evaluation) -> str:
+    """Under which the study keeps a point's test metrics; those of test data that changed since have another number."""
+    return f"test:{pipeline.search.get_attr('test data', 0)}:{evaluation.candidate.id}"
 
 
 def _test(pipeline: Pipeline, evaluation: Evaluation) -> dict[str, float]:
     """The metrics on the held-out split, read once for each point and then kept in the study; none, and a warning, where that fails."""
     if pipeline.task.test is None:
         return {}
-    key = f"test:{evaluation.candidate.id}"
+    key = _test_key(pipeline, evaluation)
     stored = pipeline.search.get_attr(key)
     if stored is None:
         try:
@@ -219,7 +252,7 @@ def _summary(pipeline: Pipeline, objective: str) -> Summary:
         told=len(told),
         measured=len(measured),
         failed=sum(evaluation.state == "failed" for evaluation in told),
-        seconds=dict(pipeline.progress.seconds),
+        seconds=pipeline.seconds(),
         spearman={name: value for name, value in correlation.items() if value is not None},
         peak_bytes=peak,
     )
@@ -238,7 +271,7 @@ def _spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
 def _warnings(pipeline: Pipeline, points: Sequence[FrontPoint]) -> list[str]:
     from autocomp.hardware.timing import UNSTABLE
 
-    warnings = list(pipeline.progress.warnings)
+    warnings = pipeline.warnings()
     for point in points:
         for kind, check in point.verified.items():
             if not check.ok:

@@ -28,6 +28,10 @@ def check_run_folder(settings: Settings, resume: bool) -> Path:
     run in it had other settings (each that differs is named).
     """
     folder = Path(settings.out)
+    if settings.storage is None and "?" in str(folder):
+        raise UsageError(
+            f"--out: {cut(str(folder))} has a '?', which no address of a SQLite database can hold: choose another name"
+        )
     probe(folder)
     config = folder / CONFIG
     if not config.exists():

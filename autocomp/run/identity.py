@@ -15,6 +15,8 @@ from autocomp.graph.program import CanonicalModel
 if TYPE_CHECKING:
     import torch
 
+    from autocomp.config.settings import Settings
+    from autocomp.space.file import SpaceFile
     from autocomp.tasks.task import Task
 
 _DIGITS = 16
@@ -40,14 +42,24 @@ def identity_of(task: Task) -> dict[str, str]:
     }
 
 
+def compression_of(settings: Settings, rules: SpaceFile) -> str:
+    """A digest of all that decides which weights a candidate has, beside the task: what was measured is of these."""
+    from autocomp.compress.prune import DAMPING
+    from autocomp.database.database import REVISION
+    from autocomp.database.orders import STEPS
+
+    written = [rules.equalise, rules.rotate, rules.observer, settings.calibration_samples, settings.seed]
+    return _of_text([str(part) for part in (REVISION, DAMPING, STEPS, *written)])
+
+
 def refuse_another(before: Mapping[str, str], now: Mapping[str, str], folder: object) -> None:
-    """UsageError naming every part of the task that is not what it was when the run began."""
+    """UsageError naming every part of the task, or of how it is compressed, that is not what it was when the run began."""
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
         raise UsageError(
-            f"the run in {folder} was begun with another task: {', '.join(changed)} changed since, and its numbers would be mixed with "
-            "new ones. Resume it with the task as it was (seed what is drawn at random, keep the order of the samples), or choose "
-            "another --out for a new run"
+            f"the run in {folder} was begun with another task, or compressed in another way: {', '.join(changed)} changed since, and its "
+            "numbers would be mixed with new ones. Resume it with task, search space and autocomp as they were (seed what is drawn at random, "
+            "keep the order of the samples), or choose another --out for a new run"
         )
 
 

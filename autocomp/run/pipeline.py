@@ -28,10 +28,10 @@ from autocomp.measurement.preflight import rehearse
 from autocomp.processes.pool import Workers, cores, map_in_processes
 from autocomp.progress import Progress, Stage
 from autocomp.records.candidate import Candidate, Method, Precision
-from autocomp.records.evaluation import Evaluation, Source
+from autocomp.records.evaluation import Evaluation, Source, as_searched
 from autocomp.run.budget import BASELINES, TELLING, Budget
 from autocomp.run.folder import study_of
-from autocomp.run.identity import identity_of, refuse_another
+from autocomp.run.identity import compression_of, identity_of, refuse_another
 from autocomp.run.prepare import prepare
 from autocomp.space.file import load_space
 from autocomp.study.costs import Costs
@@ -75,11 +75,12 @@ class Pipeline:
         self.budget = Budget(settings.minutes)
         with progress.stage("preparing devices", len(settings.profiles)) as stage:
             self.devices = {name: _open_device(name, stage) for name in settings.profiles}
-        identity = identity_of(task)
+        rules = load_space(settings.space)
+        identity = {**identity_of(task), "how layers are compressed": compression_of(settings, rules)}
         if known and "space" in known:  # else nothing was asked yet
             refuse_another(known.get("identity", {}), identity, folder)
         profiles = [device.profile for device in self.devices.values()]
-        prepared = prepare(task, load_space(settings.space), profiles, settings.calibration_samples, progress)
+        prepared = prepare(task, rules, profiles, settings.calibration_samples, progress)
         self.task = task = prepared.task
         self.graph, self.space, self.inputs = prepared.graph, prepared.space, prepared.inputs
         self.measurer = Measurer(task, self.devices, self.inputs, self.stitch)
@@ -94,6 +95,13 @@ class Pipeline:
         self.costs = Costs(self.graph, self.space, self.database.tables(self.space), self.devices, settled)
         self.scorers = Workers(self._score, cores(), AHEAD if settled else None)
         self.search = self._open_search(known is not None, {"identity": identity})
+        for (
+            evaluation
+        ) in self.search.told:  # times from the end of an earlier start are of another moment than all others
+            if evaluation.earlier:
+                self.search.update(evaluation.trial, as_searched(evaluation))
+        self._said: list[str] = self.search.get_attr("warnings", [])  # by earlier starts of the run
+        self._spent: dict[str, float] = self.search.get_attr("seconds", {})
         if self.search.unreadable:
             progress.warn(
                 f"{self.search.unreadable} trials of the study are not as this autocomp writes them; they are left as they are, and not used"
@@ -160,9 +168,11 @@ class Pipeline:
 
     def _judge_again(self, dense: Evaluation) -> None:
         """Read the metrics of the uncompressed model anew where a run goes on. UsageError if they have other names; a warning if they differ."""
-        if self.measurer.rehearsed is not None:
-            return
-        now = evaluate_task(self.task, self.task.model, names=self.measurer.names)
+        rehearsed = self.measurer.rehearsed
+        if rehearsed is not None and set(rehearsed.metrics) == set(dense.metrics):
+            now: Mapping[str, float] = rehearsed.metrics
+        else:
+            now = evaluate_task(self.task, self.task.model, names=self.measurer.names)
         if changed := [name for name, value in now.items() if not np.isclose(value, dense.metrics[name], rtol=1e-3)]:
             self.progress.warn(
                 "Task.evaluate judges the uncompressed model otherwise than when the run began ("
@@ -225,6 +235,21 @@ class Pipeline:
             self.progress.warn(
                 f"--minutes {self.budget.minutes:g} ended the search after {told} of {trials} trials, {done} of {self.settings.measure} measured"
             )
+
+    def close(self) -> None:
+        """Keep what this start of the run said and how long it took, for the starts after it; close the study."""
+        self.search.set_attr("warnings", self.warnings())
+        self.search.set_attr("seconds", self.seconds())
+        self.search.close()
+
+    def warnings(self) -> list[str]:
+        """What this start of the run said, and the ones before it."""
+        return list(dict.fromkeys([*self._said, *self.progress.warnings]))
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each stage, over all starts of the run."""
+        before, now = self._spent, self.progress.seconds
+        return {name: before.get(name, 0.0) + now.get(name, 0.0) for name in dict.fromkeys([*before, *now])}
 
     def dense(self) -> Evaluation:
         """The evaluation of the untouched model. AutocompError if it was not measured."""
@@ -297,7 +322,8 @@ class Pipeline:
             if dense is not None:  # a failure here is the run's
                 self.search.update(dense.trial, self.measurer.measure_dense(dense))
             self.measurer.names = tuple(self.dense().metrics)
-            self._judge_again(self.dense())
+            if dense is None:
+                self._judge_again(self.dense())
             todo = [e for e in baselines if e.state == "told" and e is not dense]
             stage.advance(len(baselines) - len(todo))
             self._measure(todo, stage, self.budget.spent() + BASELINES * self.budget.to_search())

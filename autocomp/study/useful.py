@@ -10,6 +10,7 @@ from autocomp.front.goals import Limits, drop
 from autocomp.records.evaluation import Evaluation
 
 UNKNOWN = 0.25  # nats a sample, where nothing measured says more: past it a front holds what nobody would take
+LEAST = 1e-3  # nats: what an objective that is perfect, or nearly so, leaves to be looked at
 BEYOND = 1.5  # times the drop that a goal allows: the front is wanted on both sides of it
 # without a goal: the shares of the metric, or of an error, that a candidate may lose and still be looked at first
 METRIC, ERROR = 0.05, 0.5
@@ -30,4 +31,4 @@ def useful_divergence(
         tolerated = BEYOND * goals.max_drop
     else:
         tolerated = (METRIC if higher_is_better else ERROR) * abs(dense.metrics[objective])
-    return tolerated / rate if rate > 0 and tolerated > 0 else UNKNOWN
+    return max(LEAST, tolerated / rate) if rate > 0 and tolerated > 0 else UNKNOWN

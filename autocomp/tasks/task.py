@@ -186,12 +186,12 @@ def evaluate_task(
     returns).
     """
     from autocomp.graph.plain import taking_any
-    from autocomp.tasks.untouched import process_kept, versions
+    from autocomp.tasks.untouched import checksums, process_kept
 
     function, where = {"validation": (task.evaluate, "Task.evaluate"), "test": (task.test, "Task.test")}[split]
     if function is None:
         raise UsageError("this task has no held-out test: Task.test is None")
-    model, before = copy.deepcopy(model), versions(task.example_inputs, task.calibration)
+    model, before = copy.deepcopy(model), checksums(task.example_inputs, task.calibration)
     try:
         with process_kept(), taking_any(model) if task.converted else nullcontext():
             returned = function(model)
@@ -201,7 +201,7 @@ def evaluate_task(
         traceback.print_exc()  # into the run's log: the message alone does not say where
         raise UsageError(f"{where} raised {type(error).__name__}: {last_line(error)}") from error
     if written := [
-        name for name, version in versions(task.example_inputs, task.calibration).items() if version != before.get(name)
+        name for name, found in checksums(task.example_inputs, task.calibration).items() if found != before.get(name)
     ]:
         raise UsageError(f"{where} changed {written[0]} in place: let it work on copies (tensor.clone())")
     if not isinstance(returned, Mapping) or not returned:

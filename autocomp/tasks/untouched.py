@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -14,16 +15,20 @@ if TYPE_CHECKING:
 
 @contextmanager
 def process_kept() -> Iterator[None]:
-    """Put back torch's modes, dtype and threads, the standard streams and the working folder, whatever was done to them."""
+    """Put back torch's modes, dtype, device and threads, the standard streams and the working folder, whatever was done to them."""
     import torch
 
     gradients, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
+    device, mixed = torch.get_default_device(), torch.is_autocast_enabled("cpu")
     folder, streams = os.getcwd(), (sys.stdout, sys.stderr)
     try:
         yield
     finally:
         torch.set_grad_enabled(gradients)
         torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
+        torch.set_autocast_enabled("cpu", mixed)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
         sys.stdout, sys.stderr = streams
@@ -31,10 +36,23 @@ def process_kept() -> Iterator[None]:
             os.chdir(folder)
 
 
-def versions(inputs: Sequence[Tensor], calibration: Sequence[Sequence[Tensor]]) -> Mapping[str, int]:
-    """How often each tensor of the task's data was written to, by its name in the task; torch counts it, at no cost."""
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """torch's default type as it is delivered, whatever a task's module set: it enters what is exported."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def checksums(inputs: Sequence[Tensor], calibration: Sequence[Sequence[Tensor]]) -> Mapping[str, int]:
+    """A checksum of each tensor of the task's data, by its name in the task: however it was written to, it shows."""
     named: dict[str, Tensor] = {f"Task.example_inputs[{i}]": tensor for i, tensor in enumerate(inputs)}
     named |= {
         f"Task.calibration[{b}][{i}]": tensor for b, batch in enumerate(calibration) for i, tensor in enumerate(batch)
     }
-    return {name: tensor._version for name, tensor in named.items() if not tensor.is_inference()}
+    return {name: zlib.crc32(tensor.detach().contiguous().numpy().data) for name, tensor in named.items()}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,10 +18,12 @@ from typing import Any
 import pytest
 import tiny_task
 import torch
+import yaml
 
 import autocomp
-from autocomp.errors import UsageError
-from autocomp.records.run import read_evaluations
+from autocomp.cli.main import main
+from autocomp.errors import AutocompError, UsageError
+from autocomp.records.run import read_evaluations, speedup
 from autocomp.run.identity import identity_of, source_of
 from autocomp.study.storage import Claim, masked, open_storage, read_study
 from autocomp.study.study import Space, open_search
@@ -111,6 +115,157 @@ def test_another_task_is_refused_and_touches_nothing(
     assert {k: v for k, v in after.items() if k not in config and not k.startswith("study.db") and k != "log.txt"} == {
         k: v for k, v in before.items() if k not in config and not k.startswith("study.db") and k != "log.txt"
     }
+
+
+@pytest.mark.parametrize("change", ["equalise: true", "observer: minmax", "rotate: true"])
+def test_compressing_in_another_way_is_refused(
+    change: str, spaces: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights of candidates that were judged would be others: a run once published 0.80 for files that gave 0.56."""
+    space, out = tmp_path / "space.yaml", tmp_path / "run"
+    space.write_text(Path(spaces["full"]).read_text())
+    autocomp.search(task=tiny_task.task(), out=out, space=str(space), **OPTIONS)
+    space.write_text(space.read_text() + f"\n{change}\n")
+    with pytest.raises(UsageError, match="how layers are compressed"):
+        autocomp.search(task=tiny_task.task(), out=out, space=str(space), resume=True, **{**OPTIONS, "trials": 6})
+
+
+def test_settings_edited_in_the_run_folder_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config |= {"calibration_samples": 16, "task": "tiny_task:task"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["search", "--resume", "--out", str(run), "--trials", "6"]) == 2
+    assert "how layers are compressed" in capsys.readouterr().err
+
+
+class Shifting:
+    """A metric whose data change between two starts of a run, though its source does not."""
+
+    shift = 0.0
+
+    def __init__(self, inner: Callable[..., Any]) -> None:
+        self.inner = inner
+
+    def __call__(self, model: torch.nn.Module) -> dict[str, float]:
+        return {name: value - self.shift for name, value in self.inner(model).items()}
+
+
+@pytest.mark.parametrize("layers", ["kept", "lost"])
+def test_validation_data_that_changed_are_told_now_and_ever_after(
+    layers: str, spaces: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    given = {"out": out, "space": spaces["full"], **OPTIONS}
+
+    def task() -> autocomp.Task:
+        bare = tiny_task.task()
+        bare.evaluate = Shifting(bare.evaluate)
+        return bare
+
+    autocomp.search(task=task(), **given)
+    if layers == "lost":
+        shutil.rmtree(out / "layers")
+    monkeypatch.setattr(Shifting, "shift", 0.1)
+    again = autocomp.search(task=task(), resume=True, **{**given, "trials": 5})
+    assert any("judges the uncompressed model otherwise" in text for text in again.run.warnings)
+    monkeypatch.setattr(Shifting, "shift", 0.0)
+    last = autocomp.search(task=task(), resume=True, **{**given, "trials": 6})
+    assert any("judges the uncompressed model otherwise" in text for text in last.run.warnings), (
+        "what was mixed stays so"
+    )
+    assert last.run.summary.seconds["measuring baselines"] >= again.run.summary.seconds["measuring baselines"]
+
+
+def test_test_data_that_changed_judge_every_point_again(
+    spaces: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"out": tmp_path / "run", "space": spaces["full"], **OPTIONS}
+
+    def task() -> autocomp.Task:
+        bare = tiny_task.task()
+        assert bare.test is not None
+        bare.test = Shifting(bare.test)
+        return bare
+
+    before = autocomp.search(task=task(), **given)
+    monkeypatch.setattr(Shifting, "shift", 0.125)
+    after = autocomp.search(task=task(), resume=True, **given)
+    assert any("Task.test judges" in text for text in after.run.warnings)
+    old = {p.candidate.id: p.test_metrics for p in before.front}
+    for point in (*after.front, after.dense):
+        known = old.get(point.candidate.id)
+        if known is not None:
+            assert point.test_metrics == pytest.approx({name: value - 0.125 for name, value in known.items()})
+
+
+def test_manifests_and_tables_have_the_times_of_the_front(finished: Path) -> None:
+    result = autocomp.SearchResult(finished)
+    rows = {e.candidate.id: e for e in read_evaluations(finished)}
+    for point in result.front:
+        manifest = json.loads((finished / "models" / point.candidate.id / "manifest.json").read_text())
+        for profile, latency in point.latency.items():
+            assert manifest["latency"][profile]["seconds"] == latency.seconds
+            row = rows[point.candidate.id]
+            assert row.latency[profile].seconds == pytest.approx(latency.seconds)
+            assert row.earlier[profile].seconds == pytest.approx(point.record.evaluation.earlier[profile].seconds)
+            dense = result.dense.record.evaluation
+            assert speedup(row, dense, profile) == pytest.approx(speedup(point.record.evaluation, dense, profile))
+
+
+def test_a_second_search_in_the_same_process_is_refused(tmp_path: Path, spaces: dict[str, str]) -> None:
+    inner: list[str] = []
+    task = tiny_task.task()
+    judge = task.evaluate
+
+    def evaluate(model: torch.nn.Module) -> Any:
+        if not inner:
+            inner.append("")
+            with pytest.raises(UsageError, match="another search is running in this process") as caught:
+                autocomp.search(task=tiny_task.task(), out=tmp_path / "inner", space=spaces["full"], **OPTIONS)
+            inner[0] = str(caught.value)
+        return judge(model)
+
+    task.evaluate = evaluate
+    autocomp.search(task=task, out=tmp_path / "outer", space=spaces["full"], **OPTIONS)
+    assert inner[0]
+    assert not (tmp_path / "inner").exists()
+
+
+def test_a_time_limit_off_the_main_thread_is_refused(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def work() -> None:
+        try:
+            autocomp.search(task=tiny_task.task(), out=tmp_path / "run", evaluate_timeout=2.0, **OPTIONS)
+        except UsageError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(60)
+    assert said
+    assert "main thread alone" in said[0]
+
+
+def test_a_name_that_a_database_cannot_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=re.escape("has a '?'")):
+        autocomp.search(task=tiny_task.task(), out=tmp_path / "a?x", **OPTIONS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_was_moved_meanwhile_is_told(tmp_path: Path, spaces: dict[str, str]) -> None:
+    task, out = tiny_task.task(), tmp_path / "run"
+    judge = task.evaluate
+
+    def evaluate(model: torch.nn.Module) -> Any:
+        if (out / "study.db").exists() and not (tmp_path / "moved").exists():
+            out.rename(tmp_path / "moved")
+        return judge(model)
+
+    task.evaluate = evaluate
+    with pytest.raises(AutocompError, match="is not there any more"):
+        autocomp.search(task=task, out=out, space=spaces["full"], **OPTIONS)
+    assert not (out / "front.json").exists()
 
 
 def test_identity_is_the_same_in_another_process() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import threading
 import time
@@ -13,7 +14,7 @@ from itertools import pairwise
 import pytest
 
 from autocomp.processes.alone import attempt_alone
-from autocomp.processes.child import reap
+from autocomp.processes.child import reap, receive, send
 
 
 def misbehave(item: str) -> str:
@@ -107,3 +108,22 @@ def test_ctrl_c_during_a_fork_is_not_lost() -> None:
         other.join()
     assert hooks == ["went on"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_more_files_than_select_can_watch() -> None:
+    """A process with more than 1,024 open files, as one that maps a data set has, hears its children all the same."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    high = 2000
+    assert hard > high, "this machine allows too few open files to test it"
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, high + 1), hard))
+    reader, writer = os.pipe()
+    try:
+        os.dup2(reader, high)
+        send(writer, "heard")
+        assert receive(high, 5.0) == "heard"
+        assert receive(high, 0.01) is None
+        os.close(high)
+    finally:
+        os.close(reader)
+        os.close(writer)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

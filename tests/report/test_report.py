@@ -18,7 +18,7 @@ from places import TESTS
 from autocomp.errors import CorruptError, UsageError
 from autocomp.records.evaluation import Sensitivity
 from autocomp.records.latency import Latency
-from autocomp.records.run import Run, read_evaluations, read_run, write_evaluations, write_front
+from autocomp.records.run import Run, comparable, read_evaluations, read_run, speedup, write_evaluations, write_front
 from autocomp.report.build import build_report, render, render_sensitivity
 from autocomp.report.curves import sensitivity_figures
 from autocomp.report.figures import Metric, front_figure, milliseconds
@@ -347,3 +347,23 @@ def test_curves_of_sensitivity_stand_in_the_report_and_on_a_page_of_their_own() 
     assert masked["sensitivity-mask"]["data"][0]["mode"] == "markers"
     assert "free" in own  # in the table: a logarithm has no place for it
     assert json.loads(re.search(r'id="figures">(.*?)</script>', own)[1]).keys() == drawn.keys()
+
+
+def test_points_timed_at_another_moment_are_shown_at_dense_s(tmp_path: Path) -> None:
+    """Dense was twice as fast at the end: what was timed while searching alone is drawn, and compared, as if it had been as well."""
+    run, told = make_run()
+    profile = next(iter(run.profiles))
+    dense = run.dense.evaluation
+    slow = dense.latency[profile]
+    fast = replace(slow, seconds=slow.seconds / 2)
+    dense = replace(dense, latency={profile: fast}, earlier={profile: slow})
+    again = replace(
+        told[3],
+        latency={profile: replace(slow, seconds=slow.seconds / 8)},
+        earlier={profile: replace(slow, seconds=slow.seconds / 4)},
+    )
+    once = replace(told[4], latency={profile: replace(slow, seconds=slow.seconds / 4)}, earlier={})
+    write_evaluations(tmp_path, [dense, again, once])
+    for e in (*(again, once), *read_evaluations(tmp_path)[1:]):
+        assert speedup(e, dense, profile) == pytest.approx(4)
+        assert comparable(e, dense, profile) == pytest.approx(slow.seconds / 8)

@@ -9,7 +9,7 @@ import pytest
 from autocomp.config.settings import Goals
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation
-from autocomp.study.useful import UNKNOWN, useful_divergence
+from autocomp.study.useful import LEAST, UNKNOWN, useful_divergence
 
 DENSE = Evaluation(0, Candidate({}, {}), "dense", "measured", 0.0, 100, kl=0.0, metrics={"score": 0.8})
 
@@ -42,3 +42,9 @@ def test_an_error_may_grow_by_half() -> None:
 @pytest.mark.parametrize("known", [measured(), measured((0.1, 0.8)), measured((0.1, 0.85)), []])
 def test_where_nothing_was_lost_nothing_is_known(known: list[Evaluation]) -> None:
     assert useful_divergence(known, DENSE, Goals(), "score") == UNKNOWN
+
+
+def test_an_objective_that_is_perfect_leaves_something_to_look_at() -> None:
+    dense = replace(DENSE, metrics={"score": 1e-12})
+    points = [dense, replace(DENSE, trial=1, kl=0.1, metrics={"score": 0.5})]
+    assert useful_divergence(points, dense, Goals(), "score", False) == LEAST

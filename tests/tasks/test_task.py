@@ -233,3 +233,36 @@ def test_a_judge_that_writes_to_the_data_is_refused(name: str) -> None:
     task.evaluate = lambda _: {"accuracy": float(written.mul_(0.5).sum())}
     with pytest.raises(UsageError, match=re.escape(f"Task.evaluate changed {name} in place")):
         evaluate_task(task, task.model)
+
+
+@pytest.mark.parametrize("write", ["numpy", "data"])
+def test_data_written_behind_torchs_back_are_seen(write: str) -> None:
+    """Neither counts as a version of the tensor: a search once went on with calibration data of zeros, and said nothing."""
+    task = Task(**parts())
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        batch = task.calibration[0][0]
+        if write == "numpy":
+            batch.numpy()[:] = 0
+        else:
+            batch.data.zero_()
+        return {"accuracy": 1.0}
+
+    task.evaluate = evaluate
+    with pytest.raises(UsageError, match=re.escape("changed Task.calibration[0][0] in place")):
+        evaluate_task(task, task.model)
+
+
+def test_device_and_autocast_are_put_back() -> None:
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        torch.set_default_device("meta")
+        torch.set_autocast_enabled("cpu", True)
+        return {"accuracy": 1.0}
+
+    try:
+        evaluate_task(Task(**parts(evaluate=evaluate)), nn.Linear(3, 2))
+        assert torch.ones(1).device.type == "cpu"
+        assert not torch.is_autocast_enabled("cpu")
+    finally:
+        torch.set_default_device(None)
+        torch.set_autocast_enabled("cpu", False)
