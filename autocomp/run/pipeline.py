@@ -6,6 +6,7 @@ anywhere and resumed goes through the same stages, finds what is there, and does
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -238,9 +239,13 @@ class Pipeline:
 
     def close(self) -> None:
         """Keep what this start of the run said and how long it took, for the starts after it; close the study."""
-        self.search.set_attr("warnings", self.warnings())
-        self.search.set_attr("seconds", self.seconds())
-        self.search.close()
+        try:
+            self.search.set_attr("warnings", self.warnings())
+            self.search.set_attr("seconds", self.seconds())
+        except Exception as error:  # the disk is full, the folder gone: what ends the run then is told by another
+            print(f"what this start said was not kept: {error}", file=sys.stderr)  # into the run's log
+        finally:
+            self.search.close()
 
     def warnings(self) -> list[str]:
         """What this start of the run said, and the ones before it."""

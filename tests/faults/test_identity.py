@@ -117,17 +117,23 @@ def test_another_task_is_refused_and_touches_nothing(
     }
 
 
+@pytest.fixture(scope="module")
+def of_a_file(tmp_path_factory: pytest.TempPathFactory, spaces: dict[str, str], short_tuning: None) -> Path:
+    """A run that is done, of the search space in ``space.yaml`` beside it."""
+    folder = tmp_path_factory.mktemp("of_a_file")
+    shutil.copy(spaces["full"], folder / "space.yaml")
+    autocomp.search(task=tiny_task.task(), out=folder / "run", space=str(folder / "space.yaml"), **OPTIONS)
+    return folder
+
+
 @pytest.mark.parametrize("change", ["equalise: true", "observer: minmax", "rotate: true"])
-def test_compressing_in_another_way_is_refused(
-    change: str, spaces: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_compressing_in_another_way_is_refused(change: str, of_a_file: Path, spaces: dict[str, str]) -> None:
     """The weights of candidates that were judged would be others: a run once published 0.80 for files that gave 0.56."""
-    space, out = tmp_path / "space.yaml", tmp_path / "run"
-    space.write_text(Path(spaces["full"]).read_text())
-    autocomp.search(task=tiny_task.task(), out=out, space=str(space), **OPTIONS)
-    space.write_text(space.read_text() + f"\n{change}\n")
+    space = of_a_file / "space.yaml"
+    space.write_text(Path(spaces["full"]).read_text() + f"\n{change}\n")
+    given = {**OPTIONS, "out": of_a_file / "run", "space": str(space), "trials": 6}
     with pytest.raises(UsageError, match="how layers are compressed"):
-        autocomp.search(task=tiny_task.task(), out=out, space=str(space), resume=True, **{**OPTIONS, "trials": 6})
+        autocomp.search(task=tiny_task.task(), resume=True, **given)
 
 
 def test_settings_edited_in_the_run_folder_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,52 +156,52 @@ class Shifting:
         return {name: value - self.shift for name, value in self.inner(model).items()}
 
 
-@pytest.mark.parametrize("layers", ["kept", "lost"])
-def test_validation_data_that_changed_are_told_now_and_ever_after(
-    layers: str, spaces: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def shifting() -> autocomp.Task:
+    task = tiny_task.task()
+    assert task.test is not None
+    task.evaluate, task.test = Shifting(task.evaluate), Shifting(task.test)
+    return task
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory, spaces: dict[str, str], short_tuning: None) -> Path:
+    """A run that is done, of a task whose data can change."""
+    out = tmp_path_factory.mktemp("judged") / "run"
+    autocomp.search(task=shifting(), out=out, space=spaces["full"], **OPTIONS)
+    return out
+
+
+def test_data_that_changed_are_told_now_and_ever_after(
+    judged: Path, spaces: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "run"
-    given = {"out": out, "space": spaces["full"], **OPTIONS}
-
-    def task() -> autocomp.Task:
-        bare = tiny_task.task()
-        bare.evaluate = Shifting(bare.evaluate)
-        return bare
-
-    autocomp.search(task=task(), **given)
-    if layers == "lost":
-        shutil.rmtree(out / "layers")
-    monkeypatch.setattr(Shifting, "shift", 0.1)
-    again = autocomp.search(task=task(), resume=True, **{**given, "trials": 5})
-    assert any("judges the uncompressed model otherwise" in text for text in again.run.warnings)
-    monkeypatch.setattr(Shifting, "shift", 0.0)
-    last = autocomp.search(task=task(), resume=True, **{**given, "trials": 6})
-    assert any("judges the uncompressed model otherwise" in text for text in last.run.warnings), (
-        "what was mixed stays so"
-    )
-    assert last.run.summary.seconds["measuring baselines"] >= again.run.summary.seconds["measuring baselines"]
-
-
-def test_test_data_that_changed_judge_every_point_again(
-    spaces: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given = {"out": tmp_path / "run", "space": spaces["full"], **OPTIONS}
-
-    def task() -> autocomp.Task:
-        bare = tiny_task.task()
-        assert bare.test is not None
-        bare.test = Shifting(bare.test)
-        return bare
-
-    before = autocomp.search(task=task(), **given)
+    given = {"out": shutil.copytree(judged, tmp_path / "run"), "space": spaces["full"], "resume": True, **OPTIONS}
+    before = autocomp.SearchResult(judged)
     monkeypatch.setattr(Shifting, "shift", 0.125)
-    after = autocomp.search(task=task(), resume=True, **given)
-    assert any("Task.test judges" in text for text in after.run.warnings)
-    old = {p.candidate.id: p.test_metrics for p in before.front}
-    for point in (*after.front, after.dense):
-        known = old.get(point.candidate.id)
-        if known is not None:
-            assert point.test_metrics == pytest.approx({name: value - 0.125 for name, value in known.items()})
+    again = autocomp.search(task=shifting(), **{**given, "trials": 5})
+    for who in ("Task.evaluate", "Task.test"):
+        assert any(f"{who} judges the uncompressed model otherwise" in text for text in again.run.warnings)
+    old = {p.candidate.id: p.test_metrics for p in (before.dense, *before.front)}
+    known = [p for p in (again.dense, *again.front) if p.candidate.id in old]
+    assert known
+    for point in known:  # of the data there are now, all of them
+        was = old[point.candidate.id]
+        assert point.test_metrics == pytest.approx({name: value - 0.125 for name, value in was.items()})
+    monkeypatch.setattr(Shifting, "shift", 0.0)
+    last = autocomp.search(task=shifting(), **{**given, "trials": 6})
+    assert any("Task.evaluate judges" in text for text in last.run.warnings), "what was mixed stays so"
+    stages = (run.run.summary.seconds["measuring baselines"] for run in (before, again, last))
+    first, second, third = stages
+    assert first < second < third, "times are those of all starts"
+
+
+def test_validation_data_that_changed_are_told_where_the_layers_were_lost(
+    judged: Path, spaces: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(judged, tmp_path / "run")
+    shutil.rmtree(out / "layers")
+    monkeypatch.setattr(Shifting, "shift", 0.125)
+    again = autocomp.search(task=shifting(), out=out, space=spaces["full"], resume=True, **{**OPTIONS, "trials": 5})
+    assert any("Task.evaluate judges the uncompressed model otherwise" in text for text in again.run.warnings)
 
 
 def test_manifests_and_tables_have_the_times_of_the_front(finished: Path) -> None:
