@@ -52,7 +52,7 @@ def test_tones_have_the_pitch_they_say() -> None:
 
 
 def test_edits_are_the_levenshtein_distance() -> None:
-    pytest.importorskip("PIL")
+    pytest.importorskip("PIL", reason="Pillow draws the lines of text; it comes with the packages of make pretrained")
     from ocr_task import edits
 
     assert edits("kitten", "sitting") == 3

@@ -32,7 +32,7 @@ def replace(*args, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return put(*args, **options)
 os.replace = replace
-from autocomp.cli import main
+from autocomp.cli.main import main
 sys.exit(main(sys.argv[2:]))
 """
 
