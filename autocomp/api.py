@@ -70,10 +70,15 @@ class Point:
         return self.record.evaluation.bytes
 
     def load(self) -> torch.nn.Module:
-        """The compressed torch model, in evaluation mode; nothing in its file is run. UsageError if it is not there or not readable."""
-        from autocomp.export.files import load_model
+        """The compressed torch model, in evaluation mode; nothing in its file is run.
 
-        return load_model(self.folder / "models" / self.candidate.id)
+        UsageError if it is not there, not readable, or not the file that the run wrote.
+        """
+        from autocomp.export.files import load_model, refuse_foreign
+
+        place = self.folder / "models" / self.candidate.id
+        refuse_foreign(place)
+        return load_model(place)
 
 
 class SearchResult:

@@ -117,6 +117,21 @@ def load_model(folder: Path) -> torch.nn.Module:
         raise UsageError(f"{path} is damaged: {type(error).__name__}: {last_line(error)}") from error
 
 
+def refuse_foreign(folder: Path) -> None:
+    """UsageError if the torch model of a point is not the file that its manifest was written for."""
+    path = folder / WEIGHTS
+    try:
+        said = json.loads((folder / MANIFEST).read_text())["sha256"].get(WEIGHTS)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{folder / MANIFEST} is missing or damaged, so nobody knows what {WEIGHTS} is: {last_line(error)}"
+        ) from error
+    if said is not None and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != said:
+        raise UsageError(
+            f"{path} is not the file that the run wrote: its checksum is not that of {MANIFEST}. Write it again with --resume"
+        )
+
+
 def _tried(path: Path, write: Callable[[Path], Verified]) -> Verified:
     """What ``write`` found; a file that failed is not left for anyone to use."""
     try:

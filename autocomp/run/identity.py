@@ -55,6 +55,10 @@ def compression_of(settings: Settings, rules: SpaceFile) -> str:
 def refuse_another(before: Mapping[str, str], now: Mapping[str, str], folder: object) -> None:
     """UsageError naming every part of the task, or of how it is compressed, that is not what it was when the run began."""
     changed = [name for name in now if before.get(name) != now[name]]
+    if not before:
+        raise UsageError(
+            f"the study of the run in {folder} does not say what task it was of: its record is gone. Choose another --out for a new run"
+        )
     if changed:
         raise UsageError(
             f"the run in {folder} was begun with another task, or compressed in another way: {', '.join(changed)} changed since, and its "

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,9 @@ SETTLED = 2.0  # seconds of work after which its rate says something
 FITTING = 0.1  # of the time to search at most for that fit, where minutes are set
 DEEP = 4  # one in so many measurements looks for what is fast at whatever loss within `UNKNOWN`; the others at what is of use
 MEASURE_ROUNDS = 4  # the budget of measurements is spent in rounds, each choosing by all that is known then
+
+# Compressed models that answer so far from the uncompressed one (nats), and are judged exactly as it is: they make one doubt the judge.
+ENOUGH_TO_DOUBT, DOUBT = 2, 0.05
 
 _Work = tuple[Candidate, float]  # and the divergence above which it is not looked at any closer
 _Scored = tuple[float | None, str, float]  # divergence, or None and why; seconds
@@ -126,6 +130,7 @@ class Pipeline:
             self._baselines()
             self._seed()
             self._search()
+        self._doubt_metrics()
         self.costs.fit(self.search.told)
         errors = self.costs.held_out_errors(self.search.told)
         for evaluation in self.search.told:  # the final model's predictions, to be held against what was measured
@@ -151,8 +156,9 @@ class Pipeline:
         self.search.set_attr("kernel times", {name: device.model.to_json() for name, device in self.devices.items()})
 
     def _measure_here(self) -> None:
-        """Forget what another machine measured: it is measured again, since times of two machines must not meet in one ratio."""
-        here = {name: device.profile.fingerprint for name, device in self.devices.items()}
+        """Forget what another machine, or another compiler, measured: it is measured again, since its times must not meet ours in one ratio."""
+        compiler = f"TVM {version('apache-tvm')}"
+        here = {name: f"{device.profile.fingerprint}, {compiler}" for name, device in self.devices.items()}
         before = self.search.get_attr("targets", here)
         if before != here:
             again = [e for e in self.search.told if e.state == "measured"]
@@ -163,9 +169,16 @@ class Pipeline:
             self.search.set_attr("references", None)
             moved = ", ".join(name for name in here if before.get(name) != here[name])
             self.progress.warn(
-                f"{len(again)} models were measured on another machine than this one ({moved}): they are measured again"
+                f"{len(again)} models were measured on another machine than this one, or compiled by another TVM ({moved}): they are measured "
+                "again"
             )
         self.search.set_attr("targets", here)
+        now = {name: version(name) for name in ("autocomp", "torch")}
+        begun = self.search.get_attr("versions", now)
+        for name in now:
+            if begun.get(name) != now[name]:
+                self.progress.warn(f"the run was begun with {name} {begun.get(name)}, and goes on with {now[name]}")
+        self.search.set_attr("versions", begun)
 
     def _judge_again(self, dense: Evaluation) -> None:
         """Read the metrics of the uncompressed model anew where a run goes on. UsageError if they have other names; a warning if they differ."""
@@ -174,11 +187,34 @@ class Pipeline:
             now: Mapping[str, float] = rehearsed.metrics
         else:
             now = evaluate_task(self.task, self.task.model, names=self.measurer.names)
-        if changed := [name for name, value in now.items() if not np.isclose(value, dense.metrics[name], rtol=1e-3)]:
+        judged = [("the uncompressed model", dense.metrics, now)]
+        if (
+            other := self._farthest()
+        ) is not None:  # a metric against the uncompressed model says the same of that on any data
+            again = evaluate_task(self.task, self.stitch(other.candidate), names=self.measurer.names)
+            judged.append((f"candidate {other.candidate.id}", other.metrics, again))
+        for what, then, now in judged:
+            if changed := [name for name, value in now.items() if not np.isclose(value, then[name], rtol=1e-3)]:
+                self.progress.warn(
+                    f"Task.evaluate judges {what} otherwise than when the run began ("
+                    + ", ".join(f"{name} {then[name]:.4g}, now {now[name]:.4g}" for name in changed)
+                    + "): it draws at random, or its data changed; new points are not comparable with those before"
+                )
+                return
+
+    def _farthest(self) -> Evaluation | None:
+        """Of the candidates that were measured, the one that answers least like the uncompressed model."""
+        measured = [e for e in self.search.told if e.state == "measured" and e.kl and e.metrics]
+        return max(measured, key=lambda e: e.kl or 0.0, default=None)
+
+    def _doubt_metrics(self) -> None:
+        """Warn if compressed models that answer otherwise are all judged exactly as the uncompressed one: the usual slip of a closure."""
+        dense = self.dense()
+        others = [e for e in self.search.told if e.state == "measured" and (e.kl or 0.0) > DOUBT]
+        if len(others) >= ENOUGH_TO_DOUBT and all(dict(e.metrics) == dict(dense.metrics) for e in others):
             self.progress.warn(
-                "Task.evaluate judges the uncompressed model otherwise than when the run began ("
-                + ", ".join(f"{name} {dense.metrics[name]:.4g}, now {now[name]:.4g}" for name in changed)
-                + "): it draws at random, or its data changed; new points are not comparable with those before"
+                f"Task.evaluate gave all of {len(others)} compressed models exactly the numbers of the uncompressed one, though they answer "
+                "otherwise: does it judge the model that it is given?"
             )
 
     def _keep_for_the_end(self, point: float) -> None:
@@ -332,6 +368,7 @@ class Pipeline:
             todo = [e for e in baselines if e.state == "told" and e is not dense]
             stage.advance(len(baselines) - len(todo))
             self._measure(todo, stage, self.budget.spent() + BASELINES * self.budget.to_search())
+        self._doubt_metrics()
         self.costs.fit(self.search.told)
 
     def _tell_until(self, count: int, stage: Stage, until: float) -> bool:

@@ -240,7 +240,13 @@ class Search:
 
         updates = self._storage.get_study_user_attrs(self._study_id)
         unfinished: list[tuple[FrozenTrial, Candidate, Source]] = []
-        for row in sorted(self._storage.get_all_trials(self._study_id, deepcopy=False), key=lambda t: t.number):
+        rows = sorted(self._storage.get_all_trials(self._study_id, deepcopy=False), key=lambda t: t.number)
+        if [row.number for row in rows] != list(range(len(rows))):
+            raise UsageError(
+                "trials were deleted from the study: those that are left have numbers that new ones would get again. Put the study back as it "
+                "was, or choose another --out"
+            )
+        for row in rows:
             if "asked" not in row.user_attrs:  # made by no search of ours
                 continue
             try:

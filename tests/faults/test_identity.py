@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import autocomp
 from autocomp.cli.main import main
 from autocomp.errors import AutocompError, UsageError
 from autocomp.records.run import read_evaluations, speedup
+from autocomp.run import pipeline as pipeline_module
 from autocomp.run.identity import identity_of, source_of
 from autocomp.study.storage import Claim, masked, open_storage, read_study
 from autocomp.study.study import Space, open_search
@@ -202,6 +204,82 @@ def test_validation_data_that_changed_are_told_where_the_layers_were_lost(
     monkeypatch.setattr(Shifting, "shift", 0.125)
     again = autocomp.search(task=shifting(), out=out, space=spaces["full"], resume=True, **{**OPTIONS, "trials": 5})
     assert any("Task.evaluate judges the uncompressed model otherwise" in text for text in again.run.warnings)
+
+
+class Against:
+    """A metric that compares with the uncompressed model: of that itself it says the same on any data."""
+
+    seed = 11
+
+    def __call__(self, model: torch.nn.Module) -> dict[str, float]:
+        inputs = tiny_task.data(64, seed=self.seed)[0]
+        with torch.no_grad():
+            return {"distance": float((model(inputs) - tiny_task.model()(inputs)).square().mean())}
+
+
+def test_data_that_say_nothing_of_dense_are_asked_of_another_model(
+    spaces: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def task() -> autocomp.Task:
+        return replace(tiny_task.task(), evaluate=Against(), test=Against(), higher_is_better=False)
+
+    given = {"task": task(), "out": tmp_path / "run", "space": spaces["full"], **OPTIONS}
+    autocomp.search(**given)
+    assert not any("judges" in text for text in autocomp.search(**given, resume=True).run.warnings)
+    monkeypatch.setattr(Against, "seed", 12)
+    again = autocomp.search(**given, resume=True)
+    for who in ("Task.evaluate", "Task.test"):
+        assert any(f"{who} judges candidate" in text for text in again.run.warnings)
+
+
+def test_a_judge_that_ignores_its_model_is_doubted(
+    spaces: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline_module, "DOUBT", 1e-6)  # the tiny model's candidates are hardly apart
+    task = tiny_task.task()
+    judge, model = task.evaluate, tiny_task.model()
+    task.evaluate = lambda _: judge(model)
+    result = autocomp.search(
+        task=task, out=tmp_path / "run", space=spaces["full"], **{**OPTIONS, "trials": 8, "measure": 4}
+    )
+    assert any("does it judge the model that it is given" in text for text in result.run.warnings)
+
+
+@pytest.mark.parametrize("change", ["another's", "flipped"])
+def test_a_model_that_is_not_the_runs_is_not_loaded(change: str, run: Path) -> None:
+    point = autocomp.SearchResult(run).front[0]
+    file = run / "models" / point.candidate.id / "model.safetensors"
+    content = bytearray(file.read_bytes() or b"nothing was exported here")
+    content[-2] ^= 255
+    file.write_bytes(content if change == "flipped" else bytes(content) + b"more")
+    with pytest.raises(UsageError, match="is not the file that the run wrote"):
+        point.load()
+
+
+def test_what_another_compiler_measured_is_measured_again(
+    run: Path, resume: Callable[..., autocomp.SearchResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline_module, "version", lambda name: "99.0")
+    again = resume().run
+    assert any("compiled by another TVM" in text for text in again.warnings)
+    assert any("was begun with torch" in text for text in again.warnings)
+
+
+def test_deleted_trials_are_noticed(run: Path, resume: Callable[..., Any]) -> None:
+    with sqlite3.connect(run / "study.db") as database:
+        database.execute("delete from trials where number = 1")
+    with pytest.raises(UsageError, match="trials were deleted from the study"):
+        resume(trials=6)
+
+
+def test_files_of_points_that_left_the_front_go(run: Path, resume: Callable[..., autocomp.SearchResult]) -> None:
+    told = {e.candidate.id for e in read_evaluations(run)}
+    shown = {p.candidate.id for p in autocomp.SearchResult(run).front}
+    gone = run / "models" / sorted(told - shown)[0]
+    gone.mkdir()
+    (gone / "model.onnx").write_bytes(b"of an earlier front")
+    again = resume()
+    assert gone.exists() == (gone.name in {p.candidate.id for p in (*again.front, again.dense)})
 
 
 def test_manifests_and_tables_have_the_times_of_the_front(finished: Path) -> None:
