@@ -43,6 +43,8 @@ def fit(weight: Tensor, metric: Metric, fisher: Tensor, dim: int, stages: int) -
         nearest.append(chosen.view(rows, -1))
     codebook = torch.stack(books)
     plain = torch.stack(nearest, 1)
+    if metric.independent:  # no column can make up for another
+        return plain.to(torch.uint8), codebook, scale
     fed = _with_feedback(vectors, metric, codebook.double())
     nears, feds = (decode(indices, codebook, torch.ones(rows), width).double() - vectors for indices in (plain, fed))
     indices = torch.where(metric.better(feds, nears)[:, None, None], fed, plain)

@@ -127,6 +127,8 @@ def round_levels(weight: Tensor, scales: Tensor, lowest: int, highest: int, metr
     No row's error under the metric is larger than that of rounding to nearest.
     """
     nearest = (weight / scales).round().clamp(lowest, highest)
+    if metric.independent:  # no column can make up for another
+        return nearest.to(torch.int8)
     feedback = Feedback(weight, metric)
     grid = scales.unflatten(0, (metric.count, -1)).permute(2, 0, 1)[feedback.order].contiguous()
     for position, steps in enumerate(grid):
