@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autocomp.api import Point, SearchResult, check, compile, measure, rebuild_report, search, sensitivity
+    from autocomp.api import check, compile, measure, rebuild_report, search, sensitivity
     from autocomp.errors import (
         AutocompError,
         BoardError,
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from autocomp.hardware.profile import list_profiles
     from autocomp.records.candidate import Candidate
     from autocomp.records.latency import Latency
+    from autocomp.run.result import Point, SearchResult
     from autocomp.tasks.task import Task, load_task
 
     __version__: str
@@ -60,8 +61,8 @@ _HOMES = {
     "Interrupted": "autocomp.errors",
     "Latency": "autocomp.records.latency",
     "MismatchError": "autocomp.errors",
-    "Point": "autocomp.api",
-    "SearchResult": "autocomp.api",
+    "Point": "autocomp.run.result",
+    "SearchResult": "autocomp.run.result",
     "Task": "autocomp.tasks.task",
     "UsageError": "autocomp.errors",
     "check": "autocomp.api",

@@ -5,31 +5,28 @@ from __future__ import annotations
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from autocomp.cache import cache_dir, unwritable_reason
-from autocomp.config.settings import Goals, Settings, load_settings
+from autocomp.config.settings import Settings, load_settings
 from autocomp.errors import ExportError, InfeasibleError, Interrupted, ModelWarning, UsageError
-from autocomp.front import goals as goal_rules
 from autocomp.hardware.profile import Profile, load_profile
 from autocomp.processes import interrupt
 from autocomp.processes.chatter import LOG, caught
 from autocomp.progress import Progress
-from autocomp.records.candidate import Candidate
-from autocomp.records.evaluation import Evaluation, Sensitivity
+from autocomp.records.evaluation import Sensitivity
 from autocomp.records.latency import Latency
-from autocomp.records.run import FrontPoint, Run, read_run, speedup
 from autocomp.run.folder import abandon_run_folder, check_run_folder, open_run_folder, probe
+from autocomp.run.result import Point as Point
+from autocomp.run.result import SearchResult as SearchResult
 from autocomp.space.file import SpaceFile, load_space
 from autocomp.tasks.task import Task, checked_batch, load_task, within
 
 if TYPE_CHECKING:
-    import pandas as pd
     import torch
 
     from autocomp.devices.device import Compiled
@@ -38,118 +35,7 @@ if TYPE_CHECKING:
 CHECK_SECONDS = 900.0  # that `check` may take
 
 
-@dataclass(frozen=True)
-class Point:
-    """A point of the front: what was chosen, how it does, and where its files are.
-
-    ``metrics`` are of the validation split, ``test_metrics`` of the held-out one; ``latency`` is by profile name, ``bytes`` the size of
-    the weights.
-    """
-
-    record: FrontPoint
-    folder: Path
-
-    @property
-    def candidate(self) -> Candidate:
-        return self.record.evaluation.candidate
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        return self.record.evaluation.metrics
-
-    @property
-    def test_metrics(self) -> Mapping[str, float]:
-        return self.record.test_metrics
-
-    @property
-    def latency(self) -> Mapping[str, Latency]:
-        return self.record.evaluation.latency
-
-    @property
-    def bytes(self) -> int:
-        return self.record.evaluation.bytes
-
-    def load(self) -> torch.nn.Module:
-        """The compressed torch model, in evaluation mode; nothing in its file is run.
-
-        UsageError if it is not there, not readable, or not the file that the run wrote.
-        """
-        from autocomp.export.files import load_model, refuse_foreign
-
-        place = self.folder / "models" / self.candidate.id
-        refuse_foreign(place)
-        return load_model(place)
-
-
-class SearchResult:
-    """What a search found, read from its run folder."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.run: Run = read_run(self.folder)
-        self.front: list[Point] = [Point(record, self.folder) for record in self.run.front]
-        self.dense = Point(self.run.dense, self.folder)
-
-    @property
-    def report(self) -> Path:
-        return self.folder / "report.html"
-
-    def __iter__(self) -> Iterator[Point]:
-        return iter(self.front)
-
-    def __len__(self) -> int:
-        return len(self.front)
-
-    def to_frame(self) -> pd.DataFrame:
-        """One row for each front point, fast to slow: metrics, seconds and speed-up by profile, bytes, drop of the objective.
-
-        A metric whose name another column has is called ``metric:NAME``.
-        """
-        import pandas as pd
-
-        task = self.run.task
-        rows = []
-        for point in self.front:
-            row: dict[str, Any] = {"id": point.candidate.id}
-            row |= {f"metric:{name}" if _is_column(name) else name: value for name, value in point.metrics.items()}
-            row |= {f"test:{name}": value for name, value in point.test_metrics.items()}
-            for profile, latency in point.latency.items():
-                row[f"seconds:{profile}"] = latency.seconds
-                row[f"how:{profile}"] = latency.how
-                row[f"speedup:{profile}"] = speedup(point.record.evaluation, self.run.dense.evaluation, profile)
-            row["bytes"] = point.bytes
-            row["drop"] = goal_rules.drop(
-                point.record.evaluation, self.run.dense.evaluation, task.objective, task.higher_is_better
-            )
-            rows.append(row)
-        return pd.DataFrame(rows)
-
-    def best(
-        self, max_drop: float | None = None, max_latency: float | None = None, max_bytes: int | None = None
-    ) -> Point:
-        """The point to take: the fastest within ``max_drop``, else the most accurate within the other limits.
-
-        ``max_drop`` in units of the objective, ``max_latency`` in seconds. InfeasibleError if no point meets the limits.
-        """
-        limits = Goals(max_drop=max_drop, max_latency=max_latency, max_bytes=max_bytes)
-        evaluations: list[Evaluation] = [point.record.evaluation for point in self.front]
-        task = self.run.task
-        chosen = goal_rules.best(evaluations, self.run.dense.evaluation, limits, task.objective, task.higher_is_better)
-        return next(point for point in self.front if point.candidate == chosen.candidate)
-
-
 _SEARCHING = threading.Lock()
-
-
-def _is_column(metric: str) -> bool:
-    """Whether a column of `SearchResult.to_frame` has the name of a metric already."""
-    return metric in ("id", "bytes", "drop") or metric.partition(":")[0] in (
-        "seconds",
-        "how",
-        "speedup",
-        "test",
-        "metric",
-    )
 
 
 def search(

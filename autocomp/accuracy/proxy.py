@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from autocomp.records.candidate import Candidate
 
 FIRST = 64  # samples a candidate is judged on first; on the built-in tasks their divergence is within a fifth of that of 256
+_FLOORS: dict[str, float] = {}  # of `_score_first`, by the fingerprint of model and data
 
 
 def kl(model: nn.Module, statistics: Statistics) -> float:
@@ -65,9 +66,6 @@ def _score_first(stitched: nn.Module, dense: nn.Module, statistics: Statistics) 
     if statistics.fingerprint not in _FLOORS:
         _FLOORS[statistics.fingerprint] = _score(copy.deepcopy(dense), statistics, counts)
     return max(0.0, _score(stitched, statistics, counts) - _FLOORS[statistics.fingerprint])
-
-
-_FLOORS: dict[str, float] = {}  # by the fingerprint of model and data
 
 
 def _all(statistics: Statistics) -> list[int]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autocomp.hardware.profile import Profile
-from autocomp.kernels import fp16 as half
+from autocomp.kernels import fp16
 from autocomp.kernels.specs import ConvSpec, DenseSpec
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class HalfConverter:
         self.names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.state = {**program.state_dict, **program.constants}
         self.lanes = 2 * profile.lanes
-        self.has_kernels = half.has_kernels(profile)
+        self.has_kernels = fp16.has_kernels(profile)
         self.convolution = convolution
         self._rounded: dict[int, tuple[Any, Any]] = {}
 
@@ -48,18 +48,18 @@ class HalfConverter:
             stride, padding, dilation, groups = geometry
             tiled = whole_vectors(weight, int(groups), self.lanes)
             spec = ConvSpec.of(shape, tiled.shape, stride, [*padding, *padding], dilation, int(groups), self.lanes)
-            packed = relax.const(half.pack_conv_weight(tiled, spec))
+            packed = relax.const(fp16.pack_conv_weight(tiled, spec))
             name = "depthwise_fp16" if spec.depthwise else "conv2d_fp16"
-            sums = builder.emit_te(lambda data, w: half.conv2d(data, w, spec), data, packed, primfunc_name_hint=name)
+            sums = builder.emit_te(lambda data, w: fp16.conv2d(data, w, spec), data, packed, primfunc_name_hint=name)
             if len(tiled) != len(weight):
                 sums = builder.emit_te(
                     without_padding, sums, int(groups), len(weight), primfunc_name_hint="take_channels"
                 )
         else:
             dense = DenseSpec.of(shape, len(weight), self.lanes)
-            packed = relax.const(half.pack_dense_weight(weight, self.lanes))
+            packed = relax.const(fp16.pack_dense_weight(weight, self.lanes))
             sums = builder.emit_te(
-                lambda data, w: half.dense(data, w, dense), data, packed, primfunc_name_hint="dense_fp16"
+                lambda data, w: fp16.dense(data, w, dense), data, packed, primfunc_name_hint="dense_fp16"
             )
         result = builder.emit(relax.op.add(sums, relax.const(np.ascontiguousarray(bias))))
         return builder.emit(relax.op.permute_dims(result, [0, 3, 1, 2])) if self.convolution else result

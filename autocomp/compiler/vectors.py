@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from autocomp.kernels import compute
-
-if TYPE_CHECKING:
-    pass
+from autocomp.kernels.specs import round_up
 
 
 def whole_vectors(weight: np.ndarray, groups: int, lanes: int) -> np.ndarray:
@@ -17,7 +14,7 @@ def whole_vectors(weight: np.ndarray, groups: int, lanes: int) -> np.ndarray:
     outputs = len(weight) // groups
     if groups == 1 or weight.shape[1] == outputs == 1 or outputs % lanes == 0:
         return weight
-    padded = np.zeros((groups, compute.round_up(outputs, lanes), *weight.shape[1:]), weight.dtype)
+    padded = np.zeros((groups, round_up(outputs, lanes), *weight.shape[1:]), weight.dtype)
     padded[:, :outputs] = weight.reshape(groups, outputs, *weight.shape[1:])
     return padded.reshape(-1, *weight.shape[1:])
 

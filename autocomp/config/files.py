@@ -18,13 +18,15 @@ from pydantic import BaseModel, ValidationError
 
 from autocomp.errors import UsageError, cut, shown, suggest
 
-SETTINGS_BYTES = (
-    1 << 18
-)  # of a config, a profile, a search space: a rule for each of a thousand layers is a fifth of this
+# Of a config, a profile, a search space: a rule for each of a thousand layers is a fifth of this.
+SETTINGS_BYTES = 1 << 18
 RECORDS_BYTES = 1 << 29  # of what a run wrote about itself
 DEPTH = 40  # of lists and mappings in each other
 NODES = 100_000  # of a YAML file, its aliases written out
+MOST_FAULTS = 8  # of one file in one message
 _SURROGATE = re.compile(r"\\u[dD][89abAB]")
+
+M = TypeVar("M", bound=BaseModel)
 
 
 def read_text(path: Path, limit: int = SETTINGS_BYTES) -> str:
@@ -157,9 +159,6 @@ def _named(path: Path) -> str:
     return text if len(text) <= 200 else f"{text[:100]}…{text[-80:]}"
 
 
-M = TypeVar("M", bound=BaseModel)
-
-
 def is_number(text: str) -> bool:
     try:
         float(text)
@@ -268,6 +267,3 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(_model_in, getattr(annotation, "__args__", ()))), None)
-
-
-MOST_FAULTS = 8  # of one file in one message

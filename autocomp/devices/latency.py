@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from autocomp.hardware.profile import Profile
-from autocomp.kernels import fp16 as half
+from autocomp.kernels import fp16
 from autocomp.kernels.compute import round_up
 from autocomp.kernels.intrinsics import dot_product
 from autocomp.kernels.specs import ConvSpec, padded_rows
@@ -70,7 +70,7 @@ def layer_work(layer: Layer, method: Method, profile: Profile) -> list[Work]:
 def _arithmetic(precision: Precision, profile: Profile) -> Arithmetic:
     if precision == "w8a8":
         return "int8"
-    return "fp16" if precision == "fp16" and half.has_kernels(profile) else "fp32"
+    return "fp16" if precision == "fp16" and fp16.has_kernels(profile) else "fp32"
 
 
 def _weight_only(layer: Layer, bits: int, group: int, profile: Profile) -> Work:
@@ -114,7 +114,7 @@ def _flat(layer: Layer) -> Layer:
 def _dense(rows: int, depth: int, out: int, kind: Arithmetic, profile: Profile) -> Work:
     spatial = (padded_rows(rows), round_up(out, _lanes(kind, profile)))
     if kind == "fp16":
-        runs, run = half.split_depth(depth)
+        runs, run = fp16.split_depth(depth)
         return Work("dense_fp16", spatial, (runs, run) if runs > 1 else (run,))
     return Work("dense_int8" if kind == "int8" else "dense", spatial, _steps(depth, kind, profile))
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from autocomp.layers.convolution import FLOAT
+
 
 @dataclass(frozen=True, eq=False)
 class Constant:
@@ -105,10 +107,6 @@ def _matmul(node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Call | No
     return _dense(args[0], args[1], None, turned=True)
 
 
-_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-
-
 def _spread(value: Any, rank: int) -> tuple[int, ...]:
     items = [value] * rank if isinstance(value, int) else list(value)
     return tuple(int(item) for item in (items * rank if len(items) == 1 else items))
@@ -124,9 +122,9 @@ def _convolution(node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Call
         return None
     rank = w.dim() - 2
     batched = node.args[0].meta["val"].dim() == w.dim()  # type: ignore[union-attr]
-    if rank not in _CONVOLUTIONS or not batched:
-        return None
     transposed = "transpose" in str(node.target) or bool(get("transposed", False))
+    if (rank, transposed) not in FLOAT or not batched:
+        return None
     groups, kernel = int(get("groups", 1)), tuple(w.shape[2:])
     stride, dilation = _spread(get("stride", 1), rank), _spread(get("dilation", 1), rank)
     padding, extra = _padding(get("padding", 0), kernel, dilation, rank)
@@ -140,7 +138,7 @@ def _convolution(node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Call
     else:
         channels = (w.shape[1] * groups, w.shape[0])
     settings += [("in_channels", channels[0]), ("out_channels", channels[1])]
-    kind = (_TRANSPOSED if transposed else _CONVOLUTIONS)[rank]
+    kind = FLOAT[rank, transposed]
     return Call(kind, tuple(settings), {"weight": w, "bias": b}, source, weight.path, extra)
 
 

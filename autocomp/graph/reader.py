@@ -15,6 +15,7 @@ from autocomp.errors import ExportError
 from autocomp.graph.aliases import usual
 from autocomp.graph.layer_calls import LAYER_CALLS, Call, Constant
 from autocomp.graph.recurrent_calls import EXPANSIONS
+from autocomp.layers.convolution import Layers, Transposed
 from autocomp.layers.narrow import Norms
 from autocomp.layers.recurrent import Recurrence
 
@@ -130,7 +131,7 @@ class Reader:
             rows = _outputs(layer)
             flat = not isinstance(layer, nn.Linear) or len(_shape(before)) == 2  # of [N, L, C] a BatchNorm normalises L
             alone = len(before.users) == 1 and times[node.target] == times[before.target] == 1
-            if alone and flat and isinstance(layer, FOLDING) and rows == self.modules[str(node.target)].num_features:
+            if alone and flat and isinstance(layer, Layers) and rows == self.modules[str(node.target)].num_features:
                 found[str(before.target)] = str(node.target)
         return found
 
@@ -303,13 +304,9 @@ class Reader:
                 module.projection = str(node.args[0].target)  # the layer made just before
 
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-FOLDING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED, nn.Linear)
-
-
 def _outputs(layer: nn.Module) -> int:
     weight = getattr(layer, "weight", None)
-    return int(weight.shape[1 if isinstance(layer, TRANSPOSED) else 0]) if isinstance(weight, Tensor) else 0
+    return int(weight.shape[1 if isinstance(layer, Transposed) else 0]) if isinstance(weight, Tensor) else 0
 
 
 def _wanted(node: fx.Node, call: Call, shared: bool) -> str:

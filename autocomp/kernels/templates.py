@@ -142,8 +142,7 @@ def apply(function: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:
     """Schedule a fused function with one tile; returns a PrimFunc marked as scheduled."""
     from tvm import s_tir
 
-    from autocomp.kernels import fp16 as half
-    from autocomp.kernels import weight_only
+    from autocomp.kernels import fp16, weight_only
 
     if _is_scheduled(function):
         return function
@@ -156,7 +155,7 @@ def apply(function: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:
     if weight_only.is_weight_only(anchor):
         weight_only.tile_weight_only(schedule, tile, anchor, profile)
     elif anchor.template.endswith("fp16") and tile.vectors and len(reductions(schedule)) > 1:
-        half.tile_runs(schedule, tile, anchor, profile)
+        fp16.tile_runs(schedule, tile, anchor, profile)
     elif anchor.template in CONTRACTIONS and tile.vectors:
         _tile_contraction(schedule, tile, anchor, profile)
     else:

@@ -15,7 +15,7 @@ Layers = (*Convolutions, nn.Linear)
 AnyConvolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 AnyLayer = AnyConvolution | nn.Linear
 
-_FLOAT: Mapping[tuple[int, bool], type[AnyConvolution]] = {
+FLOAT: Mapping[tuple[int, bool], type[AnyConvolution]] = {
     (1, False): nn.Conv1d,
     (2, False): nn.Conv2d,
     (3, False): nn.Conv3d,
@@ -95,7 +95,7 @@ def float_convolution(weight: Tensor, bias: Tensor | None, geometry: Geometry) -
     sizes = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     if output_padding is not None:
         sizes["output_padding"] = output_padding
-    kind = _FLOAT[len(kernel), output_padding is not None]
+    kind = FLOAT[len(kernel), output_padding is not None]
     made = kind(inputs, outputs, kernel, bias=bias is not None, device="meta", **sizes)  # type: ignore[arg-type]
     made.weight = nn.Parameter((weight if output_padding is None else turned(weight, groups)).contiguous())
     made.bias = None if bias is None else nn.Parameter(bias)

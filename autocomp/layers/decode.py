@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -13,8 +12,7 @@ from autocomp.layers.fp16 import HalfConv2d, HalfLinear
 from autocomp.layers.weight_only import WeightOnlyConv2d, WeightOnlyLinear
 from autocomp.records.candidate import Precision
 
-if TYPE_CHECKING:
-    pass
+Stored = (HalfConv2d, HalfLinear, WeightOnlyConv2d, WeightOnlyLinear, CodebookConv2d, CodebookLinear)
 
 
 def decoded(model: nn.Module, precisions: Collection[Precision]) -> nn.Module:
@@ -68,6 +66,3 @@ def convolution_of(one_d: bool, weight: Tensor, bias: Tensor | None, geometry: G
     if one_d:
         return float_convolution(weight.squeeze(2), bias, geometry.one_row())
     return float_convolution(weight, bias, geometry)
-
-
-Stored = (HalfConv2d, HalfLinear, WeightOnlyConv2d, WeightOnlyLinear, CodebookConv2d, CodebookLinear)

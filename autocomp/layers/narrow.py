@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from autocomp.layers.convolution import AnyLayer, Geometry, Layers, Transposed, float_convolution, outputs_first
 
+Norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
 
 def take(module: nn.Module, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Module:
     """Return a smaller copy that keeps the output channels ``rows`` and the input columns ``columns`` (None keeps all).
@@ -62,6 +64,3 @@ def _take_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, rows: Ten
         if values is not None:
             setattr(small, name, values[keep].clone())
     return small.train(norm.training)
-
-
-Norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -14,8 +14,6 @@ Precision = Literal[
     "fp32", "fp16", "w8a8", "w8", "w8g32", "w8g128", "w4", "w4g32", "w4g128",
     "vq8", "vq4", "vq2", "vq1", "rvq4", "rvq3", "rvq2",
 ]  # fmt: skip
-
-
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 

@@ -12,7 +12,6 @@ from autocomp.records.latency import Latency, latency_from_json, latency_to_json
 
 FORMAT_VERSION = 1
 
-
 Source = Literal["dense", "uniform", "solver", "mutation", "optuna"]
 State = Literal["told", "measured", "failed"]
 

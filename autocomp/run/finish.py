@@ -19,6 +19,7 @@ from autocomp.measurement.measurer import reason_of
 from autocomp.records.evaluation import Evaluation, Reference, as_searched, reference_from_json, reference_to_json
 from autocomp.records.run import FrontPoint, LayerInfo, Run, Summary, TaskInfo, write_evaluations, write_front
 from autocomp.run.folder import CONFIG
+from autocomp.run.judged import judged_otherwise
 from autocomp.run.pipeline import Pipeline
 from autocomp.run.points import timed_in_turn, write_points
 from autocomp.run.provenance import goals_text, profile_line, write_provenance
@@ -141,32 +142,29 @@ def _timed_again(
 
 
 def _check_test_data(pipeline: Pipeline, dense: Evaluation) -> None:
-    """Where a run goes on, read the test split with the uncompressed model once more. What was kept of other data counts no longer."""
+    """Where a run goes on, read the test split once more. What was kept of other data counts no longer."""
     if pipeline.task.test is None:
         return
-    known = [e for e in pipeline.search.told if e.kl and pipeline.search.get_attr(_test_key(pipeline, e))]
-    farthest = max(
-        known, key=lambda e: e.kl or 0.0, default=None
-    )  # a metric against dense says the same of dense on any data
-    for evaluation in (dense, farthest):
-        before = None if evaluation is None else pipeline.search.get_attr(_test_key(pipeline, evaluation))
-        if evaluation is None or before is None:
-            continue
-        try:
-            now = evaluate_task(pipeline.task, pipeline.stitch(evaluation.candidate), split="test")
-        except Exception as error:
-            pipeline.progress.warn(f"Task.test failed: {reason_of(error)}; what it said before is shown")
-            return
-        if set(now) != set(before) or not all(
-            np.isclose(now[name], value, rtol=1e-3) for name, value in before.items()
-        ):
-            what = "the uncompressed model" if evaluation is dense else f"candidate {evaluation.candidate.id}"
-            pipeline.progress.warn(
-                f"Task.test judges {what} otherwise than before: it draws at random, or its data changed; all points are judged again on what "
-                "it reads now"
-            )
-            pipeline.search.set_attr("test data", pipeline.search.get_attr("test data", 0) + 1)
-            return
+
+    def kept(evaluation: Evaluation) -> dict[str, float] | None:
+        found: dict[str, float] | None = pipeline.search.get_attr(_test_key(pipeline, evaluation))
+        return found
+
+    try:
+        said = judged_otherwise(
+            pipeline.search.told,
+            dense,
+            kept,
+            lambda e: evaluate_task(pipeline.task, pipeline.stitch(e.candidate), split="test"),
+        )
+    except Exception as error:
+        pipeline.progress.warn(f"Task.test failed: {reason_of(error)}; what it said before is shown")
+        return
+    if said:
+        pipeline.progress.warn(
+            f"Task.test judges {said} than before: it draws at random, or its data changed; all points are judged again on what it reads now"
+        )
+        pipeline.search.set_attr("test data", pipeline.search.get_attr("test data", 0) + 1)
 
 
 def _test_key(pipeline: Pipeline, evaluation: Evaluation) -> str:

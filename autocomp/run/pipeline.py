@@ -34,6 +34,7 @@ from autocomp.records.evaluation import Evaluation, Source, as_searched
 from autocomp.run.budget import BASELINES, TELLING, Budget
 from autocomp.run.folder import study_of
 from autocomp.run.identity import compression_of, identity_of, refuse_another
+from autocomp.run.judged import ignores_its_model, judged_otherwise
 from autocomp.run.prepare import prepare
 from autocomp.space.file import load_space
 from autocomp.study.costs import Costs
@@ -56,9 +57,6 @@ SETTLED = 2.0  # seconds of work after which its rate says something
 FITTING = 0.1  # of the time to search at most for that fit, where minutes are set
 DEEP = 4  # one in so many measurements looks for what is fast at whatever loss within `UNKNOWN`; the others at what is of use
 MEASURE_ROUNDS = 4  # the budget of measurements is spent in rounds, each choosing by all that is known then
-
-# Compressed models that answer so far from the uncompressed one (nats), and are judged exactly as it is: they make one doubt the judge.
-ENOUGH_TO_DOUBT, DOUBT = 2, 0.05
 
 _Work = tuple[Candidate, float]  # and the divergence above which it is not looked at any closer
 _Scored = tuple[float | None, str, float]  # divergence, or None and why; seconds
@@ -100,9 +98,8 @@ class Pipeline:
         self.costs = Costs(self.graph, self.space, self.database.tables(self.space), self.devices, settled)
         self.scorers = Workers(self._score, cores(), AHEAD if settled else None)
         self.search = self._open_search(known is not None, {"identity": identity})
-        for (
-            evaluation
-        ) in self.search.told:  # times from the end of an earlier start are of another moment than all others
+        # times from the end of an earlier start are of another moment than all others
+        for evaluation in self.search.told:
             if evaluation.earlier:
                 self.search.update(evaluation.trial, as_searched(evaluation))
         self._said: list[str] = self.search.get_attr("warnings", [])  # by earlier starts of the run
@@ -173,6 +170,9 @@ class Pipeline:
                 "again"
             )
         self.search.set_attr("targets", here)
+        self._tell_versions()
+
+    def _tell_versions(self) -> None:
         now = {name: version(name) for name in ("autocomp", "torch")}
         begun = self.search.get_attr("versions", now)
         for name in now:
@@ -180,40 +180,26 @@ class Pipeline:
                 self.progress.warn(f"the run was begun with {name} {begun.get(name)}, and goes on with {now[name]}")
         self.search.set_attr("versions", begun)
 
-    def _judge_again(self, dense: Evaluation) -> None:
-        """Read the metrics of the uncompressed model anew where a run goes on. UsageError if they have other names; a warning if they differ."""
+    def _judge_again(self) -> None:
+        """Read metrics anew where a run goes on. UsageError if they have other names; a warning if they differ."""
         rehearsed = self.measurer.rehearsed
-        if rehearsed is not None and set(rehearsed.metrics) == set(dense.metrics):
-            now: Mapping[str, float] = rehearsed.metrics
-        else:
-            now = evaluate_task(self.task, self.task.model, names=self.measurer.names)
-        judged = [("the uncompressed model", dense.metrics, now)]
-        if (
-            other := self._farthest()
-        ) is not None:  # a metric against the uncompressed model says the same of that on any data
-            again = evaluate_task(self.task, self.stitch(other.candidate), names=self.measurer.names)
-            judged.append((f"candidate {other.candidate.id}", other.metrics, again))
-        for what, then, now in judged:
-            if changed := [name for name, value in now.items() if not np.isclose(value, then[name], rtol=1e-3)]:
-                self.progress.warn(
-                    f"Task.evaluate judges {what} otherwise than when the run began ("
-                    + ", ".join(f"{name} {then[name]:.4g}, now {now[name]:.4g}" for name in changed)
-                    + "): it draws at random, or its data changed; new points are not comparable with those before"
-                )
-                return
 
-    def _farthest(self) -> Evaluation | None:
-        """Of the candidates that were measured, the one that answers least like the uncompressed model."""
-        measured = [e for e in self.search.told if e.state == "measured" and e.kl and e.metrics]
-        return max(measured, key=lambda e: e.kl or 0.0, default=None)
+        def now(evaluation: Evaluation) -> Mapping[str, float]:
+            if rehearsed is not None and not evaluation.kl and set(rehearsed.metrics) == set(evaluation.metrics):
+                return rehearsed.metrics
+            return evaluate_task(self.task, self.stitch(evaluation.candidate), names=self.measurer.names)
+
+        if said := judged_otherwise(self.search.told, self.dense(), lambda e: e.metrics or None, now):
+            self.progress.warn(
+                f"Task.evaluate judges {said} than when the run began: it draws at random, or its data changed; new points are not comparable "
+                "with those before"
+            )
 
     def _doubt_metrics(self) -> None:
-        """Warn if compressed models that answer otherwise are all judged exactly as the uncompressed one: the usual slip of a closure."""
-        dense = self.dense()
-        others = [e for e in self.search.told if e.state == "measured" and (e.kl or 0.0) > DOUBT]
-        if len(others) >= ENOUGH_TO_DOUBT and all(dict(e.metrics) == dict(dense.metrics) for e in others):
+        """Warn of the usual slip of a closure."""
+        if count := ignores_its_model(self.search.told, self.dense()):
             self.progress.warn(
-                f"Task.evaluate gave all of {len(others)} compressed models exactly the numbers of the uncompressed one, though they answer "
+                f"Task.evaluate gave all of {count} compressed models exactly the numbers of the uncompressed one, though they answer "
                 "otherwise: does it judge the model that it is given?"
             )
 
@@ -364,7 +350,7 @@ class Pipeline:
                 self.search.update(dense.trial, self.measurer.measure_dense(dense))
             self.measurer.names = tuple(self.dense().metrics)
             if dense is None:
-                self._judge_again(self.dense())
+                self._judge_again()
             todo = [e for e in baselines if e.state == "told" and e is not dense]
             stage.advance(len(baselines) - len(todo))
             self._measure(todo, stage, self.budget.spent() + BASELINES * self.budget.to_search())

@@ -10,15 +10,11 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from autocomp.cache import write_atomically
 from autocomp.records.evaluation import FORMAT_VERSION
 from autocomp.run.pipeline import Pipeline
-
-if TYPE_CHECKING:
-    pass
-
 
 PACKAGES = ("autocomp", "torch", "apache-tvm", "apache-tvm-ffi", "onnxruntime", "optuna", "numpy")
 

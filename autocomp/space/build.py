@@ -16,8 +16,7 @@ from autocomp.records.recurrent import IN_8_BITS
 from autocomp.space.file import Rule, SpaceFile, load_space
 
 if TYPE_CHECKING:
-    from autocomp.graph.analyse import Group
-    from autocomp.graph.graph import Graph, Layer
+    from autocomp.graph.graph import Graph, Group, Layer
 from autocomp.space.space import Refusal, Space, Target, has_kernel, rank_waste
 
 

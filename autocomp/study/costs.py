@@ -17,8 +17,7 @@ from autocomp.study.solver import Factor, Problem, make_problem
 
 if TYPE_CHECKING:
     from autocomp.database.database import LayerTable
-    from autocomp.graph.analyse import Group
-    from autocomp.graph.graph import Graph, Layer
+    from autocomp.graph.graph import Graph, Group, Layer
 
 
 class Costs:

@@ -12,8 +12,7 @@ import numpy as np
 
 from autocomp.errors import AutocompError
 from autocomp.hardware.profile import Profile
-from autocomp.kernels import compute, packing, templates
-from autocomp.kernels import fp16 as half
+from autocomp.kernels import compute, fp16, packing, templates
 from autocomp.kernels.intrinsics import dot_product
 from autocomp.kernels.specs import DenseSpec
 from autocomp.kernels.tile import Anchor, Tile
@@ -239,7 +238,7 @@ def _reference_product(arithmetic: str, profile: Profile) -> Any:
     weight = np.zeros((64, 256), {"int8": "int8", "fp16": "float16"}.get(arithmetic, "float32"))
     if arithmetic == "fp16":
         lanes = 2 * profile.lanes
-        packed, dtype = half.pack_dense_weight(weight, lanes), "float16"
+        packed, dtype = fp16.pack_dense_weight(weight, lanes), "float16"
     else:
         lanes, dot = profile.lanes, dot_product(profile) if arithmetic == "int8" else None
         packed, dtype = packing.pack_dense_weight(weight, lanes, dot), dot.activation if dot else "float32"
@@ -247,7 +246,7 @@ def _reference_product(arithmetic: str, profile: Profile) -> Any:
     data = te.placeholder((24, 256), dtype, name="data")
     constant = te.placeholder(packed.shape, str(packed.dtype), name="weight")
     if arithmetic == "fp16":
-        return te.create_prim_func([data, constant, half.dense(data, constant, spec)])
+        return te.create_prim_func([data, constant, fp16.dense(data, constant, spec)])
     return te.create_prim_func([data, constant, compute.dense(data, constant, spec, dot)])
 
 

@@ -25,6 +25,7 @@ import autocomp
 from autocomp.cli.main import main
 from autocomp.errors import AutocompError, UsageError
 from autocomp.records.run import read_evaluations, speedup
+from autocomp.run import judged as judged_module
 from autocomp.run import pipeline as pipeline_module
 from autocomp.run.identity import identity_of, source_of
 from autocomp.study.storage import Claim, masked, open_storage, read_study
@@ -235,7 +236,7 @@ def test_data_that_say_nothing_of_dense_are_asked_of_another_model(
 def test_a_judge_that_ignores_its_model_is_doubted(
     spaces: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline_module, "DOUBT", 1e-6)  # the tiny model's candidates are hardly apart
+    monkeypatch.setattr(judged_module, "DOUBT", 1e-6)  # the tiny model's candidates are hardly apart
     task = tiny_task.task()
     judge, model = task.evaluate, tiny_task.model()
     task.evaluate = lambda _: judge(model)

@@ -18,8 +18,7 @@ from autocomp.compiler.verify import relative_error
 from autocomp.devices.latency import LatencyModel, layer_work
 from autocomp.graph.analyse import analyse
 from autocomp.hardware.profile import Profile, load_profile
-from autocomp.kernels import compute, packing, rows, templates, weight_only
-from autocomp.kernels import fp16 as half
+from autocomp.kernels import compute, fp16, packing, rows, templates, weight_only
 from autocomp.kernels.intrinsics import dot_product
 from autocomp.layers.fp16 import HalfConv2d, HalfLinear, halved
 from autocomp.records.candidate import Method, Precision
@@ -27,7 +26,7 @@ from autocomp.records.candidate import Method, Precision
 torch.set_num_threads(1)
 
 QUICK = settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
-# Of the largest output: fp16 sums of up to 256 products (kernels/half.py), with room for the worst of some thousand outputs.
+# Of the largest output: fp16 sums of up to 256 products (kernels/fp16.py), with room for the worst of some thousand outputs.
 HALF_TOLERANCE = 1e-2
 
 
@@ -97,10 +96,10 @@ def test_float16_convolution(profile: Profile, case: dict) -> None:
     rng = np.random.default_rng(case["seed"])
     x = rng.standard_normal((1, *spec.in_size, spec.in_channels)).astype("float16")
     weight = rng.standard_normal((spec.out_channels, spec.in_channels // spec.groups, *spec.kernel)).astype("float16")
-    packed = half.pack_conv_weight(weight, spec)
+    packed = fp16.pack_conv_weight(weight, spec)
     data = te.placeholder(x.shape, "float16", name="data")
     constant = te.placeholder(packed.shape, "float16", name="weight")
-    value = run_te([data, constant], half.conv2d(data, constant, spec), [x, packed], profile, case["pick"])
+    value = run_te([data, constant], fp16.conv2d(data, constant, spec), [x, packed], profile, case["pick"])
     depth = math.prod(spec.kernel) * spec.in_channels // spec.groups
     assert np.abs(value - convolved(x, weight, spec)).max() < HALF_TOLERANCE * 3 * math.sqrt(depth)
 
@@ -153,10 +152,10 @@ def test_dense(profile: Profile, lead: tuple, depth: int, out: int, pick: int, k
         dtype = "float16" if kind == "fp16" else "float32"
         x, weight = rng.standard_normal((*lead, depth)).astype(dtype), rng.standard_normal((out, depth)).astype(dtype)
     spec = compute.DenseSpec.of(x.shape, out, lanes)
-    packed = half.pack_dense_weight(weight, lanes) if kind == "fp16" else packing.pack_dense_weight(weight, lanes, dot)
+    packed = fp16.pack_dense_weight(weight, lanes) if kind == "fp16" else packing.pack_dense_weight(weight, lanes, dot)
     data = te.placeholder(x.shape, str(x.dtype), name="data")
     constant = te.placeholder(packed.shape, str(packed.dtype), name="weight")
-    product = half.dense(data, constant, spec) if kind == "fp16" else compute.dense(data, constant, spec, dot)
+    product = fp16.dense(data, constant, spec) if kind == "fp16" else compute.dense(data, constant, spec, dot)
     value = run_te([data, constant], product, [x, packed], profile, pick)
     expected = x.astype("float64") @ weight.astype("float64").T
     if dot:
@@ -267,7 +266,7 @@ def test_half_layers_elsewhere_are_exact_products_in_float32() -> None:
 
 @pytest.mark.parametrize("depth", [1, 24, 128, 192, 257, 389, 576, 960, 1000, 2048, 4608])
 def test_runs_of_half_sums_are_short_and_cover_the_depth(depth: int) -> None:
-    runs, run = half.split_depth(depth)
+    runs, run = fp16.split_depth(depth)
     assert depth <= runs * run < depth + 8 * runs
     assert run <= 256
     assert runs == 1 or run >= 96

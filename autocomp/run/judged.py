@@ -1,0 +1,61 @@
+"""Whether the task's own functions judge as they did: data may change, or a function ignore its model, and no source shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from autocomp.records.evaluation import Evaluation
+
+Metrics = Mapping[str, float]
+
+SAME = 1e-3  # of a metric's value: what it may differ by between two readings of the same data
+# Compressed models that answer so far from the uncompressed one (nats), and are judged exactly as it is: they make one doubt the judge.
+ENOUGH_TO_DOUBT, DOUBT = 2, 0.05
+
+
+def judged_otherwise(
+    told: Sequence[Evaluation],
+    dense: Evaluation,
+    before: Callable[[Evaluation], Metrics | None],
+    now: Callable[[Evaluation], Metrics],
+) -> str:
+    """Which model is judged otherwise ``now`` than ``before`` (None: it was not), and by what; empty if none is.
+
+    Two are asked: the uncompressed one, and of the measured ones that were judged the one that answers least like it, since a metric against
+    the uncompressed model says the same of that on any data.
+    """
+    for name, evaluation in _witnesses(told, dense, before):
+        then, found = before(evaluation), now(evaluation)
+        assert then is not None
+        if changed := [metric for metric in {**then, **found} if not _alike(then.get(metric), found.get(metric))]:
+            texts = (f"{metric} {_text(then.get(metric))}, now {_text(found.get(metric))}" for metric in changed)
+            return f"{name} otherwise ({', '.join(texts)})"
+    return ""
+
+
+def ignores_its_model(told: Sequence[Evaluation], dense: Evaluation) -> int:
+    """How many compressed models answer otherwise and are all judged exactly as the uncompressed one; 0 where that proves nothing."""
+    others = [e for e in told if e.state == "measured" and (e.kl or 0.0) > DOUBT]
+    alike = all(dict(e.metrics) == dict(dense.metrics) for e in others)
+    return len(others) if alike and len(others) >= ENOUGH_TO_DOUBT else 0
+
+
+def _witnesses(
+    told: Sequence[Evaluation], dense: Evaluation, before: Callable[[Evaluation], Metrics | None]
+) -> Iterator[tuple[str, Evaluation]]:
+    if before(dense) is not None:
+        yield "the uncompressed model", dense
+    farthest_first = sorted((e for e in told if e.state == "measured" and e.kl), key=lambda e: -(e.kl or 0.0))
+    other = next((e for e in farthest_first if before(e) is not None), None)
+    if other is not None:
+        yield f"candidate {other.candidate.id}", other
+
+
+def _alike(then: float | None, now: float | None) -> bool:
+    return then is not None and now is not None and bool(np.isclose(now, then, rtol=SAME))
+
+
+def _text(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4g}"
