@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import traceback
 import warnings
@@ -13,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from autocomp.cache import cache_dir, unwritable_reason
 from autocomp.config.settings import Settings, load_settings
-from autocomp.errors import ExportError, InfeasibleError, Interrupted, ModelWarning, UsageError
+from autocomp.errors import ExportError, Interrupted, ModelWarning, UsageError
 from autocomp.hardware.profile import Profile, load_profile
 from autocomp.processes import interrupt
 from autocomp.processes.chatter import LOG, caught
@@ -24,14 +25,17 @@ from autocomp.run.folder import abandon_run_folder, check_run_folder, open_run_f
 from autocomp.run.result import Point as Point
 from autocomp.run.result import SearchResult as SearchResult
 from autocomp.space.file import SpaceFile, load_space
+from autocomp.study.samplers import GIVEN
 from autocomp.tasks.task import Task, checked_batch, load_task, within
 
 if TYPE_CHECKING:
     import torch
+    from optuna.samplers import BaseSampler
 
     from autocomp.devices.device import Compiled
 
 
+TEMPORARY_BYTES = 16 << 20  # room for temporary files: a module and an ONNX file of a small model take less
 CHECK_SECONDS = 900.0  # that `check` may take
 
 
@@ -48,19 +52,28 @@ def search(
     settings: Settings | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    sampler: BaseSampler | str | None = None,
     **options: Any,
 ) -> SearchResult:
     """Search the compressions of a task's model, measure the promising ones, and write the run folder.
 
     ``task`` is a Task or a name (``digits``, ``package.module:function``); ``options`` are the other keys of the settings (``space``,
-    ``measure``, ``minutes``, ``goals``, …). UsageError for bad input, before anything is lost; InfeasibleError, with the report written, if
+    ``measure``, ``minutes``, ``goals``, …). ``sampler`` proposes candidates: a name (``tpe``, ``nsgaii``, …) or any sampler of Optuna's.
+    UsageError for bad input, before anything is lost; InfeasibleError, with the report written, if
     nothing measured meets the goals; Interrupted on Ctrl-C: the same call with ``resume=True`` continues.
     """
     progress = progress or Progress()
+    given = None if sampler is None or isinstance(sampler, str) else sampler
+    if sampler is not None:
+        options["sampler"] = sampler if isinstance(sampler, str) else GIVEN
     if settings is None:
         settings = _settings(task, profiles, trials, out, seed, options)
     else:
         _refuse_both(task, {"profiles": profiles, "trials": trials, "out": out, "seed": seed, **options})
+    if settings.sampler == GIVEN and given is None:
+        raise UsageError(
+            "sampler: the run was made with a sampler of the caller's own: give it again, autocomp.search(sampler=…)"
+        )
     if settings.evaluate_timeout is not None and threading.current_thread() is not threading.main_thread():
         raise UsageError(
             "evaluate_timeout works in the main thread alone: search there, or in a process of its own, or leave it out"
@@ -71,15 +84,21 @@ def search(
             "or in processes of their own"
         )
     try:
-        return _search(settings, task, resume, progress)
+        return _search(settings, task, resume, progress, given)
     finally:
         _SEARCHING.release()
 
 
-def _search(settings: Settings, task: Task | str | None, resume: bool, progress: Progress) -> SearchResult:
+def _search(
+    settings: Settings, task: Task | str | None, resume: bool, progress: Progress, sampler: BaseSampler | None
+) -> SearchResult:
+    folder = Path(settings.out).absolute()  # a task may change the working folder
     check_run_folder(settings, resume)
     _check_names(settings)
     probe(cache_dir(), "cache", "set AUTOCOMP_CACHE to a folder of yours with room")
+    probe(
+        Path(tempfile.gettempdir()), "folder for temporary files", "set TMPDIR to a folder with room", TEMPORARY_BYTES
+    )
     if settings.storage is not None:
         from autocomp.study.storage import check_storage
 
@@ -93,14 +112,13 @@ def _search(settings: Settings, task: Task | str | None, resume: bool, progress:
         progress.warn(note)
     if settings.evaluate_timeout is not None:
         task = within(task, settings.evaluate_timeout)
-    folder = Path(settings.out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with interrupt.remembered(), FileLock(folder / ".lock", timeout=0):
             # under the lock: a search that is refused leaves the settings as they are
             known = open_run_folder(settings, resume)
             with caught(folder / LOG, progress.console):
-                return _run(settings, task, folder, known, progress)
+                return _run(settings, task, folder, known, progress, sampler)
     except Timeout as error:
         raise UsageError(f"another search is running in {folder}; wait for it, or choose another --out") from error
     except KeyboardInterrupt as error:
@@ -111,12 +129,20 @@ def _search(settings: Settings, task: Task | str | None, resume: bool, progress:
         reason = unwritable_reason(error)
         if reason is None:
             raise
-        where = f"the run folder {folder}"
-        if error.filename and cache_dir() in Path(error.filename).absolute().parents:
-            where = f"the cache {cache_dir()} (AUTOCOMP_CACHE)"
         raise UsageError(
-            f"{where} cannot be written: {reason}; what was told is kept, continue with --resume once there is room"
+            f"{_where(error, folder)} cannot be written: {reason}; what was told is kept, continue with --resume once there is room"
         ) from error
+
+
+def _where(error: OSError, folder: Path) -> str:
+    """Which of a run's places could not be written."""
+    file = Path(str(error.filename)).absolute() if error.filename else folder
+    places = {
+        folder: f"the run folder {folder}",
+        cache_dir().absolute(): f"the cache {cache_dir()} (AUTOCOMP_CACHE)",
+        Path(tempfile.gettempdir()): f"the folder for temporary files {tempfile.gettempdir()} (TMPDIR)",
+    }
+    return next((text for place, text in places.items() if place in (file, *file.parents)), f"the file {file}")
 
 
 def rebuild_report(run: str | Path) -> Path:
@@ -223,7 +249,7 @@ def sensitivity(
     from autocomp.database.calibrate import collect
     from autocomp.database.database import LayerDatabase
     from autocomp.report.build import render_sensitivity
-    from autocomp.run.prepare import prepare
+    from autocomp.run.prepare_task import prepare_task
     from autocomp.tasks.training import one_thread
 
     if settings.task is None:
@@ -232,7 +258,7 @@ def sensitivity(
     progress = progress or Progress()
     task = load_task(settings.task, progress)
     with one_thread(), tempfile.TemporaryDirectory() as folder, caught(None, progress.console):
-        prepared = prepare(task, rules, profiles, settings.calibration_samples, progress)
+        prepared = prepare_task(task, rules, profiles, settings.calibration_samples, progress)
         task, graph = prepared.task, prepared.graph
         with progress.stage("calibrating"):
             statistics = collect(task, graph, settings.calibration_samples, settings.seed)
@@ -276,34 +302,34 @@ def _check_names(settings: Settings) -> tuple[list[Profile], SpaceFile]:
 
 
 def _run(
-    settings: Settings, task: Task, folder: Path, known: Mapping[str, Any] | None, progress: Progress
+    settings: Settings,
+    task: Task,
+    folder: Path,
+    known: Mapping[str, Any] | None,
+    progress: Progress,
+    sampler: BaseSampler | None,
 ) -> SearchResult:
     import torch
 
-    from autocomp.run.finish import finish
-    from autocomp.run.pipeline import Pipeline
+    from autocomp.run.explore import explore
+    from autocomp.run.finish import finish, refuse_infeasible
+    from autocomp.run.prepare import prepare
     from autocomp.tasks.training import one_thread
     from autocomp.tasks.untouched import in_float32
 
     with one_thread(), in_float32():  # on a busy machine a second thread makes these small layers many times slower
         torch.manual_seed(settings.seed)
         try:
-            pipeline = Pipeline(settings, task, folder, known, progress)
-        except Exception:
-            if known is None:  # nothing is told yet
+            prepared = prepare(settings, task, folder, known, progress, sampler)
+        except BaseException as error:
+            if known is None and not interrupt.is_stop(error):  # nothing is told yet
                 abandon_run_folder(folder)
             raise
-        try:
-            pipeline.run()
-            try:
-                finish(pipeline)
-            except InfeasibleError:
-                _report(folder, progress)
-                raise
-        finally:
-            pipeline.close()
+        with explore(prepared) as found:
+            run = finish(prepared, found)
     with progress.stage("writing the report"):
         _report(folder, progress)
+    refuse_infeasible(settings, run, folder)
     return SearchResult(folder)
 
 

@@ -75,8 +75,7 @@ class Progress:
         if text in self.warnings:
             return
         self.warnings.append(text)
-        if self.console is not None:
-            self.console.print(f"[yellow]warning:[/yellow] {_plain(text)}", highlight=False, soft_wrap=True)
+        self._print(f"[yellow]warning:[/yellow] {_plain(text)}")
 
     def _open(self, stage: Stage) -> None:
         self._stages.append(stage)
@@ -108,8 +107,18 @@ class Progress:
             counted = f" {stage.done}" + (f"/{stage.total}" if stage.total else "") if stage.done else ""
             ending = "" if finished else " (stopped)"
             note = f" · {stage.note}" if stage.note else ""
-            line = f"{stage.name}:{counted} in {seconds:.1f} s{note}{ending}"
-            self.console.print(_plain(line), highlight=False, soft_wrap=True)
+            self._print(_plain(f"{stage.name}:{counted} in {seconds:.1f} s{note}{ending}"))
+
+    def _print(self, text: str) -> None:
+        if self.console is None:
+            return
+        try:
+            self.console.print(text, highlight=False, soft_wrap=True)
+        except (
+            BrokenPipeError,
+            SystemExit,
+        ):  # rich's answer to the former: whoever read this left, which is no reason to stop
+            self.console = None
 
 
 def _plain(text: str) -> str:

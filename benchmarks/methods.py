@@ -28,8 +28,9 @@ from autocomp.hardware.profile import load_profile
 from autocomp.measurement.classic import classic_models
 from autocomp.measurement.references import INT8, OURS, measure_references
 from autocomp.progress import Progress
-from autocomp.run.pipeline import Pipeline
-from autocomp.run.prepare import checked_inputs
+from autocomp.run.explore import explore
+from autocomp.run.prepare import prepare as prepare_run
+from autocomp.run.prepare_task import checked_inputs
 from autocomp.tasks.task import evaluate_task, load_task, objective_of
 from autocomp.tasks.training import one_thread
 
@@ -61,15 +62,12 @@ def searched(task: str, method: str, trials: int, measure: int, folder: Path) ->
     given = {"task": task, "space": str(space), "out": str(folder / method), "trials": trials, "measure": measure}
     settings = load_settings(None, {**given, "references": False})
     with one_thread():
-        pipeline = Pipeline(settings, load_task(task), folder / method, None, Progress())
+        prepared = prepare_run(settings, load_task(task), folder / method, None, Progress())
         start = time.perf_counter()
-        try:
-            pipeline.run()
-            dense, told = pipeline.dense(), pipeline.search.told
-        finally:
-            pipeline.search.close()
-    sign = 1 if pipeline.task.higher_is_better else -1
-    objective = objective_of(pipeline.task, dense.metrics)
+        with explore(prepared) as found:
+            dense, told = found.dense(), found.told
+    sign = 1 if prepared.task.higher_is_better else -1
+    objective = objective_of(prepared.task, dense.metrics)
     measured = [e for e in told if e.state == "measured"]
     whole = sign * dense.metrics[objective]
     return {

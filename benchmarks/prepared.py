@@ -19,7 +19,7 @@ from autocomp.database.stitch import stitch
 from autocomp.graph.graph import Graph
 from autocomp.hardware.profile import load_profile
 from autocomp.records.candidate import Candidate
-from autocomp.run.prepare import prepare as prepared_task
+from autocomp.run.prepare_task import prepare_task
 from autocomp.space.file import load_space
 from autocomp.space.space import Space
 from autocomp.tasks.task import Task, evaluate_task, load_task
@@ -54,7 +54,7 @@ class Prepared:
 def prepare(name: str, space: str = "default", samples: int = 256, folder: Path | None = None) -> Prepared:
     """Load a task (training its model unless it is cached) and build its layer database, in a temporary folder unless given."""
     torch.set_num_threads(1)
-    ready = prepared_task(load_task(name), load_space(space), [load_profile("x86-host")], samples)
+    ready = prepare_task(load_task(name), load_space(space), [load_profile("x86-host")], samples)
     task, graph, legal = ready.task, ready.graph, ready.space
     statistics = collect(task, graph, samples, 0)
     folder = folder or Path(tempfile.mkdtemp(prefix="autocomp-benchmark-"))

@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     import autocomp
     from autocomp.api import SearchResult
     from autocomp.devices.local import LocalDevice
+
+settings.register_profile("autocomp", deadline=None)  # no test is about how long something takes
+settings.load_profile("autocomp")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import sqlite3
-from contextlib import closing
 from pathlib import Path
 from typing import Any
+
+from autocomp.run.folder import STUDY
+from autocomp.study.storage import JOURNAL, open_storage
 
 
 def told(folder: Path) -> dict[int, dict[str, Any]]:
     """Evaluations of a run's study as they were told, by trial, read from its file while it may be in use."""
-    if not (folder / "study.db").exists():
+    if not (folder / STUDY).exists():
         return {}
-    query = (
-        """select number, value_json from trials join trial_user_attributes using (trial_id) where key = 'evaluation'"""
-    )
-    try:
-        with closing(sqlite3.connect(f"file:{folder / 'study.db'}?mode=ro", uri=True, timeout=10)) as connection:
-            rows = connection.execute(query).fetchall()
-    except sqlite3.OperationalError:  # the tables are being made
-        return {}
-    return {number: json.loads(text) for number, text in rows}
+    storage = open_storage(f"{JOURNAL}{folder / STUDY}")
+    found = [trial for study in storage.get_all_studies() for trial in storage.get_all_trials(study._study_id)]
+    return {trial.number: trial.user_attrs["evaluation"] for trial in found if "evaluation" in trial.user_attrs}

@@ -19,9 +19,10 @@ from autocomp.cache import unwritable_reason
 from autocomp.cli import tables as terminal
 from autocomp.cli.device import device
 from autocomp.cli.kernels import kernels
-from autocomp.cli.options import Commands, F, common_options
+from autocomp.cli.options import Commands, F, LimitType, common_options, together
 from autocomp.config.files import read_mapping
-from autocomp.config.quantities import parse_bytes, parse_seconds
+from autocomp.config.limits import one_drop, one_latency, one_size
+from autocomp.config.quantities import parse_seconds
 from autocomp.config.settings import Settings, load_settings, settings_schema
 from autocomp.config.shipped import shipped_files
 from autocomp.errors import AutocompError, ModelWarning, UsageError, cut, shown
@@ -38,7 +39,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 class Quantity(click.ParamType):  # type: ignore[type-arg] # generic in click 8.3 alone
     """A number with its unit."""
 
-    def __init__(self, name: str, parse: Callable[[str], float]) -> None:
+    def __init__(self, name: str, parse: Callable[[str], float | str]) -> None:
         self.name = name
         self.parse = parse
 
@@ -87,11 +88,33 @@ def cli() -> None:
 @click.option(
     "--deterministic", is_flag=True, default=None, help="Same seed, settings and stored kernel times: same trials."
 )
-@click.option("--max-drop", type=float, help="Largest loss of the objective against dense, in its own units.")
 @click.option(
-    "--max-latency", type=Quantity("duration", parse_seconds), help="Largest latency, such as 0.5ms or 300us."
+    "--max-drop",
+    multiple=True,
+    type=LimitType("drop", one_drop),
+    help="Largest loss of the objective: in its units, in points (0.5pt) or of its value (1%); NAME=LIMIT for a metric or slice.",
 )
-@click.option("--max-size", "max_bytes", type=Quantity("size", parse_bytes), help="Largest size, such as 500KB.")
+@click.option(
+    "--max-latency",
+    multiple=True,
+    type=LimitType("duration", one_latency),
+    help="Largest latency, such as 0.5ms, or how many times faster, such as 2x; PROFILE=LIMIT for one profile.",
+)
+@click.option(
+    "--max-size",
+    "max_bytes",
+    type=Quantity("size", one_size),
+    help="Largest size, such as 500KB, or how many times smaller, such as 5x.",
+)
+@click.option("--sampler", help="What proposes candidates: autocomp, tpe, nsgaii, nsgaiii, gp or random.")
+@click.option(
+    "--storage",
+    help="Optuna storage of the study, such as sqlite:///runs.db; study.journal in the run folder unless given.",
+)
+@click.option("--family", help="Speed-ups of which each gets a model of its own, such as 2x,3x,4x.")
+@click.option(
+    "--stop-when-met", is_flag=True, default=None, help="End once the goals are met, and the family is there."
+)
 @common_options
 def search(
     task_name: str | None, config: Path | None, task_option: str | None, resume: bool, as_json: bool, **options: Any
@@ -105,17 +128,19 @@ def search(
         if options["out"] and not stored.exists():
             raise no_run(Path(options["out"]))
         config = stored if options["out"] else None
+    options |= {name: together(options[name]) for name in ("max_drop", "max_latency")}
     settings = _resolve(task_name, task_option, config, options)
     folder = check_run_folder(settings, resume)  # before torch is even imported
 
     from autocomp import api
 
     result = api.search(settings=settings, task=None, resume=resume, progress=_progress())
+    place = folder if (folder / FRONT).exists() else result.folder  # a task may have changed the working folder
     if as_json:
-        click.echo((folder / FRONT).read_text(encoding="utf-8"), nl=False)
+        click.echo((place / FRONT).read_text(encoding="utf-8"), nl=False)
     else:
         terminal.show_front(result.run)
-        click.echo(f"\nreport: {folder / 'report.html'}")
+        click.echo(f"\nreport: {place / 'report.html'}")
 
 
 @cli.command()
@@ -252,6 +277,7 @@ cli.add_command(device)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 ok, 1 failure, 2 usage, 3 nothing feasible, 130 interrupted."""
     state: dict[str, bool] = {}
+    _open_what_is_closed()
     try:
         with interrupt.remembered():
             cli.main(args=None if argv is None else list(argv), prog_name="autocomp", standalone_mode=False, obj=state)
@@ -277,6 +303,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _fail(_unexpected(error), 1, state)
     return 0
+
+
+def _open_what_is_closed() -> None:
+    """Give a process that was started without one of its standard streams an empty one: else the next file opened would take its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 # as long as the process
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def _resolve(task_name: str | None, task_option: str | None, config: Path | None, options: dict[str, Any]) -> Settings:

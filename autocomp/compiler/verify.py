@@ -72,7 +72,7 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
 
     if value.shape != reference.shape or not bool(torch.isfinite(value).all()):
         return float("inf")
-    value, reference = value.detach(), reference.detach()
+    value, reference = value.detach().double(), reference.detach().double()  # booleans and whole numbers, too
     scale = float(reference.abs().max()) if reference.numel() else 0.0
     return float((value - reference).abs().max()) / (scale or 1.0) if reference.numel() else 0.0
 

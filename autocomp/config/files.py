@@ -242,7 +242,7 @@ def _explain(model: type[BaseModel], fault: Any) -> str:
     if kind in _RULES:
         return f"must be {_RULES[kind]}, got {shown(value)}"
     message = cut(fault["msg"].removeprefix("Value error, ").removeprefix("Input should be "))
-    if message.startswith(("must", "profiles must")):
+    if message.startswith("must") or not place:  # a rule about several keys names them
         return message if shown(value) in message or not place else f"{message}, got {shown(value)}"
     return f"must be {message}, got {shown(value)}"
 

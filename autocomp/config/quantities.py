@@ -10,8 +10,9 @@ from autocomp.errors import shown
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 LARGEST = 1e18  # seconds or bytes: past all that there is, and whole numbers up to here are exact enough
+LEAST_FACTOR = 1.0  # times: a goal of less would ask for a slower or larger model
 _LONGEST = 64  # characters
-_NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?)\s*([a-zµ]*)\s*", re.IGNORECASE)
+_NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?)\s*([a-zµ%]*)\s*", re.IGNORECASE)
 
 
 def parse_seconds(text: str) -> float:
@@ -22,6 +23,40 @@ def parse_seconds(text: str) -> float:
 def parse_bytes(text: str) -> int:
     """Read a size with its unit in bytes: ``KB`` is 1000 bytes, ``KiB`` 1024; ValueError says what is wrong."""
     return math.floor(_parse(text, BYTES, "a size with its unit, such as 500KB or 1.5MiB"))
+
+
+def parse_factor(text: str) -> float:
+    """Read ``2x``, how many times faster or smaller than the uncompressed model; ValueError says what is wrong.
+
+    >>> parse_factor("2.5x")
+    2.5
+    """
+    factor = _parse(text, {"x": 1.0}, "how many times, such as 2x")
+    if factor < LEAST_FACTOR:
+        raise ValueError(f"must be at least {LEAST_FACTOR:.0f}x; got {shown(text)}")
+    return factor
+
+
+def parse_share(text: str) -> float:
+    """Read ``1%`` of the uncompressed model's value as 0.01; ValueError says what is wrong."""
+    return _percent(text, "%", "a share of the uncompressed model's, such as 1%")
+
+
+def parse_points(text: str) -> float:
+    """Read ``0.5pt``, points of a metric that is a share (hundredths), as 0.005; ValueError says what is wrong."""
+    return _percent(text, "pt", "points, such as 0.5pt")
+
+
+def is_relative(value: object) -> bool:
+    """Whether a goal is stated against the uncompressed model: ``2x``, ``1%``."""
+    return isinstance(value, str)
+
+
+def _percent(text: str, sign: str, wanted: str) -> float:
+    value = _parse(text, {sign: 1.0}, wanted)
+    if value > 100:
+        raise ValueError(f"must be at most 100{sign}; got {shown(text)}")
+    return value / 100
 
 
 def _parse(text: str, units: dict[str, float] | dict[str, int], wanted: str) -> float:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from autocomp.config.files import is_number, read_mapping, validated
-from autocomp.config.quantities import LARGEST, parse_bytes, parse_seconds
+from autocomp.config.limits import ALL, read_drops, read_family, read_latencies, read_size
+from autocomp.config.quantities import LARGEST, parse_factor, parse_seconds
 from autocomp.errors import UsageError, cut, shown, suggest
 
 FORMAT_VERSION = 1
@@ -21,15 +22,11 @@ ENV_PREFIX = "AUTOCOMP_"
 # Variables of autocomp that are no settings of a run.
 ENV_RESERVED = {"AUTOCOMP_CACHE"}
 # What a resumed run may change: how much more to do, and where its folder now lies.
-BUDGET_KEYS = {"trials", "measure", "minutes", "out", "evaluate_timeout"}
+BUDGET_KEYS = {"trials", "measure", "minutes", "out", "evaluate_timeout", "stop_when_met"}
 
 
 def _seconds(value: Any) -> Any:
     return parse_seconds(value) if _has_unit(value) else value
-
-
-def _bytes(value: Any) -> Any:
-    return parse_bytes(value) if _has_unit(value) else value
 
 
 def _has_unit(value: Any) -> bool:
@@ -46,20 +43,58 @@ def _printable(text: str) -> str:
 Text = Annotated[str, Field(min_length=1), AfterValidator(_printable)]
 
 
+Limit = float | str  # absolute, or against the uncompressed model: text
+Limits = Limit | dict[Text, Limit]  # for all, or by the name of a metric or profile; ``*`` names all others
+
+
 class Goals(BaseModel):
-    """What a candidate must meet to count as feasible; None: no limit."""
+    """What a candidate must meet to count as feasible; None: no limit.
+
+    A text states a limit against the uncompressed model: a drop of ``1%``, a latency of ``2x`` (twice as fast), a size of ``5x``.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    max_drop: float | None = Field(
-        default=None, ge=0, description="largest loss of the objective against dense, in its own units"
+    max_drop: Annotated[Limits | None, BeforeValidator(read_drops)] = Field(
+        default=None,
+        description="largest loss against the uncompressed model, in the metric's units, in points (0.5pt) or of its value (1%): of the "
+        "objective, or by metric or slice ('accuracy/noisy')",
     )
-    max_latency: Annotated[float | None, BeforeValidator(_seconds)] = Field(
-        default=None, gt=0, le=LARGEST, description="seconds on every profile; text with a unit (0.5ms) is read too"
+    max_latency: Annotated[Limits | None, BeforeValidator(read_latencies)] = Field(
+        default=None,
+        description="seconds, text with a unit (0.5ms), or how many times faster than the uncompressed model (2x): on every profile, or by "
+        "profile",
     )
-    max_bytes: Annotated[int | None, BeforeValidator(_bytes)] = Field(
-        default=None, gt=0, le=int(LARGEST), description="bytes of stored weights; text with a unit (500KB) is read too"
+    max_bytes: Annotated[int | str | None, BeforeValidator(read_size)] = Field(
+        default=None, description="bytes of stored weights, text with a unit (500KB), or how many times smaller (5x)"
     )
+
+    def latency(self, profile: str) -> Limit | None:
+        """The limit on a profile's latency."""
+        return _of(self.max_latency, profile)
+
+    def drops(self, objective: str) -> dict[str, Limit]:
+        """The limits on what metrics may lose, by metric."""
+        if not isinstance(self.max_drop, dict):
+            return {} if self.max_drop is None else {objective: self.max_drop}
+        return {objective if name == ALL else name: limit for name, limit in self.max_drop.items()}
+
+    @property
+    def any(self) -> bool:
+        """Whether there is a goal at all."""
+        return any(value is not None for value in (self.max_drop, self.max_latency, self.max_bytes))
+
+    def __str__(self) -> str:
+        named = {"max_drop": self.max_drop, "max_latency": self.max_latency, "max_bytes": self.max_bytes}
+        return ", ".join(f"{name} {_goal_text(value)}" for name, value in named.items() if value is not None) or "none"
+
+
+def _of(limits: Limits | None, name: str) -> Limit | None:
+    return limits.get(name, limits.get(ALL)) if isinstance(limits, dict) else limits
+
+
+def _goal_text(value: object) -> str:
+    return " ".join(f"{name}={limit}" for name, limit in value.items()) if isinstance(value, dict) else str(value)
 
 
 class Settings(BaseModel):
@@ -80,7 +115,10 @@ class Settings(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**32, description="seed of calibration, search and sampling")
     out: Text = Field(default="runs/task", description="run folder; runs/NAME OF THE TASK unless given")
     storage: Text | None = Field(
-        default=None, description="Optuna storage URL; study.db in the run folder unless given"
+        default=None, description="Optuna storage URL; study.journal in the run folder unless given"
+    )
+    sampler: Literal["autocomp", "tpe", "nsgaii", "nsgaiii", "gp", "random", "given"] = Field(
+        default="autocomp", description="what proposes candidates: autocomp's engine, or a sampler of Optuna's"
     )
     calibration_samples: int = Field(default=256, ge=1, le=MOST, description="samples of the calibration data to use")
     references: bool = Field(default=True, description="measure ONNX Runtime on the same model as reference points")
@@ -94,6 +132,13 @@ class Settings(BaseModel):
         default=False, description="let no time that this run measures decide what is searched: same seed, same trials"
     )
     goals: Goals = Field(default=Goals(), description="limits a candidate must meet to be feasible")
+    family: Annotated[list[str], BeforeValidator(read_family)] = Field(
+        default=[], max_length=16, description="speed-ups of which each gets a model of its own, such as [2x, 4x]"
+    )
+    stop_when_met: bool = Field(
+        default=False,
+        description="end the search once a measured candidate meets the goals, and each member of the family is there",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -109,6 +154,23 @@ class Settings(BaseModel):
                 "minutes end a search by the clock, so it cannot be deterministic: leave one of the two out"
             )
         return self
+
+    @model_validator(mode="after")
+    def _known_profiles(self) -> Settings:
+        """A latency by profile is of one that is searched for; a search that stops when goals are met has some."""
+        for name in self.goals.max_latency if isinstance(self.goals.max_latency, dict) else ():
+            if name != ALL and name not in self.profiles:
+                raise ValueError(
+                    f"goals.max_latency names profile {shown(name)}, which is not searched for{suggest(name, self.profiles)}"
+                )
+        if self.stop_when_met and not (self.goals.any or self.family):
+            raise ValueError("stop_when_met needs something to be met: set a goal, or a family")
+        return self
+
+    @property
+    def speedups(self) -> list[float]:
+        """The family's members, slow to fast."""
+        return sorted(parse_factor(text) for text in self.family)
 
     @model_validator(mode="after")
     def _distinct_profiles(self) -> Settings:
@@ -208,9 +270,11 @@ def _typed(name: str, text: str) -> Any:
     """A variable is always text: give it the type of its setting where it reads as one, else leave it to be refused."""
     if name == "profiles":
         return [part.strip() for part in text.split(",") if part.strip()]
-    if name in ("task", "space", "out", "storage"):
+    if name in ("task", "space", "out", "storage", "sampler"):
         return text
-    if name in ("references", "deterministic"):
+    if name == "family":
+        return [part.strip() for part in text.split(",") if part.strip()]
+    if name in ("references", "deterministic", "stop_when_met"):
         return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}.get(text.lower(), text)
     for kind in (int, float):
         try:

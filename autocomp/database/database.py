@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from autocomp.graph.graph import Graph
     from autocomp.space.space import Space, Target
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: the checksum holds a file to its name, too
 REVISION = 5  # of the methods: raise it when the same inputs come to give other entries
-HEADER = b"autocomp-layers 1 "
+HEADER = b"autocomp-layers 2 "
 MEMORY = 512 * 2**20  # bytes of entries kept in memory; the rest is read again
 
 
@@ -310,12 +310,17 @@ class LayerDatabase:
         torch.save(dict(data), buffer)
         payload = buffer.getvalue()
         try:
-            write_atomically(path, HEADER + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+            write_atomically(path, _head(path, payload) + b"\n" + payload)
         except OSError as error:
             reason = error.strerror or error
             raise UsageError(
                 f"the layer database cannot write {path}: {reason}; free space or choose another folder"
             ) from error
+
+
+def _head(path: Path, payload: bytes) -> bytes:
+    """A file's first line: its checksum is of its name, too, which says of which layer at which width it is."""
+    return HEADER + hashlib.sha256(path.name.encode() + b"\n" + payload).hexdigest().encode()
 
 
 def read_checked(path: Path) -> dict[str, Any]:
@@ -327,7 +332,7 @@ def read_checked(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CorruptError(f"layer database: {path.name} cannot be read ({error.strerror or error})") from error
     head, _, payload = content.partition(b"\n")
-    if head != HEADER + hashlib.sha256(payload).hexdigest().encode():
-        raise CorruptError(f"layer database: {path.name} is damaged")
+    if head != _head(path, payload):
+        raise CorruptError(f"layer database: {path.name} is damaged, or another's content")
     data: dict[str, Any] = torch.load(io.BytesIO(payload), weights_only=True)
     return data

@@ -3,125 +3,171 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
-from autocomp.config.quantities import format_bytes, format_milliseconds
+from autocomp.config.quantities import format_bytes, format_milliseconds, parse_factor, parse_share
+from autocomp.config.settings import Goals
 from autocomp.errors import InfeasibleError
 from autocomp.front.pareto import knee, pareto_set
 from autocomp.records.evaluation import Evaluation
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from autocomp.records.run import comparable, speedup
 
 
-class Limits(Protocol):
-    """The limits of ``autocomp.config.settings.Goals``: metric units, seconds, bytes; None: no limit."""
+class Miss(NamedTuple):
+    """A goal that an evaluation does not meet: in words, and the share of the limit by which it is over (infinite: never measured)."""
 
-    @property
-    def max_drop(self) -> float | None: ...
-    @property
-    def max_latency(self) -> float | None: ...
-    @property
-    def max_bytes(self) -> int | None: ...
+    text: str
+    excess: float
 
 
-def drop(evaluation: Evaluation, dense: Evaluation, objective: str, higher_is_better: bool = True) -> float:
-    """How much worse than dense the objective is, in its own units (negative: better); infinite if it was not read."""
-    if objective not in evaluation.metrics or objective not in dense.metrics:
-        return float("inf")
-    loss = dense.metrics[objective] - evaluation.metrics[objective]
-    return loss if higher_is_better else -loss
+@dataclass(frozen=True)
+class Judge:
+    """What evaluations are held against: the uncompressed model, the goals, and which metric decides.
+
+    Goals that are stated against the uncompressed model are worked out from ``dense``.
+    """
+
+    dense: Evaluation
+    goals: Goals
+    objective: str
+    higher_is_better: bool = True
+
+    @cached_property
+    def max_drops(self) -> dict[str, float]:
+        """What each metric may lose at most, in its own units."""
+        return {
+            metric: parse_share(limit) * abs(self.dense.metrics.get(metric, 0.0)) if isinstance(limit, str) else limit
+            for metric, limit in self.goals.drops(self.objective).items()
+        }
+
+    @cached_property
+    def max_bytes(self) -> float | None:
+        limit = self.goals.max_bytes
+        return self.dense.bytes / parse_factor(limit) if isinstance(limit, str) else limit
+
+    def max_latency(self, profile: str) -> float | None:
+        """The limit on a profile, in seconds as the uncompressed model was timed."""
+        limit = self.goals.latency(profile)
+        if isinstance(limit, str):
+            there = self.dense.latency.get(profile)
+            return there.seconds / parse_factor(limit) if there else None
+        return limit
+
+    def met_by_dense(self) -> list[str]:
+        """The goals on latency and size that the uncompressed model meets already: they steer nothing."""
+        met = [
+            f"max_latency ({format_milliseconds(latency.seconds)} on {profile})"
+            for profile, latency in self.dense.latency.items()
+            if (limit := self.max_latency(profile)) is not None and latency.seconds <= limit
+        ]
+        if self.max_bytes is not None and self.dense.bytes <= self.max_bytes:
+            met.append(f"max_bytes ({format_bytes(self.dense.bytes)})")
+        return met
+
+    def drop(self, evaluation: Evaluation, metric: str | None = None) -> float:
+        """How much worse than dense a metric (the objective) is, in its own units; negative: better, infinite: not read."""
+        metric = metric or self.objective
+        if metric not in evaluation.metrics or metric not in self.dense.metrics:
+            return float("inf")
+        loss = self.dense.metrics[metric] - evaluation.metrics[metric]
+        return loss if self.higher_is_better else -loss
+
+    def slowest(self, evaluation: Evaluation) -> float:
+        """Seconds on the slowest of its measured profiles, as dense was timed; infinite where nothing was measured."""
+        return max((comparable(evaluation, self.dense, p) for p in evaluation.latency), default=float("inf"))
+
+    def misses(self, evaluation: Evaluation) -> list[Miss]:
+        """The goals an evaluation misses; none if it is feasible. What was never measured is a miss."""
+        found = []
+        if evaluation.state == "failed":
+            found.append(Miss(f"it failed: {evaluation.failure or 'no reason recorded'}", float("inf")))
+        for metric, limit in self.max_drops.items():
+            loss = self.drop(evaluation, metric)
+            if loss > limit + 1e-12:  # 0.98 - 0.97 is a little more than 0.01 in binary
+                text = f"{metric} drops by {loss:.4g}, more than max_drop {limit:.4g}"
+                found.append(Miss(text, (loss - limit) / (limit or 1.0)))
+        for profile in evaluation.latency:
+            seconds = comparable(evaluation, self.dense, profile)
+            if (most := self.max_latency(profile)) is not None and seconds > most * (1 + 1e-9):
+                limit_text = f"more than max_latency {format_milliseconds(most)}"
+                found.append(Miss(f"{format_milliseconds(seconds)} on {profile}, {limit_text}", seconds / most - 1))
+        if self.goals.max_latency is not None and not evaluation.latency:
+            found.append(Miss("its latency was not measured", float("inf")))
+        if self.max_bytes is not None and evaluation.bytes > self.max_bytes:
+            text = f"{format_bytes(evaluation.bytes)}, more than max_bytes {format_bytes(self.max_bytes)}"
+            found.append(Miss(text, evaluation.bytes / self.max_bytes - 1))
+        return found
+
+    def violations(self, evaluation: Evaluation) -> list[str]:
+        """Say which goals an evaluation misses and by what; empty if it is feasible."""
+        return [miss.text for miss in self.misses(evaluation)]
+
+    def feasible(self, evaluation: Evaluation) -> bool:
+        """Whether an evaluation meets every goal."""
+        return not self.misses(evaluation)
+
+    def best(self, evaluations: Sequence[Evaluation]) -> Evaluation:
+        """The evaluation to take: what is not limited is optimised.
+
+        With a limit on the drop the fastest feasible one; with a limit on latency (or bytes) alone the most accurate; with
+        none the knee of drop against latency. Ties go to the smaller model. One whose latency is noisy is taken only where all are.
+        InfeasibleError names what the nearest one misses.
+        """
+        met = undisturbed([e for e in evaluations if self.feasible(e)])
+        if not met:
+            raise InfeasibleError(self.nearest(evaluations))
+        losses = {e.trial: self.drop(e) for e in met}
+        if self.goals.max_drop is not None:
+            return min(met, key=lambda e: (self.slowest(e), losses[e.trial], e.bytes))
+        if self.goals.any:
+            return min(met, key=lambda e: (losses[e.trial], self.slowest(e), e.bytes))
+        at = knee([(losses[e.trial], self.slowest(e)) for e in met])
+        return met[at] if at is not None else min(met, key=lambda e: (losses[e.trial], e.bytes))
+
+    def member(self, evaluations: Sequence[Evaluation], profile: str, factor: float) -> Evaluation | None:
+        """The most accurate feasible evaluation that is ``factor`` times faster than dense on a profile; None if there is none."""
+        fast = [
+            e
+            for e in evaluations
+            if profile in e.latency and speedup(e, self.dense, profile) >= factor and self.feasible(e)
+        ]
+        return min(undisturbed(fast), key=lambda e: (self.drop(e), self.slowest(e), e.bytes), default=None)
+
+    def nearest(self, evaluations: Sequence[Evaluation]) -> str:
+        """What the evaluation nearest to the goals misses, and what to do."""
+        advice = "relax the goals, allow more trials or measurements, or widen the search space"
+        usable = [e for e in evaluations if e.state != "failed"]
+        if not usable:
+            return f"no candidate was measured, so none meets the goals; {advice}"
+
+        def excess(e: Evaluation) -> tuple[int, float]:
+            missed = self.misses(e)
+            return len(missed), sum(miss.excess for miss in missed)
+
+        near = min(usable, key=excess)
+        who = f"the nearest, trial {near.trial}"
+        return f"none of {len(evaluations)} candidates meets the goals; {who}: {'; '.join(self.violations(near))}. To do: {advice}"
 
 
-def slowest(evaluation: Evaluation) -> float:
-    """Seconds on the slowest of its measured profiles; infinite where nothing was measured."""
-    seconds = [latency.seconds for latency in evaluation.latency.values()]
-    return max(seconds) if seconds else float("inf")
-
-
-def violations(
-    evaluation: Evaluation, dense: Evaluation, goals: Limits, objective: str, higher_is_better: bool = True
-) -> list[str]:
-    """Say which goals an evaluation misses and by what; empty if it is feasible. What was never measured is a miss."""
-    found = []
-    if evaluation.state == "failed":
-        found.append(f"it failed: {evaluation.failure or 'no reason recorded'}")
-    if goals.max_drop is not None:
-        loss = drop(evaluation, dense, objective, higher_is_better)
-        if loss > goals.max_drop + 1e-12:  # 0.98 - 0.97 is a little more than 0.01 in binary
-            found.append(f"{objective} drops by {loss:.4g}, more than max_drop {goals.max_drop:.4g}")
-    if goals.max_latency is not None:
-        for profile, latency in evaluation.latency.items():
-            if latency.seconds > goals.max_latency:
-                limit = format_milliseconds(goals.max_latency)
-                found.append(f"{format_milliseconds(latency.seconds)} on {profile}, more than max_latency {limit}")
-        if not evaluation.latency:
-            found.append("its latency was not measured")
-    if goals.max_bytes is not None and evaluation.bytes > goals.max_bytes:
-        found.append(f"{format_bytes(evaluation.bytes)}, more than max_bytes {format_bytes(goals.max_bytes)}")
-    return found
-
-
-def feasible(
-    evaluation: Evaluation, dense: Evaluation, goals: Limits, objective: str, higher_is_better: bool = True
-) -> bool:
-    """Whether an evaluation meets every goal."""
-    return not violations(evaluation, dense, goals, objective, higher_is_better)
+def family(
+    judge: Judge, evaluations: Sequence[Evaluation], factors: Sequence[float], profiles: Sequence[str]
+) -> dict[str, Evaluation | None]:
+    """The member of each speed-up on each profile, by name: ``2x``, or ``2x on cortex-a76`` where there are several profiles."""
+    several = len(profiles) > 1
+    return {
+        f"{factor:g}x on {profile}" if several else f"{factor:g}x": judge.member(evaluations, profile, factor)
+        for factor in factors
+        for profile in profiles
+    }
 
 
 def undisturbed(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
     """Those whose latencies were measured without noise; all of them where none was."""
     return [e for e in evaluations if not e.noisy] or list(evaluations)
-
-
-def best(
-    evaluations: Sequence[Evaluation], dense: Evaluation, goals: Limits, objective: str, higher_is_better: bool = True
-) -> Evaluation:
-    """The evaluation to take: what is not limited is optimised.
-
-    With a limit on the drop the fastest feasible one; with a limit on latency (or bytes) alone the most accurate; with
-    none the knee of drop against latency. Ties go to the smaller model. One whose latency is noisy is taken only where all are.
-    InfeasibleError names what the nearest one misses.
-    """
-    met = undisturbed([e for e in evaluations if feasible(e, dense, goals, objective, higher_is_better)])
-    if not met:
-        raise InfeasibleError(_nearest(evaluations, dense, goals, objective, higher_is_better))
-    losses = {e.trial: drop(e, dense, objective, higher_is_better) for e in met}
-    if goals.max_drop is not None:
-        return min(met, key=lambda e: (slowest(e), losses[e.trial], e.bytes))
-    if goals.max_latency is not None or goals.max_bytes is not None:
-        return min(met, key=lambda e: (losses[e.trial], slowest(e), e.bytes))
-    at = knee([(losses[e.trial], slowest(e)) for e in met])
-    return met[at] if at is not None else min(met, key=lambda e: (losses[e.trial], e.bytes))
-
-
-def _nearest(
-    evaluations: Sequence[Evaluation], dense: Evaluation, goals: Limits, objective: str, higher_is_better: bool
-) -> str:
-    advice = "relax the goals, allow more trials or measurements, or widen the search space"
-    usable = [e for e in evaluations if e.state != "failed"]
-    if not usable:
-        return f"no candidate was measured, so none meets the goals; {advice}"
-
-    def excess(e: Evaluation) -> tuple[int, float]:
-        misses = violations(e, dense, goals, objective, higher_is_better)
-        over = (
-            max(0.0, drop(e, dense, objective, higher_is_better) - goals.max_drop)
-            if goals.max_drop is not None
-            else 0.0
-        )
-        if goals.max_latency is not None:
-            over += max(0.0, slowest(e) / goals.max_latency - 1)
-        if goals.max_bytes is not None:
-            over += max(0.0, e.bytes / goals.max_bytes - 1)
-        return len(misses), over
-
-    near = min(usable, key=excess)
-    missed = "; ".join(violations(near, dense, goals, objective, higher_is_better))
-    who = f"the nearest, trial {near.trial}"
-    return f"none of {len(evaluations)} candidates meets the goals; {who}: {missed}. To do: {advice}"
 
 
 def choose_front(measured: Sequence[Evaluation], objective: str, higher_is_better: bool) -> list[Evaluation]:

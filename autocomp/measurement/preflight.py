@@ -18,6 +18,7 @@ from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation
 from autocomp.records.latency import Latency
 from autocomp.records.run import FrontPoint, Run, Summary, TaskInfo, Verified, write_evaluations, write_front
+from autocomp.tasks.judged import otherwise
 from autocomp.tasks.task import Task, evaluate_task
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ def rehearse(
         if said := describe_outputs(task.model, inputs):
             stage.warn(said)
         metrics = evaluate_task(task, task.model)
+        if said := otherwise(metrics, evaluate_task(task, task.model)):
+            stage.warn(
+                f"Task.evaluate judges the same model otherwise when it is asked again ({said}): it draws at random, or writes to its own "
+                "data; no difference within that says anything"
+            )
         stage.advance(note="metric")
         start = time.perf_counter()
         compiled = {name: device.compile(task.model, inputs) for name, device in devices.items()}

@@ -17,6 +17,7 @@ from typing import Any
 
 _HEADER = struct.Struct("<Q")
 _PART = 1 << 20  # bytes read at a time
+_STEP = 1.0  # seconds
 
 
 @dataclass(eq=False)
@@ -109,23 +110,43 @@ def send(writer: int, message: Any) -> None:
 
 
 def receive(reader: int, timeout: float | None = None) -> Any:
-    """One message, unpickled; None if the other side is gone, or silent for ``timeout`` seconds."""
-    deadline = None if timeout is None else time.monotonic() + timeout
-    header = _read(reader, _HEADER.size, deadline)
-    data = _read(reader, _HEADER.unpack(header)[0], deadline) if header else None
+    """One message, unpickled; None if the other side is gone, or silent for ``timeout`` seconds.
+
+    A pause of both (Ctrl-Z, a suspended machine) counts for no more than a step of the waiting.
+    """
+    left = _Left(timeout)
+    header = _read(reader, _HEADER.size, left)
+    data = _read(reader, _HEADER.unpack(header)[0], left) if header else None
     if data is None:
         return None
     return pickle.loads(data)
 
 
-def _read(reader: int, count: int, deadline: float | None) -> bytes | None:
+class _Left:
+    """Seconds left to wait (None: for ever), spent in steps."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+
+    def poll(self, waiting: select.poll) -> bool:
+        """Whether there is something to read before the time is up."""
+        while self.seconds is None or self.seconds > 0:
+            step = _STEP if self.seconds is None else min(_STEP, self.seconds)
+            begun = time.monotonic()
+            ready = waiting.poll(step * 1e3)
+            if self.seconds is not None:
+                self.seconds -= min(time.monotonic() - begun, step)
+            if ready:
+                return True
+        return bool(waiting.poll(0))
+
+
+def _read(reader: int, count: int, left: _Left) -> bytes | None:
     data = b""
     waiting = select.poll()  # `select.select` takes no file descriptor above 1023
     waiting.register(reader, select.POLLIN)
     while len(data) < count:
-        left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-        ready = waiting.poll(None if left is None else left * 1e3)
-        part = os.read(reader, min(count - len(data), _PART)) if ready else b""
+        part = os.read(reader, min(count - len(data), _PART)) if left.poll(waiting) else b""
         if not part:
             return None
         data += part

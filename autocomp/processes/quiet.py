@@ -11,7 +11,8 @@ from contextlib import contextmanager
 @contextmanager
 def quiet_stderr() -> Iterator[None]:
     """Silence what TVM's and LLVM's C++ sides print: a warning for every storage scope, a line for a feature that is not known."""
-    sys.stderr.flush()
+    if sys.stderr is not None:  # a daemon may have none
+        sys.stderr.flush()
     kept = os.dup(2)
     null = os.open(os.devnull, os.O_WRONLY)
     try:

@@ -28,6 +28,7 @@ from autocomp.records.latency import Latency
 FORMAT_VERSION = 1
 FRONT = "front.json"
 EVALUATIONS = "evaluations.csv"
+OURS = "dense, tuned"  # how the reference begins that is our own dense module, called as the other runtimes are
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,17 @@ def comparable(evaluation: Evaluation, dense: Evaluation, profile: str) -> float
     if profile not in dense.latency:
         return evaluation.latency[profile].seconds
     return dense.latency[profile].seconds / speedup(evaluation, dense, profile)
+
+
+def comparable_reference(reference: Reference, run: Run) -> float:
+    """Seconds of a reference as they would be at the moment the dense model was last timed, our dense module being timed in turn with it."""
+    there = run.dense.evaluation.latency.get(reference.latency.profile)
+    own = next(
+        (r for r in run.references if r.name.startswith(OURS) and r.latency.profile == reference.latency.profile), None
+    )
+    if there is None or own is None:
+        return reference.latency.seconds
+    return reference.latency.seconds * there.seconds / own.latency.seconds
 
 
 def write_front(folder: Path, run: Run) -> Path:

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from autocomp.cache import write_atomically
-from autocomp.config.files import read_json, read_yaml
+from autocomp.config.files import read_json, read_yaml, validated
 from autocomp.config.quantities import format_bytes
+from autocomp.config.settings import Goals
 from autocomp.errors import CorruptError, InfeasibleError, UsageError, shown
-from autocomp.front.goals import best
+from autocomp.front.goals import Judge
 from autocomp.records.evaluation import Evaluation, Reference, Sensitivity
-from autocomp.records.latency import Latency
-from autocomp.records.run import FrontPoint, Run, check_version, finite, read_evaluations, read_run, speedup
+from autocomp.records.run import (
+    OURS,
+    FrontPoint,
+    Run,
+    check_version,
+    comparable,
+    comparable_reference,
+    finite,
+    read_evaluations,
+    read_run,
+    speedup,
+)
 from autocomp.report import figures
 from autocomp.report.curves import sensitivity_figures
 from autocomp.report.figures import Metric, milliseconds
@@ -24,15 +34,6 @@ from autocomp.report.targets import knee_of, targets
 
 REPORT = "report.html"
 MAX_KERNELS = 14  # rows of a kernel table; the rest is summed in one more
-
-
-@dataclass(frozen=True)
-class Goals:
-    """The limits of a run's config, as ``autocomp.front.goals`` reads them."""
-
-    max_drop: float | None = None
-    max_latency: float | None = None
-    max_bytes: int | None = None
 
 
 def build_report(folder: Path) -> Path:
@@ -69,11 +70,8 @@ def render(
 
     here = Path(__file__).parent
     environment = Environment(loader=FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    goals = Goals(
-        **{key: ((config or {}).get("goals") or {}).get(key) for key in ("max_drop", "max_latency", "max_bytes")}
-    )
-    page = _Page(run, goals, folder)
-    drawn = _figures(run, evaluations, page, goals)
+    page = _Page(run, _goals((config or {}).get("goals")), folder)
+    drawn = _figures(run, evaluations, page)
     return environment.get_template("template.html.j2").render(
         page=page,
         run=run,
@@ -98,15 +96,13 @@ def render(
     )
 
 
-OURS = "dense, tuned"  # how the reference begins that is our own dense module, called as the other runtimes are
-
-
 class _Page:
     """What the template shows, worked out: texts and shares, no markup."""
 
     def __init__(self, run: Run, goals: Goals, folder: Path | None) -> None:
-        self.run, self.goals, self.folder = run, goals, folder
+        self.run, self.folder = run, folder
         self.metric = Metric(run)
+        self.judge = Judge(run.dense.evaluation, goals, self.metric.name, self.metric.higher_is_better)
         self.profiles = list(run.profiles)
         self.slices = [name for name in run.dense.evaluation.metrics if name != self.metric.name]
         self.dense = run.dense.evaluation
@@ -196,7 +192,7 @@ class _Page:
             "validation": [self.metric.bare(e.metrics.get(key)) for key in (name, *self.slices)],
             "test": [self.metric.bare(point.test_metrics.get(key)) for key in (name, *self.slices)],
             "change": self.metric.change(e.metrics.get(name), self.dense.metrics.get(name)),
-            "latency": [self.time(e.latency.get(profile), profile, e) for profile in self.profiles],
+            "latency": [self.time(profile, e) for profile in self.profiles],
             "size": format_bytes(e.bytes),
             "smaller": f"{self.dense.bytes / e.bytes:.1f}×" if e.bytes else "–",
             "files": self._files(point),
@@ -229,8 +225,6 @@ class _Page:
 
     def other(self, item: Evaluation | Reference) -> dict[str, Any]:
         """A baseline or a reference in the same table."""
-        measured = item if isinstance(item, Evaluation) else None
-        latencies = item.latency if isinstance(item, Evaluation) else {item.latency.profile: item.latency}
         value = item.metrics.get(self.metric.name)
         if isinstance(item, Evaluation):
             title, note = "uniform", figures.choices_text(item, self.dense)
@@ -241,7 +235,7 @@ class _Page:
             "note": note,
             "validation": [self.metric.bare(item.metrics.get(key)) for key in (self.metric.name, *self.slices)],
             "change": self.metric.change(value, self.dense.metrics.get(self.metric.name)),
-            "latency": [self.time(latencies.get(profile), profile, measured) for profile in self.profiles],
+            "latency": [self.time(profile, item) for profile in self.profiles],
             "size": format_bytes(item.bytes),
             "smaller": f"{self.dense.bytes / item.bytes:.1f}×" if item.bytes else "–",
         }
@@ -277,17 +271,19 @@ class _Page:
         longest = max(seconds.values(), default=0.0) or 1.0
         return [(name, value, value / longest) for name, value in seconds.items()]
 
-    def time(self, latency: Latency | None, profile: str, of: Evaluation | None) -> dict[str, Any] | None:
-        """A time and how many times faster than dense that is; ``of`` is whose it is, None for a reference's."""
-        if latency is None:
+    def time(self, profile: str, of: Evaluation | Reference) -> dict[str, Any] | None:
+        """Whose time on a profile, as it would be when dense was last timed, and how many times faster than dense that is."""
+        latencies = {of.latency.profile: of.latency} if isinstance(of, Reference) else of.latency
+        if (latency := latencies.get(profile)) is None:
             return None
+        seconds = (
+            comparable_reference(of, self.run) if isinstance(of, Reference) else comparable(of, self.dense, profile)
+        )
         error = latency.spread / 2 if latency.how == "measured" else latency.error
         there = self.dense.latency.get(profile)
-        times = None
-        if there and latency.seconds:
-            times = speedup(of, self.dense, profile) if of is not None else there.seconds / latency.seconds
+        times = there.seconds / seconds if there and seconds else None
         return {
-            "ms": milliseconds(latency.seconds).removesuffix(" ms"),
+            "ms": milliseconds(seconds).removesuffix(" ms"),
             "around": f"± {error * 100:.1f} %" if error is not None else "",
             "how": latency.how,
             "noisy": latency.noisy,
@@ -321,12 +317,9 @@ class _Page:
     def _recommended(self) -> FrontPoint | None:
         """The point that meets the goals best; without goals, or where none meets them, the knee."""
         points = {point.evaluation.candidate.id: point for point in self.run.front}
-        if any(limit is not None for limit in (self.goals.max_drop, self.goals.max_latency, self.goals.max_bytes)):
+        if self.judge.goals.any:
             try:
-                chosen = best(
-                    [point.evaluation for point in self.run.front], self.dense, self.goals, self.metric.name,
-                    self.metric.higher_is_better,
-                )  # fmt: skip
+                chosen = self.judge.best([point.evaluation for point in self.run.front])
                 self.met = True
                 return points[chosen.candidate.id]
             except InfeasibleError:
@@ -334,14 +327,25 @@ class _Page:
         return points.get(self.knee or "")
 
 
+def _goals(data: Any) -> Goals:
+    """The goals of a run's config. TypeError if they are none."""
+    if data is not None and not isinstance(data, Mapping):
+        raise TypeError(f"goals are {shown(data)}")
+    try:
+        return validated(Goals, data or {}, "goals.")
+    except UsageError as error:
+        raise TypeError(str(error)) from error
+
+
 def _figures(
-    run: Run, evaluations: Sequence[Evaluation], page: _Page, goals: Goals
+    run: Run, evaluations: Sequence[Evaluation], page: _Page
 ) -> dict[str, tuple[figures.Figure, dict[str, Any]]]:
     """Figures by element id, each with what its caption needs."""
     drawn: dict[str, tuple[figures.Figure, dict[str, Any]]] = {}
-    limits = {"max_drop": goals.max_drop, "max_latency": goals.max_latency}
+    judge = page.judge
     for k, profile in enumerate(run.profiles):
         taken = page.recommended.evaluation.candidate.id if page.recommended and page.met else None
+        limits = {"max_drop": judge.max_drops.get(judge.objective), "max_latency": judge.max_latency(profile)}
         figure = figures.front_figure(run, evaluations, profile, page.knee, limits, taken)
         drawn[f"front-{k}"] = (figure, {"profile": profile, "outside": figures.outside_frame(figure)})
     if history := figures.hypervolume_figure(run, evaluations):

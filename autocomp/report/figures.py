@@ -13,7 +13,7 @@ from autocomp.config.quantities import format_bytes
 from autocomp.front.pareto import pareto_set
 from autocomp.records.evaluation import Evaluation, as_searched
 from autocomp.records.latency import Latency
-from autocomp.records.run import Run, comparable, speedup
+from autocomp.records.run import Run, comparable, comparable_reference, speedup
 
 Figure = dict[str, Any]
 
@@ -142,7 +142,7 @@ def front_figure(
         traces.append(
             {
                 "type": "scatter", "name": html.escape(reference.name), "mode": "markers",
-                "x": [reference.latency.seconds * 1e3], "y": [reference.metrics[metric.name] * metric.scale],
+                "x": [comparable_reference(reference, run) * 1e3], "y": [reference.metrics[metric.name] * metric.scale],
                 "text": [text], "hovertemplate": "%{text}<extra></extra>",
                 "marker": {"size": [reference.bytes], "opacity": 1, **_by_area(largest), "sizemin": 7, **marker},
             }

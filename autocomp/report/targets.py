@@ -7,8 +7,7 @@ from typing import Any, Protocol
 
 from autocomp.front.goals import undisturbed
 from autocomp.front.pareto import knee
-from autocomp.records.evaluation import Evaluation
-from autocomp.records.latency import Latency
+from autocomp.records.evaluation import Evaluation, Reference
 from autocomp.records.run import Run
 from autocomp.report.figures import Metric
 
@@ -22,7 +21,7 @@ class Page(Protocol):
 
     def layers(self, evaluation: Evaluation) -> list[dict[str, Any]]: ...
 
-    def time(self, latency: Latency | None, profile: str, of: Evaluation | None) -> Mapping[str, Any] | None: ...
+    def time(self, profile: str, of: Evaluation | Reference) -> Mapping[str, Any] | None: ...
 
 
 def knee_of(run: Run, metric: Metric, profile: str) -> Evaluation | None:
@@ -58,7 +57,7 @@ def targets(page: Page) -> dict[str, Any] | None:
                 "profile": profile,
                 "id": evaluation.candidate.id,
                 "metric": page.metric.bare(evaluation.metrics.get(page.metric.name)),
-                "times": [page.time(evaluation.latency.get(other), other, evaluation) for other in chosen],
+                "times": [page.time(other, evaluation) for other in chosen],
             }
             for profile, evaluation in chosen.items()
         ],

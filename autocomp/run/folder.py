@@ -10,11 +10,13 @@ from typing import Any
 
 from autocomp.cache import sweep, unwritable_reason, write_atomically
 from autocomp.config.settings import Settings, differences, dump_settings, read_settings
-from autocomp.errors import UsageError, cut
-from autocomp.study.storage import masked, read_study
+from autocomp.errors import AutocompError, UsageError, cut
+from autocomp.records.run import read_evaluations
+from autocomp.study.storage import JOURNAL, Recorded, masked, read_study
 
 CONFIG = "config.yaml"
-STUDY = "study.db"  # where no other storage is asked for
+STUDY = "study.journal"  # where no other storage is asked for
+OLD_STUDY = "study.db"  # where version 0.1 kept it
 _NAME = "run.json"
 _RESULTS = ("front.json", "report.html", "evaluations.csv")
 # Room asked for before any work starts: a small run's layers and models need about as much.
@@ -28,16 +30,12 @@ def check_run_folder(settings: Settings, resume: bool) -> Path:
     run in it had other settings (each that differs is named).
     """
     folder = Path(settings.out)
-    if settings.storage is None and "?" in str(folder):
-        raise UsageError(
-            f"--out: {cut(str(folder))} has a '?', which no address of a SQLite database can hold: choose another name"
-        )
     probe(folder)
     config = folder / CONFIG
     if not config.exists():
         if resume:
             raise no_run(folder)
-        if parts := [name for name in (STUDY, *_RESULTS) if (folder / name).exists()]:
+        if parts := [name for name in (STUDY, OLD_STUDY, *_RESULTS) if (folder / name).exists()]:
             raise UsageError(
                 f"{folder} holds parts of a run ({', '.join(parts)}) without its {CONFIG}; nothing was touched: choose another --out, or move "
                 "them away"
@@ -82,14 +80,15 @@ def open_run_folder(settings: Settings, resume: bool) -> dict[str, Any] | None:
 
 def abandon_run_folder(folder: Path) -> None:
     """Take away what makes a folder hold a run: a start that failed must not stand in the way of the next one."""
-    for name in (CONFIG, _NAME, STUDY, f"{STUDY}-wal", f"{STUDY}-shm"):
+    for name in (CONFIG, _NAME, STUDY, f".{STUDY}.lock"):
         (folder / name).unlink(missing_ok=True)
 
 
 def study_of(settings: Settings, folder: Path) -> tuple[str, str]:
     """The address of the database with a run's study, and the study's name in it: the run's own, wherever its folder is moved."""
     if settings.storage is None:
-        return f"sqlite:///{folder / STUDY}", "autocomp"
+        old = (folder / OLD_STUDY).exists() and not (folder / STUDY).exists()
+        return f"sqlite:///{folder / OLD_STUDY}" if old else f"{JOURNAL}{folder / STUDY}", "autocomp"
     try:
         return settings.storage, str(json.loads((folder / _NAME).read_text())["study"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -102,7 +101,7 @@ def _recorded(settings: Settings, folder: Path) -> dict[str, Any]:
     """What the study of a run has recorded. One that is lost, though there are results, is not begun anew over them."""
     url, name = study_of(settings, folder)
     results = [result for result in _RESULTS if (folder / result).exists()]
-    file = folder / STUDY
+    file = folder / (OLD_STUDY if url.startswith("sqlite") else STUDY)
     lost = settings.storage is None and not (file.exists() and file.stat().st_size)
     found = None if lost else read_study(url, name)
     if found is None and results:
@@ -113,13 +112,30 @@ def _recorded(settings: Settings, folder: Path) -> dict[str, Any]:
             f"the run in {folder} has results ({', '.join(results)}), but {where}, so it cannot be resumed. Nothing was touched: put the study "
             "back, or choose another --out for a new run"
         )
-    return found or {}
+    if found is not None:
+        _refuse_older(found, folder)
+    return found.attrs if found else {}
 
 
-def probe(folder: Path, what: str = "output folder", remedy: str = "choose another --out") -> None:
+def _refuse_older(found: Recorded, folder: Path) -> None:
+    """UsageError if the results know of more trials than the study: it was cut, or is a copy of an earlier time."""
+    try:
+        told = len(read_evaluations(folder))
+    except AutocompError:  # there are none, or they are damaged: they are written anew
+        return
+    if told > found.finished:
+        raise UsageError(
+            f"the study of the run in {folder} has {found.finished} trials, its results have {told}: the study was cut, or is a copy of an "
+            "earlier time. Nothing was touched: put the whole study back, or choose another --out for a new run"
+        )
+
+
+def probe(
+    folder: Path, what: str = "output folder", remedy: str = "choose another --out", size: int = _PROBE_BYTES
+) -> None:
     """Write a file into a folder and take it away again, with the folders made for it; UsageError if that fails.
 
-    ``what`` names the folder, ``remedy`` says what to do.
+    ``what`` names the folder, ``remedy`` says what to do; ``size`` bytes must have room.
     """
     absent: list[Path] = []
     file = folder / f".probe.{os.getpid()}"
@@ -128,7 +144,7 @@ def probe(folder: Path, what: str = "output folder", remedy: str = "choose anoth
             absent += [path for path in (folder, *folder.parents) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             with file.open("wb") as stream:
-                stream.write(bytes(_PROBE_BYTES))
+                stream.write(bytes(size))
                 stream.flush()
                 os.fsync(stream.fileno())
         finally:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import numpy as np
-
 from autocomp.records.evaluation import Evaluation
+from autocomp.tasks.judged import otherwise
 
 Metrics = Mapping[str, float]
 
-SAME = 1e-3  # of a metric's value: what it may differ by between two readings of the same data
 # Compressed models that answer so far from the uncompressed one (nats), and are judged exactly as it is: they make one doubt the judge.
 ENOUGH_TO_DOUBT, DOUBT = 2, 0.05
 
@@ -29,9 +27,8 @@ def judged_otherwise(
     for name, evaluation in _witnesses(told, dense, before):
         then, found = before(evaluation), now(evaluation)
         assert then is not None
-        if changed := [metric for metric in {**then, **found} if not _alike(then.get(metric), found.get(metric))]:
-            texts = (f"{metric} {_text(then.get(metric))}, now {_text(found.get(metric))}" for metric in changed)
-            return f"{name} otherwise ({', '.join(texts)})"
+        if said := otherwise(then, found):
+            return f"{name} otherwise ({said})"
     return ""
 
 
@@ -51,11 +48,3 @@ def _witnesses(
     other = next((e for e in farthest_first if before(e) is not None), None)
     if other is not None:
         yield f"candidate {other.candidate.id}", other
-
-
-def _alike(then: float | None, now: float | None) -> bool:
-    return then is not None and now is not None and bool(np.isclose(now, then, rtol=SAME))
-
-
-def _text(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4g}"

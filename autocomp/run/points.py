@@ -16,58 +16,61 @@ from autocomp.records.run import FrontPoint, Verified
 
 if TYPE_CHECKING:
     from autocomp.devices.device import Compiled, Device
-    from autocomp.run.pipeline import Pipeline
+    from autocomp.run.found import Found
+    from autocomp.run.prepare import Prepared
 
 
-def write_points(pipeline: Pipeline, evaluations: Sequence[Evaluation]) -> list[FrontPoint]:
+def write_points(prepared: Prepared, evaluations: Sequence[Evaluation]) -> list[FrontPoint]:
     """Write, read back and check the files of candidates, without their test metrics.
 
     What was done before (a resumed run) is done again: weights are cheap. A point for which that fails as a whole stands as measured, its
     files as failed.
     """
-    together = pipeline.measurer.together
+    together = prepared.measurer.together
     points: list[FrontPoint] = []
-    with pipeline.progress.stage("writing and verifying models", len(evaluations)) as stage:
+    with prepared.progress.stage("writing and verifying models", len(evaluations)) as stage:
         for first in range(0, len(evaluations), together):
             group = evaluations[first : first + together]
-            for evaluation, (verified, failure) in zip(group, _written(pipeline, group), strict=True):
+            for evaluation, (verified, failure) in zip(group, _written(prepared, group), strict=True):
                 checks = verified if verified is not None else {"so": Verified(False, note=failure)}
-                points.append(FrontPoint(evaluation, {}, checks, _files(pipeline, evaluation)))
+                points.append(FrontPoint(evaluation, {}, checks, _files(prepared, evaluation)))
                 stage.advance()
     return points
 
 
-def timed_in_turn(pipeline: Pipeline, dense: Evaluation, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+def timed_in_turn(
+    prepared: Prepared, found: Found, dense: Evaluation, evaluations: Sequence[Evaluation]
+) -> list[Evaluation]:
     """Dense and the evaluations with latencies taken anew from their written libraries, in turn, where a target can be timed.
 
     Times while searching were taken minutes apart, and a machine's speed drifts. They are kept as ``earlier``. A target that cannot be
     timed now keeps them, with a warning.
     """
-    found = [dense, *evaluations]
-    for name, device in pipeline.devices.items():
+    renewed = [dense, *evaluations]
+    for name, device in prepared.devices.items():
         if device.profile.how == "estimate":
             continue
-        with pipeline.progress.stage("timing the front beside dense"):
+        with prepared.progress.stage("timing the front beside dense"):
             try:
-                found = _again(pipeline, name, device, found)
+                renewed = _again(prepared, name, device, renewed)
             except Exception as error:
-                pipeline.progress.warn(f"the front was not timed again on {name}: {reason_of(error)}")
-    for evaluation in {e.trial: e for e in found if e.earlier}.values():
-        pipeline.search.update(evaluation.trial, evaluation)
-    return found
+                prepared.progress.warn(f"the front was not timed again on {name}: {reason_of(error)}")
+    for evaluation in {e.trial: e for e in renewed if e.earlier}.values():
+        found.search.update(evaluation.trial, evaluation)
+    return renewed
 
 
-def _again(pipeline: Pipeline, name: str, device: Device, evaluations: list[Evaluation]) -> list[Evaluation]:
+def _again(prepared: Prepared, name: str, device: Device, evaluations: list[Evaluation]) -> list[Evaluation]:
     """The evaluations with new latencies on one profile; one without a library, which was reported, keeps what it has."""
     dense = evaluations[0]
-    base: Compiled = pipeline.measurer.dense_module(name)
+    base: Compiled = prepared.measurer.dense_module(name)
     modules: dict[int, Compiled] = {dense.trial: base}
-    file = library_of(name, list(pipeline.devices))
+    file = library_of(name, list(prepared.devices))
     for evaluation in evaluations[1:]:
-        path = pipeline.folder / "models" / evaluation.candidate.id / file
+        path = prepared.folder / "models" / evaluation.candidate.id / file
         if evaluation.trial != dense.trial and path.exists():
             modules[evaluation.trial] = base.reload(path)
-    taken = steady(lambda: device.time_in_turn(list(modules.values()), pipeline.inputs[0]))
+    taken = steady(lambda: device.time_in_turn(list(modules.values()), prepared.inputs[0]))
     latencies = dict(zip(modules, taken, strict=True))
 
     def renewed(evaluation: Evaluation) -> Evaluation:
@@ -82,38 +85,38 @@ def _again(pipeline: Pipeline, name: str, device: Device, evaluations: list[Eval
     return [renewed(evaluation) for evaluation in evaluations]
 
 
-def _written(pipeline: Pipeline, evaluations: Sequence[Evaluation]) -> list[tuple[dict[str, Verified] | None, str]]:
+def _written(prepared: Prepared, evaluations: Sequence[Evaluation]) -> list[tuple[dict[str, Verified] | None, str]]:
     """What was found of each point's files, or None and why they could not be written."""
-    if pipeline.measurer.here:
+    if prepared.measurer.here:
         found: list[tuple[dict[str, Verified] | None, str]] = []
         for evaluation in evaluations:
             try:
-                found.append((_write(pipeline, evaluation), ""))
+                found.append((_write(prepared, evaluation), ""))
             except Exception as error:
                 found.append((None, reason_of(error)))
         return found
 
     def work(evaluation: Evaluation, _alone: Callable[[], None]) -> dict[str, Verified]:
-        return _write(pipeline, evaluation)
+        return _write(prepared, evaluation)
 
-    tuners = {name: device.tuner for name, device in pipeline.devices.items()}
+    tuners = {name: device.tuner for name, device in prepared.devices.items()}
     return side_by_side(evaluations, work, tuners, lambda: None)
 
 
-def _write(pipeline: Pipeline, evaluation: Evaluation) -> dict[str, Verified]:
-    model = pipeline.stitch(evaluation.candidate)
+def _write(prepared: Prepared, evaluation: Evaluation) -> dict[str, Verified]:
+    model = prepared.stitch(evaluation.candidate)
     compiled: dict[str, Compiled | Exception] = {}
-    for name, device in pipeline.devices.items():
+    for name, device in prepared.devices.items():
         try:
-            compiled[name] = device.compile(model, pipeline.inputs)
+            compiled[name] = device.compile(model, prepared.inputs)
         except Exception as error:  # a board is gone, or worse: the point stands as measured, its file as failed
             compiled[name] = error
-    folder = pipeline.folder / "models" / evaluation.candidate.id
-    return export_point(evaluation, model, compiled, pipeline.inputs, folder)
+    folder = prepared.folder / "models" / evaluation.candidate.id
+    return export_point(evaluation, model, compiled, prepared.inputs, folder)
 
 
-def _files(pipeline: Pipeline, evaluation: Evaluation) -> dict[str, str]:
+def _files(prepared: Prepared, evaluation: Evaluation) -> dict[str, str]:
     """The files of a point that are there, by kind, as paths in the run folder."""
     place = Path("models") / evaluation.candidate.id
-    files = files_of(list(pipeline.devices))
-    return {kind: str(place / name) for kind, name in files.items() if (pipeline.folder / place / name).exists()}
+    files = files_of(list(prepared.devices))
+    return {kind: str(place / name) for kind, name in files.items() if (prepared.folder / place / name).exists()}

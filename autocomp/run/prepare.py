@@ -1,87 +1,162 @@
-"""A task as it is compressed: its model rewritten so that compressing costs less, its graph, and the space of what may be tried.
-
-Whatever looks at a task before anything is compressed (a search, a study of sensitivity) prepares it here, and so sees the same model.
-"""
+"""The first part of a run: everything there is before the first candidate, from the task to the layer database."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autocomp.graph.batches import first, like
-from autocomp.progress import Progress
-from autocomp.space.build import build_space
+from autocomp.config.settings import Settings
+from autocomp.devices.device import Device
+from autocomp.devices.open import open_device
+from autocomp.errors import UsageError, shown, suggest
+from autocomp.hardware.profile import load_profile
+from autocomp.measurement.measurer import Measurer
+from autocomp.measurement.preflight import rehearse
+from autocomp.processes.pool import cores
+from autocomp.progress import Progress, Stage
+from autocomp.records.candidate import Candidate
+from autocomp.run.budget import Budget
+from autocomp.run.identity import compression_of, identity_of, refuse_another
+from autocomp.run.prepare_task import prepare_task
+from autocomp.space.file import load_space
+from autocomp.space.space import Space
 from autocomp.tasks.task import Task
 
 if TYPE_CHECKING:
     import torch
+    from optuna.samplers import BaseSampler
 
+    from autocomp.database.calibrate import Statistics
+    from autocomp.database.database import LayerDatabase
     from autocomp.graph.graph import Graph
-    from autocomp.space.file import SpaceFile
-    from autocomp.space.space import Space, Target
 
-CHECKED_SAMPLES = 4  # inputs on which a compiled module is compared with torch
+SETTLED = 2.0  # seconds of work after which its rate says something
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """``task`` with its model rewritten, which computes what it did; ``graph`` and ``space`` are those of that model."""
+    """A run before its first candidate. ``task`` is as it is compressed; ``graph`` and ``space`` are those of its model.
 
+    ``known`` is what the study of a run that is resumed has recorded, None for a new run; ``identity`` what this one is known by.
+    ``inputs`` are what compiled modules are compared with torch on.
+    """
+
+    settings: Settings
+    folder: Path
+    progress: Progress
+    budget: Budget
+    known: Mapping[str, Any] | None
+    identity: Mapping[str, Any]
     task: Task
     graph: Graph
     space: Space
+    devices: Mapping[str, Device]
+    measurer: Measurer
+    statistics: Statistics
+    database: LayerDatabase
+    sampler: BaseSampler | None = None  # the caller's own, in place of the settings' by name
 
     @property
     def inputs(self) -> list[tuple[torch.Tensor, ...]]:
-        """What compiled modules are compared with torch on."""
-        return checked_inputs(self.task)
+        return list(self.measurer.inputs)
+
+    def stitch(self, candidate: Candidate) -> torch.nn.Module:
+        """The candidate as a model of its own."""
+        return self.measurer.stitch(candidate)
+
+    def keep_for_the_end(self, point: float) -> None:
+        """Keep the minutes that the end of the run takes, where writing one point takes so many seconds."""
+        self.budget.keep_for_the_end(point, self.measurer.together, self.settings.references)
 
 
 def prepare(
-    task: Task, rules: SpaceFile, profiles: Sequence[Target], samples: int, progress: Progress | None = None
+    settings: Settings,
+    task: Task,
+    folder: Path,
+    known: Mapping[str, Any] | None,
+    progress: Progress,
+    sampler: BaseSampler | None = None,
 ) -> Prepared:
-    """Bring a task's model into the form that is compressed: residual streams rotated and channels equalised, where the rules say so,
-    and written in the BatchNorm statistics of ``samples`` calibration samples. ExportError, UsageError as `analyse` and `build_space`.
+    """Prepare a run, ``sampler`` being the caller's own.
+
+    What can be refused is refused here: UsageError, ExportError, AutocompError before anything is searched.
     """
-    from autocomp.compress.equalise import equalised
-    from autocomp.compress.rotate import rotated
-    from autocomp.graph.analyse import analyse
+    from autocomp.database.calibrate import collect
+    from autocomp.database.database import LayerDatabase
+    from autocomp.database.stitch import stitch
 
-    progress = progress or Progress()
-    task.model.eval()
-    with progress.stage("reading the model"):
-        graph = analyse(task.model, task.example_inputs)
-        if rules.rotate:
-            task = _rewritten(task, graph, rotated)
-            graph = analyse(task.model, task.example_inputs)
-        space = build_space(graph, rules, profiles)
-    if rules.equalise:
-        with progress.stage("equalising channels"):
-            task = _rewritten(task, graph, equalised)
-    return Prepared(_settled(task, samples), graph, space)
-
-
-def checked_inputs(task: Task) -> list[tuple[torch.Tensor, ...]]:
-    """The example inputs and some calibration samples of the same shapes, on which modules are compared with torch."""
-    parts = like(task.example_inputs, task.calibration, task.batch_axes)
-    return [task.example_inputs, *islice(parts, CHECKED_SAMPLES)]
-
-
-def _rewritten(task: Task, graph: Graph, rewrite: Callable[..., tuple[torch.nn.Module, Any]]) -> Task:
-    """The task with its model as ``rewrite`` (`equalised`, `rotated`) makes it from the calibration data; the model computes what it did."""
-    return replace(
-        task, model=rewrite(task.model, graph, task.example_inputs, list(task.calibration), task.batch_axes)[0]
+    budget = Budget(settings.minutes)
+    with progress.stage("preparing devices", len(settings.profiles)) as stage:
+        devices = {name: _open_device(name, stage) for name in settings.profiles}
+    rules = load_space(settings.space)
+    identity = {**identity_of(task), "how layers are compressed": compression_of(settings, rules)}
+    if known and "space" in known:  # else nothing was asked yet
+        refuse_another(known.get("identity", {}), identity, folder)
+    profiles = [device.profile for device in devices.values()]
+    ready = prepare_task(task, rules, profiles, settings.calibration_samples, progress)
+    task, graph, inputs = ready.task, ready.graph, ready.inputs
+    measurer = Measurer(task, devices, inputs, lambda candidate: stitch(task.model, graph, database, candidate))
+    if not (known and (folder / "layers").exists()):  # else a run got past this before
+        measurer.rehearsed = rehearse(task, devices, inputs, progress)
+        _refuse_unknown(settings, measurer.rehearsed.metrics)
+        budget.keep_for_the_end(measurer.rehearsed.seconds, measurer.together, settings.references)
+    with progress.stage("calibrating"):
+        statistics = collect(task, graph, settings.calibration_samples, settings.seed)
+    database = LayerDatabase(folder / "layers", task.model, graph, ready.space, statistics)
+    database.build(progress, workers=cores(), told=_Forecast(budget, progress))
+    space = ready.space.without(database.dominated(profiles))
+    return Prepared(
+        settings,
+        folder,
+        progress,
+        budget,
+        known,
+        identity,
+        task,
+        graph,
+        space,
+        devices,
+        measurer,
+        statistics,
+        database,
+        sampler,
     )
 
 
-def _settled(task: Task, samples: int) -> Task:
-    """The task with its model written in the BatchNorm statistics of the calibration samples; the model computes what it did."""
-    from autocomp.compress.batchnorm import settled
+def _refuse_unknown(settings: Settings, metrics: Mapping[str, float]) -> None:
+    """UsageError if a goal names a metric that the task does not have."""
+    for name in settings.goals.drops(next(iter(metrics))):
+        if name not in metrics:
+            raise UsageError(
+                f"goals.max_drop names {shown(name)}, which Task.evaluate does not return: it returns {', '.join(metrics)}."
+                f"{suggest(name, metrics)}"
+            )
 
-    try:
-        model = settled(task.model, first(task.calibration, samples, task.batch_axes), task.batch_axes)
-    except Exception:  # the model's own code: where it cannot take the calibration data, calibrating says which
-        return task
-    return task if model is task.model else replace(task, model=model)
+
+class _Forecast:
+    """Warns once, in time, if the layer database will take the time to search."""
+
+    def __init__(self, budget: Budget, progress: Progress) -> None:
+        self.budget, self.progress = budget, progress
+        self._warned = False
+
+    def __call__(self, share: float, seconds: float) -> None:
+        """A share of the database was made in so many seconds."""
+        if seconds < SETTLED or self._warned:
+            return
+        if said := self.budget.forecast("compressing the layers", seconds / share - seconds):
+            self._warned = True
+            self.progress.warn(said)
+
+
+def _open_device(name: str, stage: Stage) -> Device:
+    device = open_device(load_profile(name))
+    if device.store.corrupt:
+        stage.warn(f"{device.store.corrupt} damaged records of the kernel store {device.store.folder} are tuned again")
+        device.store.compact()
+    for note in device.notes:
+        stage.warn(note)
+    stage.advance()
+    return device

@@ -14,12 +14,12 @@ from typing import Any
 
 from autocomp.cache import write_atomically
 from autocomp.records.evaluation import FORMAT_VERSION
-from autocomp.run.pipeline import Pipeline
+from autocomp.run.prepare import Prepared
 
 PACKAGES = ("autocomp", "torch", "apache-tvm", "apache-tvm-ffi", "onnxruntime", "optuna", "numpy")
 
 
-def write_provenance(folder: Path, pipeline: Pipeline) -> Path:
+def write_provenance(prepared: Prepared) -> Path:
     """Write what the numbers depend on: versions, processor, governor, seed, git, and the fits of the latency models."""
     data = {
         "format_version": FORMAT_VERSION,
@@ -29,14 +29,14 @@ def write_provenance(folder: Path, pipeline: Pipeline) -> Path:
         "packages": {name: version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "processor": next(
-            (d.profile.device for d in pipeline.devices.values() if d.profile.device), platform.machine()
+            (d.profile.device for d in prepared.devices.values() if d.profile.device), platform.machine()
         ),
         "cpus": os.cpu_count(),
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "unknown",
         "load_average": os.getloadavg()[0],
-        "seed": pipeline.settings.seed,
+        "seed": prepared.settings.seed,
         "git": _git(),
-        "space_size": str(pipeline.space.size),
+        "space_size": str(prepared.space.size),
         "kernels": {
             name: {
                 "stored": len(device.store),
@@ -46,10 +46,10 @@ def write_provenance(folder: Path, pipeline: Pipeline) -> Path:
                 "module_model_error": device.model.module_error,
                 "peak_per_second": device.model.peaks,
             }
-            for name, device in pipeline.devices.items()
+            for name, device in prepared.devices.items()
         },
     }
-    path = folder / "provenance.json"
+    path = prepared.folder / "provenance.json"
     write_atomically(path, (json.dumps(data, indent=2) + "\n").encode())
     return path
 
@@ -58,10 +58,6 @@ def profile_line(profile: Any) -> str:
     from autocomp.compiler.build import describe_device
 
     return f"{profile.description} ({describe_device(profile)})"
-
-
-def goals_text(goals: Any) -> str:
-    return ", ".join(f"{name} {value}" for name, value in goals.model_dump().items() if value is not None) or "none"
 
 
 def _read(path: str) -> str:

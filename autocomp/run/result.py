@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autocomp.config.files import validated
+from autocomp.config.quantities import parse_factor
 from autocomp.config.settings import Goals
-from autocomp.front import goals as goal_rules
+from autocomp.front.goals import Judge, family
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation
 from autocomp.records.latency import Latency
@@ -88,7 +90,6 @@ class SearchResult:
         """
         import pandas as pd
 
-        task = self.run.task
         rows = []
         for point in self.front:
             row: dict[str, Any] = {"id": point.candidate.id}
@@ -99,24 +100,45 @@ class SearchResult:
                 row[f"how:{profile}"] = latency.how
                 row[f"speedup:{profile}"] = speedup(point.record.evaluation, self.run.dense.evaluation, profile)
             row["bytes"] = point.bytes
-            row["drop"] = goal_rules.drop(
-                point.record.evaluation, self.run.dense.evaluation, task.objective, task.higher_is_better
-            )
+            row["drop"] = self._judge(Goals()).drop(point.record.evaluation)
             rows.append(row)
         return pd.DataFrame(rows)
 
     def best(
-        self, max_drop: float | None = None, max_latency: float | None = None, max_bytes: int | None = None
+        self,
+        max_drop: float | str | Mapping[str, float | str] | None = None,
+        max_latency: float | str | Mapping[str, float | str] | None = None,
+        max_bytes: int | str | None = None,
     ) -> Point:
         """The point to take: the fastest within ``max_drop``, else the most accurate within the other limits.
 
-        ``max_drop`` in units of the objective, ``max_latency`` in seconds. InfeasibleError if no point meets the limits.
+        ``max_drop`` in units of the objective, or text (``1%`` of the uncompressed model's value, ``0.5pt``), or by metric; ``max_latency`` in
+        seconds, or text (``0.5ms``, ``2x`` as fast), or by profile; ``max_bytes`` in bytes, or text (``500KB``, ``5x`` smaller).
+        InfeasibleError if no point meets the limits.
         """
-        limits = Goals(max_drop=max_drop, max_latency=max_latency, max_bytes=max_bytes)
-        evaluations: list[Evaluation] = [point.record.evaluation for point in self.front]
+        limits = validated(Goals, {"max_drop": max_drop, "max_latency": max_latency, "max_bytes": max_bytes}, "")
+        return self._point(self._judge(limits).best(self._evaluations()))
+
+    def family(
+        self, *speedups: str, max_drop: float | str | Mapping[str, float | str] | None = None
+    ) -> dict[str, Point]:
+        """The most accurate point of each speed-up (``2x``, ``4x``), within ``max_drop``; one that no point reaches is left out.
+
+        Where the run was on several profiles, the names are like ``2x on cortex-a76``.
+        """
+        judge = self._judge(validated(Goals, {"max_drop": max_drop}, ""))
+        found = family(judge, self._evaluations(), [parse_factor(text) for text in speedups], list(self.run.profiles))
+        return {name: self._point(member) for name, member in found.items() if member is not None}
+
+    def _judge(self, goals: Goals) -> Judge:
         task = self.run.task
-        chosen = goal_rules.best(evaluations, self.run.dense.evaluation, limits, task.objective, task.higher_is_better)
-        return next(point for point in self.front if point.candidate == chosen.candidate)
+        return Judge(self.run.dense.evaluation, goals, task.objective, task.higher_is_better)
+
+    def _evaluations(self) -> list[Evaluation]:
+        return [point.record.evaluation for point in self.front]
+
+    def _point(self, evaluation: Evaluation) -> Point:
+        return next(point for point in self.front if point.candidate == evaluation.candidate)
 
 
 def _is_column(metric: str) -> bool:

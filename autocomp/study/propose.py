@@ -1,4 +1,4 @@
-"""What to try next: changes of the front's points, screened by a model fitted to what was told; and TPE.
+"""What to try next: changes of the front's points, screened by a model fitted to what was told.
 
 A change is cheap to think of, and most are bad in ways that the told trials already show. Simulated on made-up additive
 problems with interactions (12 to 24 layers, 3 to 6 problems each, 300 trials of which about 40 solver seeds), the screened
@@ -9,17 +9,13 @@ NSGA-II (2 problems) gained next to nothing.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from autocomp.front.pareto import Floats, pareto_set
-
-if TYPE_CHECKING:
-    import optuna
 
 Levels = npt.NDArray[np.int64]
 Estimate = Callable[[Levels], Floats]
@@ -57,40 +53,6 @@ def propose(
         seconds = slope * thought[:, 1] + base
     gain = _gain(np.log(values[front, 0] + floor), values[front, 1], predicted, seconds)
     return mutants[np.argsort(-gain, kind="stable")]
-
-
-class Tpe:
-    """Optuna's multi-objective TPE (multivariate) on a study in memory that keeps up with what was told."""
-
-    def __init__(self, names: Sequence[str], sizes: Levels) -> None:
-        self.names, self.sizes = tuple(names), sizes
-        self._study: optuna.Study | None = None
-        self._added: set[tuple[int, ...]] = set()
-
-    def sample(self, levels: Levels, values: Floats, seed: int) -> Levels:
-        """One row of levels, given all that was told (``levels`` ``[n, columns]``, ``values`` ``[n, 2]``)."""
-        import optuna
-
-        distributions: dict[str, optuna.distributions.BaseDistribution] = {
-            name: optuna.distributions.IntDistribution(0, int(size) - 1)
-            for name, size in zip(self.names, self.sizes, strict=True)
-        }
-        if self._study is None:
-            with quiet_optuna():
-                self._study = optuna.create_study(directions=["minimize", "minimize"])
-        for row, pair in zip(levels, values, strict=True):
-            if (key := tuple(map(int, row))) not in self._added:
-                self._added.add(key)
-                params = dict(zip(self.names, key, strict=True))
-                told = optuna.trial.create_trial(
-                    params=params, distributions=distributions, values=[float(value) for value in pair]
-                )
-                self._study.add_trial(told)
-        with quiet_optuna():
-            self._study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=0)
-        trial = self._study.ask(distributions)
-        self._study.tell(trial, state=optuna.trial.TrialState.FAIL)  # not to count as running: it is told elsewhere
-        return np.array([trial.params[name] for name in self.names], dtype=np.int64)
 
 
 @contextmanager

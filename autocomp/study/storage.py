@@ -10,19 +10,60 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from filelock import Timeout
+
+from autocomp.cache import unwritable_reason
 from autocomp.errors import UsageError, cut, shown
 
 if TYPE_CHECKING:
-    from optuna.storages import RDBStorage
+    from optuna.storages import BaseStorage, RDBStorage
 
+JOURNAL = "journal:///"
 SILENT = 1800.0  # seconds without a sign of life after which a process on another machine counts as gone
 _SIGN = 60.0  # seconds between two signs
 _OWNER = "owner"
 
 
-def open_storage(url: str) -> RDBStorage:
+def open_storage(url: str) -> BaseStorage:
+    """The storage at an address: a journal (``journal:///path``), or a database."""
+    if url.startswith(JOURNAL):
+        from optuna.exceptions import StorageInternalError
+        from optuna.storages import JournalStorage
+
+        from autocomp.study.journal import StudyFile
+
+        path = Path(url.removeprefix(JOURNAL))
+        try:
+            return JournalStorage(StudyFile(path))
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            AssertionError,
+        ) as error:  # lines, but not of a study
+            raise StorageInternalError(
+                f"{path.name} holds something else than a study ({type(error).__name__})"
+            ) from None
+    return _database(url)
+
+
+def close_storage(storage: BaseStorage) -> None:
+    """Let go of a storage; SQLite then folds its write-ahead log into the one file."""
+    from optuna.storages import JournalStorage, RDBStorage
+
+    from autocomp.study.journal import StudyFile
+
+    storage.remove_session()
+    if isinstance(storage, RDBStorage):
+        storage.engine.dispose()
+    elif isinstance(storage, JournalStorage) and isinstance(storage._backend, StudyFile):
+        storage._backend.settle()
+
+
+def _database(url: str) -> RDBStorage:
     """An RDB storage; SQLite writes ahead, so that a commit waits for no disk and a kill loses none."""
     from optuna.storages import RDBStorage
     from sqlalchemy import event
@@ -47,39 +88,49 @@ def check_storage(url: str) -> None:
             storage.get_all_studies()
     except (ValueError, TypeError, AttributeError) as error:  # what is no address at all
         raise UsageError(
-            f"storage: {cut(masked(url))} is no address of a database ({shown(error)}), such as sqlite:///runs.db"
+            f"storage: {cut(masked(url))} is no address of a database ({shown(error)}), such as sqlite:///runs.db or journal:///runs.journal"
         ) from error
 
 
-def read_study(url: str, name: str) -> dict[str, Any] | None:
-    """The records of a whole study, None where there is no such study. UsageError if the storage cannot be read, or the study is at work."""
+class Recorded(NamedTuple):
+    """What a study has recorded of itself, and how many of its trials are finished."""
+
+    attrs: dict[str, Any]
+    finished: int
+
+
+def read_study(url: str, name: str) -> Recorded | None:
+    """What is recorded of a study, None where there is no such study. UsageError if the storage cannot be read, or the study is at work."""
     with _opened(url, "be read") as storage:
         if url.startswith("sqlite"):
             _check_file(storage)
         studies = {study.study_name: study for study in storage.get_all_studies()}
         if name not in studies:
             return None
-        found = dict(storage.get_study_user_attrs(studies[name]._study_id))
-    _refuse_living(found.get(_OWNER), url)
-    return found
+        study_id = studies[name]._study_id
+        attrs = dict(storage.get_study_user_attrs(study_id))
+        finished = sum(trial.state.is_finished() for trial in storage.get_all_trials(study_id, deepcopy=False))
+    _refuse_living(attrs.get(_OWNER), url)
+    return Recorded(attrs, finished)
 
 
 @contextmanager
-def _opened(url: str, what: str) -> Iterator[RDBStorage]:
+def _opened(url: str, what: str) -> Iterator[BaseStorage]:
     """A storage for a look at it."""
     with storage_errors(url, what):
         storage = open_storage(url)
         try:
             yield storage
         finally:
-            storage.remove_session()
-            storage.engine.dispose()
+            close_storage(storage)
 
 
-def _check_file(storage: RDBStorage) -> None:
+def _check_file(storage: BaseStorage) -> None:
     """Every page of a SQLite file: one damaged in the middle would be found when it is too late."""
+    from optuna.storages import RDBStorage
     from sqlalchemy.exc import DatabaseError
 
+    assert isinstance(storage, RDBStorage)
     with storage.engine.connect() as connection:
         found = connection.exec_driver_sql("PRAGMA quick_check").scalar()
     if found != "ok":
@@ -89,7 +140,7 @@ def _check_file(storage: RDBStorage) -> None:
 class Claim:
     """One process's hold on a study: others are refused while it lives. UsageError if another one holds it."""
 
-    def __init__(self, storage: RDBStorage, study_id: int, url: str) -> None:
+    def __init__(self, storage: BaseStorage, study_id: int, url: str) -> None:
         self._storage, self._study_id = storage, study_id
         self._token = uuid.uuid4().hex
         _refuse_living(storage.get_study_user_attrs(study_id).get(_OWNER), url)
@@ -148,7 +199,9 @@ def _started(pid: int) -> str:
 
 
 def masked(url: str) -> str:
-    """An address without the password in it."""
+    """An address without the password in it; a file as its path."""
+    if url.startswith(JOURNAL):
+        return url.removeprefix(JOURNAL)
     return re.sub(r"(://[^/@:]*):[^@]*@", r"\1:***@", url)
 
 
@@ -160,8 +213,16 @@ def storage_errors(url: str, what: str) -> Iterator[None]:
 
     try:
         yield
-    except (StorageInternalError, SQLAlchemyError, ImportError) as error:
-        reason = str(getattr(error, "orig", None) or error.__cause__ or error).splitlines()[0]
+    except (StorageInternalError, SQLAlchemyError, ImportError, OSError, Timeout) as error:
+        if isinstance(error, OSError) and error.filename and not url.endswith(Path(str(error.filename)).name):
+            raise  # of another file
+        reason = unwritable_reason(error) if isinstance(error, OSError) else None
+        if isinstance(error, FileNotFoundError) and what == "be written":
+            reason = "it is not there any more, moved or removed while the search ran"
+        reason = reason or str(
+            getattr(error, "orig", None) or getattr(error, "strerror", None) or error.__cause__ or error
+        )
+        reason = (reason.splitlines() or [type(error).__name__])[0]
         raise UsageError(
             f"the study's storage {masked(url)} cannot {what}: {cut(reason, 500)}; what was told before is kept. "
             "Check the path and the free space, or name another: storage: in a config file, or AUTOCOMP_STORAGE"

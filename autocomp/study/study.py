@@ -1,34 +1,40 @@
-"""The study: candidates asked and evaluations told, kept in an Optuna storage that a kill at any moment leaves whole.
+"""The study: candidates asked and evaluations told, in an Optuna study that any of Optuna's tools reads and a kill leaves whole.
 
-A trial row holds its candidate and who thought of it (``asked``) and, once told, its ``evaluation``, as user
-attributes. The levels are not Optuna parameters: each of those costs three statements, 12 ms a trial, which is all of
-the budget. The sampler therefore runs on a study in memory, made from the told trials.
+A trial has its candidate as parameters (``width/…``, ``method/…``), the divergence and the relative seconds on each profile as values, goals as
+constraints, and who thought of it and its ``evaluation`` as attributes. It is written as a whole row, not parameter by parameter. Samplers
+run on a study in memory, made from the told trials, so that none of them waits for a disk.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from autocomp.errors import UsageError
 from autocomp.front.pareto import Floats, hypervolume_history, pareto_set
-from autocomp.records.candidate import Candidate, Method
-from autocomp.records.evaluation import Evaluation, Source, evaluation_from_json, evaluation_to_json, sound
-from autocomp.study.propose import Levels, Tpe, propose, quiet_optuna
+from autocomp.records.candidate import Candidate
+from autocomp.records.evaluation import Evaluation, Source
+from autocomp.study.parameters import Levels, Parameters
+from autocomp.study.parameters import Space as Space
+from autocomp.study.propose import quiet_optuna
+from autocomp.study.rows import Row, Rows
+from autocomp.study.samplers import OURS, make_sampler
 from autocomp.study.solver import Problem
 from autocomp.study.storage import Claim, masked, open_storage, storage_errors
 
 if TYPE_CHECKING:
-    from optuna.storages import RDBStorage
-    from optuna.trial import FrozenTrial
+    from optuna.samplers import BaseSampler
+    from optuna.study import Study, StudyDirection
+    from optuna.trial import Trial
 
-TPE_EVERY = 10  # one proposal in ten is TPE's: in simulation no worse than none, and it looks where the model would not
-_UPDATE = "evaluation:"  # study attribute by trial number: Optuna lets no finished trial's own attributes change
+_CONSTRAINT = "constraints:"  # how Optuna names those of a trial
+TRIES = 50  # proposals of a sampler that were all tried before, after which any that was not is taken
+SMALL = 20_000  # candidates: a space up to that is walked through, so that none is missed
 
 
 class Asked(NamedTuple):
@@ -39,37 +45,43 @@ class Asked(NamedTuple):
     source: Source
 
 
-class Space(NamedTuple):
-    """The levels of a search: descending widths by group, methods by layer; the first of each is dense."""
+@dataclass(frozen=True)
+class Engine:
+    """What thinks of candidates: a sampler, or the name of one, and what sharpens the engine's own.
 
-    widths: Mapping[str, tuple[int, ...]]
-    methods: Mapping[str, tuple[Method, ...]]
-
-
-def objectives(evaluation: Evaluation, yardstick: Evaluation) -> tuple[float, float]:
-    """The two values to minimise: KL (without one, the additive error), and seconds relative to the yardstick's.
-
-    Seconds are the predicted ones, averaged over the profiles. All trials of one study should carry the same tier.
+    ``problem`` gives the solver's, of the same space, as it is fitted at the time; ``normalise`` is ``Space.normalise``. ``constraints`` says of
+    an evaluation by how much it misses each goal (0 or less: it meets it).
     """
-    ratios = [s / yardstick.predicted[p] for p, s in evaluation.predicted.items() if yardstick.predicted.get(p)]
+
+    sampler: str | BaseSampler = OURS
+    seed: int = 0
+    problem: Callable[[], Problem] | None = None
+    normalise: Callable[[Candidate], Candidate] = lambda candidate: candidate
+    constraints: Callable[[Evaluation], Mapping[str, float]] = lambda evaluation: {}
+
+
+def objectives(evaluation: Evaluation, yardstick: Evaluation) -> tuple[float, ...]:
+    """The values to minimise: KL (without one, the additive error), and for each profile predicted seconds over the yardstick's.
+
+    All trials of one study should carry the same tier.
+    """
     error = evaluation.error if evaluation.kl is None else evaluation.kl
-    return float(error), float(np.mean(ratios)) if ratios else float("nan")
+    ratios = [s / yardstick.predicted[p] for p, s in evaluation.predicted.items() if yardstick.predicted.get(p)]
+    return float(error), *(ratios or [math.nan])
 
 
 def open_search(
     storage_url: str,
     name: str,
     space: Space,
-    seed: int = 0,
+    engine: Engine | None = None,
     resume: bool = False,
-    problem: Callable[[], Problem] | None = None,
-    normalise: Callable[[Candidate], Candidate] | None = None,
     records: Mapping[str, Any] | None = None,
+    profiles: Sequence[str] = ("target",),
 ) -> Search:
-    """Open or create the study ``name`` in an Optuna storage (``sqlite:///path`` or another RDB URL).
+    """Open or create the study ``name`` in an Optuna storage: ``journal:///path``, ``sqlite:///path`` or another RDB URL.
 
-    ``problem`` (gives the solver's, of the same space, as it is fitted at the time) and ``normalise`` (``Space.normalise``)
-    sharpen the proposals. ``records`` are kept with a study in which nothing was asked yet, as by ``set_attr``.
+    ``records`` are kept with a study in which nothing was asked yet, as by ``set_attr``.
     UsageError if the storage cannot be opened, the study exists and ``resume`` is not set, or its levels are others.
     """
     import optuna
@@ -87,7 +99,8 @@ def open_search(
             )
         if not exists:
             with quiet_optuna():
-                optuna.create_study(storage=storage, study_name=name, directions=["minimize", "minimize"])
+                study = optuna.create_study(storage=storage, study_name=name, directions=_minimised(1 + len(profiles)))
+                study.set_metric_names(["divergence", *(f"{profile}: seconds / dense" for profile in profiles)])
         study_id = storage.get_study_id_from_name(name)
         attrs = storage.get_study_user_attrs(study_id)
         if "space" not in attrs:  # also after a kill between these statements
@@ -106,7 +119,8 @@ def open_search(
                 "resume with the same model, space and profiles, or choose another --out"
             )
         claim = Claim(storage, study_id, storage_url)
-        return Search(storage, study_id, space, seed, problem, normalise, claim)
+        parameters = Parameters(space)
+        return Search(Rows(storage, study_id, storage_url, parameters, claim), parameters, engine or Engine())
 
 
 class Search:
@@ -115,32 +129,20 @@ class Search:
     Every call that changes something has written it when it returns. What a killed run left unfinished is asked again.
     """
 
-    def __init__(
-        self,
-        storage: RDBStorage,
-        study_id: int,
-        space: Space,
-        seed: int,
-        problem: Callable[[], Problem] | None,
-        normalise: Callable[[Candidate], Candidate] | None,
-        claim: Claim,
-    ) -> None:
-        self.space = space
-        self.seed = seed
-        self._storage, self._study_id, self._held = storage, study_id, claim
-        self._problem, self._normalise = problem, normalise or (lambda candidate: candidate)
-        self._names = [*(f"width:{g}" for g in space.widths), *(f"method:{m}" for m in space.methods)]
-        options = [*space.widths.values(), *space.methods.values()]
-        self._sizes = np.array([len(levels) for levels in options], dtype=np.int64)
-        self._columns = _problem_columns(problem(), space) if problem is not None else []
+    def __init__(self, rows: Rows, parameters: Parameters, engine: Engine) -> None:
+        self.space, self.engine = parameters.space, engine
+        self._rows, self._parameters = rows, parameters
+        if engine.problem is not None:
+            self._columns = _problem_columns(engine.problem(), self.space)
         self._told: dict[int, Evaluation] = {}
         self._waiting: list[tuple[int, Asked]] = []  # (row id in the storage, trial), in the order they were put in
         self._running: dict[int, tuple[int, Asked]] = {}
         self._seen: set[Candidate] = set()
-        self._levels: dict[int, list[int]] = {}  # by told trial, each worked out once
-        self._values: dict[int, tuple[float, float]] = {}  # objectives as told: updates change no yardstick
-        self._tpe = Tpe(self._names, self._sizes)
-        self.unreadable = 0  # trials whose records are not as this autocomp writes them; they are left out
+        self._values: dict[int, tuple[float, ...]] = {}  # objectives as told: updates change no yardstick
+        self._numbers: dict[Candidate, int] = {}
+        self._sampler = self._make_sampler()
+        self._mirror = self._new_mirror()
+        self._mirrored: dict[int, Trial] = {}  # by running trial, that of the study in memory
         self._load()
 
     @property
@@ -148,10 +150,15 @@ class Search:
         """Every told evaluation, with its updates, by trial number; failed ones included."""
         return [self._told[number] for number in sorted(self._told)]
 
+    @property
+    def unreadable(self) -> int:
+        """Trials whose records are not as this autocomp writes them; they are left out."""
+        return self._rows.unreadable
+
     def enqueue(self, candidate: Candidate, source: Source) -> bool:
         """Put a candidate in line, before any proposal; False if it was seen already (told, asked or in line)."""
-        candidate = self._normalise(candidate)
-        self._encode(candidate)  # a candidate outside the space is a mistake best found here
+        candidate = self.engine.normalise(candidate)
+        self.space.levels(candidate)  # a candidate outside the space is a mistake best found here
         if candidate in self._seen:
             return False
         self._waiting.append(self._create(candidate, source, running=False))
@@ -161,52 +168,59 @@ class Search:
         """The next trial: enqueued ones first, then proposals, none twice; None if the space is exhausted."""
         while self._waiting:
             row, asked = self._waiting.pop(0)
-            with self._writing():
-                claimed = self._claim(row)
-            if claimed:
+            if self._rows.claim(row):
                 self._running[asked.trial] = (row, asked)
                 return asked
-        proposed = self._propose()
-        if proposed is None:
+        if (proposed := self._propose()) is None:
             return None
-        row, asked = self._create(*proposed, running=True)
+        candidate, source, trial = proposed
+        row, asked = self._create(candidate, source, running=True)
         self._running[asked.trial] = (row, asked)
+        if trial is not None:
+            self._mirrored[asked.trial] = trial
         return asked
 
     def tell(self, trial: int, evaluation: Evaluation) -> None:
         """Store the evaluation of an asked trial and finish it. KeyError if the trial is not one asked and untold.
 
-        The first trial told with predicted seconds is the yardstick of the second objective: let that be dense.
+        The first trial told with predicted seconds is the yardstick of the other objectives: let that be dense.
         """
         row, asked = self._running[trial]
         evaluation = replace(evaluation, trial=trial, candidate=asked.candidate)
-        with self._writing():
-            self._storage.set_trial_user_attr(row, "evaluation", evaluation_to_json(evaluation))
-            self._finish(row, evaluation)
+        mirrored = self._mirrored.pop(trial, None)
+        found = {} if mirrored is None else self._mirror.get_trials(deepcopy=False)[mirrored.number].system_attrs
+        attrs = dict(found)
+        attrs |= {f"{_CONSTRAINT}{key}": value for key, value in self.engine.constraints(evaluation).items()}
+        self._rows.tell(row, evaluation, attrs)
+        self._rows.finish(row, self._finite(evaluation))
         del self._running[trial]
         self._remember(evaluation)
+        self._mirror_told(evaluation, attrs, mirrored)
 
     def update(self, trial: int, evaluation: Evaluation) -> None:
         """Replace the evaluation of a told trial, in one statement. KeyError if it was not told.
 
         Its objective values stay as they were told, unless it failed since: then no proposal is made from it any more.
         """
-        evaluation = replace(evaluation, trial=trial, candidate=self._told[trial].candidate)
-        self.set_attr(f"{_UPDATE}{trial}", evaluation_to_json(evaluation))
+        before = self._told[trial]
+        evaluation = replace(evaluation, trial=trial, candidate=before.candidate)
+        self._rows.update(evaluation)
         self._remember(evaluation)
+        if evaluation.state == "failed" and before.state != "failed":
+            self._mirror_again()
 
     def set_attr(self, key: str, value: Any) -> None:
         """Store a record of the whole study; ``value`` is what JSON can hold."""
-        with self._writing():
-            self._storage.set_study_user_attr(self._study_id, key, value)
+        self._rows.set_attr(key, value)
 
     def get_attr(self, key: str, default: Any = None) -> Any:
         """Read what ``set_attr`` stored."""
-        return self._storage.get_study_user_attrs(self._study_id).get(key, default)
+        return self._rows.get_attr(key, default)
 
     def values(self) -> Floats:
-        """Objective values of ``told``, shape ``[n, 2]``; NaN for failed trials."""
-        return np.array([self._values[n] for n in sorted(self._values)], dtype=np.float64).reshape(-1, 2)
+        """Divergence and relative seconds (the mean over the profiles) of ``told``, shape ``[n, 2]``; NaN for failed trials."""
+        pairs = [(error, float(np.mean(costs))) for error, *costs in (self._values[n] for n in sorted(self._values))]
+        return np.array(pairs, dtype=np.float64).reshape(-1, 2)
 
     def front(self) -> list[Evaluation]:
         """Told evaluations that no other dominates in error and predicted seconds, fast to slow."""
@@ -228,149 +242,164 @@ class Search:
         return hypervolume_history(points / np.array([error_cap, 1.0]), (1.0, 1.0))
 
     def close(self) -> None:
-        """Let go of the study and its storage; SQLite then folds its write-ahead log into the one file."""
-        with self._writing():
-            self._held.release()
-        self._storage.remove_session()
-        self._storage.engine.dispose()
+        """Let go of the study and its storage."""
+        self._rows.close()
 
     def _load(self) -> None:
         """Read the trials; finish what was evaluated but not told, put what was only asked back in line."""
         from optuna.trial import TrialState
 
-        updates = self._storage.get_study_user_attrs(self._study_id)
-        unfinished: list[tuple[FrozenTrial, Candidate, Source]] = []
-        rows = sorted(self._storage.get_all_trials(self._study_id, deepcopy=False), key=lambda t: t.number)
-        if [row.number for row in rows] != list(range(len(rows))):
-            raise UsageError(
-                "trials were deleted from the study: those that are left have numbers that new ones would get again. Put the study back as it "
-                "was, or choose another --out"
-            )
-        for row in rows:
-            if "asked" not in row.user_attrs:  # made by no search of ours
-                continue
-            try:
-                candidate = Candidate.from_json(row.user_attrs["asked"]["candidate"])
-                source = row.user_attrs["asked"]["source"]
-                self._encode(candidate)
-                stored = updates.get(f"{_UPDATE}{row.number}", row.user_attrs.get("evaluation"))
-                evaluation = None if stored is None else sound(evaluation_from_json(stored), row.number, candidate)
-            except (KeyError, TypeError, ValueError, AttributeError):
-                self.unreadable += 1
-                continue
-            if evaluation is not None:
-                self._remember(evaluation, None if row.state != TrialState.COMPLETE else tuple(row.values))
-                self._seen.add(candidate)
+        unfinished: list[Row] = []
+        for row in self._rows.read():
+            if row.evaluation is not None:
+                complete = row.state == TrialState.COMPLETE and row.values is not None
+                self._remember(row.evaluation, row.values if complete else None)
+                self._seen.add(row.candidate)
                 if not row.state.is_finished():
-                    self._finish(row._trial_id, evaluation)
+                    self._rows.finish(row.id, self._finite(row.evaluation))
+                self._mirror_told(row.evaluation, row.system_attrs)
             elif row.state == TrialState.WAITING:
-                self._waiting.append((row._trial_id, Asked(row.number, candidate, source)))
-                self._seen.add(candidate)
+                self._waiting.append((row.id, Asked(row.number, row.candidate, row.source)))
+                self._seen.add(row.candidate)
             elif row.state == TrialState.RUNNING:
-                unfinished.append((row, candidate, source))
+                unfinished.append(row)
         lost = []
-        for row, candidate, source in unfinished:
-            if candidate not in self._seen:  # else a kill came between the next line and the last one
-                lost.append(self._create(candidate, source, running=False))
-            self._storage.set_trial_state_values(row._trial_id, TrialState.FAIL)
+        for row in unfinished:
+            if row.candidate not in self._seen:  # else a kill came between the next line and the last one
+                lost.append(self._create(row.candidate, row.source, running=False))
+            self._rows.finish(row.id, None)
         self._waiting = lost + self._waiting
 
     def _create(self, candidate: Candidate, source: Source, running: bool) -> tuple[int, Asked]:
-        from optuna.trial import TrialState, create_trial
-
-        state = TrialState.RUNNING if running else TrialState.WAITING
-        asked = {"candidate": candidate.to_json(), "source": source}
-        template = create_trial(state=state, user_attrs={"asked": asked})  # one attribute: each is a statement
-        with self._writing():
-            row = self._storage.create_new_trial(self._study_id, template)
-            number = self._storage.get_trial_number_from_id(row)
+        row, number = self._rows.create(candidate, source, running)
         self._seen.add(candidate)
         return row, Asked(number, candidate, source)
-
-    def _claim(self, row: int) -> bool:
-        from optuna.exceptions import UpdateFinishedTrialError
-        from optuna.trial import TrialState
-
-        try:
-            return self._storage.set_trial_state_values(row, TrialState.RUNNING)
-        except UpdateFinishedTrialError:  # another process was faster
-            return False
-
-    def _finish(self, row: int, evaluation: Evaluation) -> None:
-        from optuna.trial import TrialState
-
-        values = self._objectives(evaluation)
-        if np.isfinite(values).all():
-            self._storage.set_trial_state_values(row, TrialState.COMPLETE, values)
-        else:
-            self._storage.set_trial_state_values(row, TrialState.FAIL)
 
     def _remember(self, evaluation: Evaluation, values: tuple[float, ...] | None = None) -> None:
         number = evaluation.trial
         self._told[number] = evaluation
-        if number not in self._levels:
-            self._levels[number] = self._encode(evaluation.candidate)
+        self._numbers[evaluation.candidate] = number
         if evaluation.state == "failed":
-            self._values[number] = (float("nan"), float("nan"))
+            self._values[number] = (math.nan,) * self._rows.objectives
         elif values is not None:
-            self._values[number] = (values[0], values[1])
+            self._values[number] = values
         elif number not in self._values:
             self._values[number] = self._objectives(evaluation)
 
-    def _objectives(self, evaluation: Evaluation) -> tuple[float, float]:
+    def _objectives(self, evaluation: Evaluation) -> tuple[float, ...]:
         if evaluation.state == "failed":
-            return float("nan"), float("nan")
+            return (math.nan,) * self._rows.objectives
         yardstick = next((self._told[n] for n in sorted(self._told) if self._told[n].predicted), evaluation)
-        return objectives(evaluation, yardstick)
+        error, *costs = objectives(evaluation, yardstick)
+        if len(costs) != self._rows.objectives - 1:  # a study of version 0.1 on several profiles, which has their mean
+            costs = [float(np.mean(costs))] * (self._rows.objectives - 1)
+        return error, *costs
 
-    def _encode(self, candidate: Candidate) -> list[int]:
-        try:
-            levels = [widths.index(candidate.widths[group]) for group, widths in self.space.widths.items()]
-            return levels + [m.index(candidate.methods[layer]) for layer, m in self.space.methods.items()]
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"candidate {candidate.id} lies outside the search space: {error}") from error
+    def _finite(self, evaluation: Evaluation) -> tuple[float, ...] | None:
+        values = self._objectives(evaluation)
+        return values if np.isfinite(values).all() else None
 
-    def _decode(self, levels: Sequence[int] | Levels) -> Candidate:
-        chosen = [int(level) for level in levels]
-        widths = {g: w[k] for (g, w), k in zip(self.space.widths.items(), chosen, strict=False)}
-        rest = chosen[len(widths) :]
-        return Candidate(widths, {m: o[k] for (m, o), k in zip(self.space.methods.items(), rest, strict=True)})
+    # --- what proposes: a sampler on a study in memory ---
 
-    def _propose(self) -> tuple[Candidate, Source] | None:
-        """An unseen candidate, from the seed and what was told only, so a resumed search finds much the same."""
-        turn = len(self._seen)
-        rng = np.random.default_rng([self.seed, turn])
-        for row, source in self._proposals(turn, rng):
-            candidate = self._normalise(self._decode(row))
+    def _make_sampler(self) -> BaseSampler:
+        given = self.engine.sampler
+        if not isinstance(given, str):
+            return given
+        estimate = self._estimate if self.engine.problem is not None else None
+        return make_sampler(given, self.engine.seed, estimate, self._repaired)
+
+    def _new_mirror(self) -> Study:
+        import optuna
+
+        with quiet_optuna():
+            return optuna.create_study(directions=_minimised(self._rows.objectives), sampler=self._sampler)
+
+    def _propose(self) -> tuple[Candidate, Source, Trial | None] | None:
+        """An unseen candidate, from the sampler's seed and what was told only, so a resumed search finds much the same."""
+        for candidate, source, trial in self._proposals():
             if candidate not in self._seen:
-                return candidate, source
+                return candidate, source, trial
+            if trial is not None:
+                values = self._values.get(self._numbers.get(candidate, -1))
+                self._tell_mirror(trial, values if values is not None and np.isfinite(values).all() else None)
         return None
 
-    def _proposals(self, turn: int, rng: np.random.Generator) -> Iterator[tuple[Any, Source]]:
-        """Rows of levels, best first; made only as far as they are read."""
-        numbers = [n for n in sorted(self._told) if np.isfinite(self._values[n]).all()]
-        if len(numbers) >= 2:
-            levels = np.array([self._levels[n] for n in numbers], dtype=np.int64)
-            values = np.array([self._values[n] for n in numbers])
-            if turn % TPE_EVERY == 0:
-                yield self._tpe.sample(levels, values, int(rng.integers(2**31))), "optuna"
-            for row in propose(levels, values, self._sizes, rng, self._estimate if self._problem else None):
-                yield row, "mutation"
-        if np.prod(self._sizes, dtype=np.float64) <= 20_000:  # a small space is walked through, so that none is missed
-            yield from ((row, "mutation") for row in itertools.product(*map(range, self._sizes)))
+    def _proposals(self) -> Iterator[tuple[Candidate, Source, Trial | None]]:
+        """What the sampler proposes, some times, and then whatever there is."""
+        from autocomp.study.sampler import AutocompSampler
+
+        if isinstance(
+            self._sampler, AutocompSampler
+        ):  # as a whole: asking Optuna for each parameter takes longer than to find them
+            yield (
+                self._candidate(self._sampler.proposal(self._mirror, self._parameters.distributions)),
+                self._sampler.source,
+                None,
+            )
         else:
-            yield from ((rng.integers(self._sizes), "mutation") for _ in range(1000))
+            for _ in range(TRIES):
+                with quiet_optuna():
+                    trial = self._mirror.ask(self._parameters.distributions)
+                yield self._candidate(trial.params), "optuna", trial
+        for row in self._walk():
+            yield self.engine.normalise(self.space.candidate(row)), "mutation", None
 
-    def _estimate(self, rows: Levels) -> Floats:
+    def _candidate(self, params: Mapping[str, Any]) -> Candidate:
+        return self.engine.normalise(self._parameters.candidate(params))
+
+    def _walk(self) -> Iterator[Sequence[int] | Levels]:
+        sizes = self.space.sizes
+        if np.prod(sizes, dtype=np.float64) <= SMALL:
+            return itertools.product(*map(range, sizes.tolist()))
+        rng = np.random.default_rng([self.engine.seed, len(self._seen)])
+        return (rng.integers(sizes) for _ in range(1000))
+
+    def _mirror_told(self, evaluation: Evaluation, attrs: Mapping[str, Any], trial: Trial | None = None) -> None:
+        from optuna.trial import create_trial
+
+        values = self._values[evaluation.trial]
+        whole = values if np.isfinite(values).all() else None
+        if trial is not None:
+            for key, value in attrs.items():
+                if key.startswith(_CONSTRAINT):
+                    trial.set_constraint(key.removeprefix(_CONSTRAINT), value)
+            self._tell_mirror(trial, whole)
+        elif whole is not None:
+            params, distributions = self._parameters.params(evaluation.candidate), self._parameters.distributions
+            told = create_trial(params=params, distributions=distributions, values=whole, system_attrs=dict(attrs))
+            self._mirror.add_trial(told)
+
+    def _tell_mirror(self, trial: Trial, values: Sequence[float] | None) -> None:
+        from optuna.trial import TrialState
+
+        if values is None:
+            self._mirror.tell(trial, state=TrialState.FAIL)
+        else:
+            self._mirror.tell(trial, list(values))
+
+    def _mirror_again(self) -> None:
+        """Start the study in memory anew: Optuna cannot take back what it was told."""
+        self._sampler, self._mirrored = self._make_sampler(), {}
+        self._mirror = self._new_mirror()
+        for evaluation in self.told:
+            attrs = {f"{_CONSTRAINT}{key}": value for key, value in self.engine.constraints(evaluation).items()}
+            self._mirror_told(evaluation, attrs)
+
+    def _repaired(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        return self._parameters.params(self._candidate(params))
+
+    def _estimate(self, rows: Levels, names: Sequence[str]) -> Floats:
         """Additive (error, seconds) of rows of levels, ``[n, 2]``."""
-        assert self._problem is not None
-        return np.stack(self._problem().costs(rows[:, self._columns])[:2], axis=1)
+        assert self.engine.problem is not None
+        every = np.zeros((len(rows), len(self._parameters.names)), dtype=np.int64)
+        every[:, [self._parameters.names.index(name) for name in names]] = rows
+        return np.stack(self.engine.problem().costs(every[:, self._columns])[:2], axis=1)
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        with storage_errors(self._storage.url, "be written"):
-            yield
-            self._held.sign()
+
+def _minimised(count: int) -> list[StudyDirection]:
+    from optuna.study import StudyDirection
+
+    return [StudyDirection.MINIMIZE] * count
 
 
 def _problem_columns(problem: Problem, space: Space) -> list[int]:

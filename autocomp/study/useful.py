@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from autocomp.front.goals import Limits, drop
+from autocomp.front.goals import Judge
 from autocomp.records.evaluation import Evaluation
 
 UNKNOWN = 0.25  # nats a sample, where nothing measured says more: past it a front holds what nobody would take
@@ -16,19 +16,22 @@ BEYOND = 1.5  # times the drop that a goal allows: the front is wanted on both s
 METRIC, ERROR = 0.05, 0.5
 
 
-def useful_divergence(
-    measured: Sequence[Evaluation], dense: Evaluation, goals: Limits, objective: str, higher_is_better: bool = True
-) -> float:
+def useful_divergence(measured: Sequence[Evaluation], judge: Judge) -> float:
     """The divergence at which the objective is thought to have dropped by as much as anyone would accept; in nats a sample.
 
     The drop is taken to be proportional to the divergence, which small ones are; the rate is the median of what
     was measured. `UNKNOWN` where nothing measured lost anything.
     """
-    pairs = [(e.kl, drop(e, dense, objective, higher_is_better)) for e in measured if e.kl]
-    rates = [lost / divergence for divergence, lost in pairs if np.isfinite(lost)]
-    rate = float(np.median(rates)) if rates else 0.0
-    if goals.max_drop is not None:
-        tolerated = BEYOND * goals.max_drop
+    allowed = judge.max_drops.get(judge.objective)
+    if allowed is not None:
+        tolerated = BEYOND * allowed
     else:
-        tolerated = (METRIC if higher_is_better else ERROR) * abs(dense.metrics[objective])
+        tolerated = (METRIC if judge.higher_is_better else ERROR) * abs(judge.dense.metrics[judge.objective])
+    rate = float(np.median(rates)) if (rates := loss_rates(measured, judge, judge.objective)) else 0.0
     return max(LEAST, tolerated / rate) if rate > 0 and tolerated > 0 else UNKNOWN
+
+
+def loss_rates(measured: Sequence[Evaluation], judge: Judge, metric: str) -> list[float]:
+    """What a metric lost, in its units, for each nat that the measured candidates diverge."""
+    pairs = [(e.kl, judge.drop(e, metric)) for e in measured if e.kl]
+    return [lost / divergence for divergence, lost in pairs if np.isfinite(lost)]

@@ -75,7 +75,7 @@ class KernelStore:
         self._by_loops: dict[tuple[str, tuple[int, ...], tuple[int, ...]], KernelRecord] = {}
         folder.mkdir(parents=True, exist_ok=True)
         sweep(folder)
-        self._lock = FileLock(folder / "lock")
+        self._locks: dict[int, FileLock] = {}  # by process: a forked one may not use its parent's
         self._path = folder / "kernels.jsonl"
         with self._lock:
             damaged = self._check_identity(identity)
@@ -86,6 +86,10 @@ class KernelStore:
         """The user's store for a profile, in the cache folder (``AUTOCOMP_CACHE``) unless ``root`` is given."""
         identity = identity_of(profile)
         return cls((root or stores_folder()) / folder_name(identity), identity)
+
+    @property
+    def _lock(self) -> FileLock:
+        return self._locks.setdefault(os.getpid(), FileLock(self.folder / "lock"))
 
     def __len__(self) -> int:
         return len(self._records)

@@ -5,8 +5,11 @@ The pipeline behind it is replaced here by functions that return or raise what a
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,7 +83,7 @@ def search_that_ends_well(settings: Settings, **others: Any) -> SimpleNamespace:
     folder = Path(settings.out)
     folder.mkdir(parents=True)
     write_front(folder, ENDED)
-    return SimpleNamespace(run=ENDED)
+    return SimpleNamespace(run=ENDED, folder=Path("here"))
 
 
 def test_search_passes_settings_and_shows_the_front(run: Run, api: ModuleType) -> None:
@@ -226,7 +229,7 @@ def test_resume_needs_no_more_than_the_folder(run: Run, api: ModuleType, tmp_pat
 
     def search(**arguments: Any) -> SimpleNamespace:
         seen.update(arguments)
-        return SimpleNamespace(run=ENDED)
+        return SimpleNamespace(run=ENDED, folder=Path("here"))
 
     api.search = search
     code, _, err = run("search", "--resume", "--out", "here", "--trials", "50")
@@ -356,3 +359,35 @@ def test_help_is_there_for_every_command(run: Run) -> None:
         code, out, _ = run(command, "--help")
         assert code == 0
         assert "--json" in out
+
+
+@pytest.mark.parametrize("closed", ["0<&- >&- 2>&-", "2>&-", ">&-"])
+def test_a_process_may_have_no_standard_streams(closed: str, tmp_path: Path) -> None:
+    """As daemons start: what is opened next must not become somebody's standard error."""
+    code = (
+        "import os, sys; from autocomp.cli import main as m; code = m.main(['profiles']); "
+        f"open({str(tmp_path / 'x')!r}, 'w').write(f'{{code}} {{[os.fstat(n).st_size for n in range(3)]}}')"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f'"$0" -c "$1" {closed}', sys.executable, code], capture_output=True, check=False
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "x").read_text().startswith("0 ")
+
+
+def test_a_reader_that_leaves_stops_no_search() -> None:
+    from rich.console import Console
+
+    from autocomp.progress import Progress
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        progress = Progress(Console(file=gone))
+        with progress.stage("searching", 2) as stage:
+            stage.warn("something")
+            stage.advance()
+        assert progress.warnings == ["something"]
+        assert progress.console is None
+        with contextlib.suppress(BrokenPipeError):
+            gone.close()

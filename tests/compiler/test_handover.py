@@ -145,3 +145,16 @@ def test_an_input_that_the_model_writes_to_is_left_alone() -> None:
     before = x.clone()
     checked_inputs(Centred(), (x,))
     assert torch.equal(x, before)
+
+
+def test_decisions_and_counts_are_handed_over() -> None:
+    """Booleans have no difference, and whole numbers wrap around: both are compared as numbers."""
+
+    class Deciding(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x > 0, (x > 0).sum(1)
+
+    x = torch.randn(2, 8)
+    decided, counted = autocomp.compile(Deciding().eval(), (x,)).run(x)
+    assert torch.equal(decided, x > 0)
+    assert torch.equal(counted, (x > 0).sum(1))

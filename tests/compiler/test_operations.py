@@ -126,3 +126,27 @@ def test_the_page_of_operations_is_that_of_the_code() -> None:
 
     written = ROOT / "docs" / "operations.md"
     assert written.read_text() == page(), "run: python -m autocomp.compiler.operations > docs/operations.md"
+
+
+WIDE = {
+    "sinh": torch.sinh, "cosh": torch.cosh, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "exp": torch.exp, "expm1": torch.expm1,
+    "erf": torch.erf, "asinh": torch.asinh, "atan": torch.atan, "sin": torch.sin, "softplus": nn.functional.softplus,
+    "silu": nn.functional.silu, "gelu": nn.functional.gelu, "mish": nn.functional.mish, "elu": nn.functional.elu, "selu": nn.functional.selu,
+    "logsigmoid": nn.functional.logsigmoid, "hardswish": nn.functional.hardswish, "log1p of squares": lambda x: torch.log1p(x * x),
+    "rsqrt of squares": lambda x: torch.rsqrt(x * x + 1e-6),
+}  # fmt: skip
+
+
+def test_values_far_from_zero_are_as_right_as_those_near_it(device: LocalDevice) -> None:
+    """Each value by itself: the largest error over the largest value would hide what is wrong among the small ones."""
+
+    class All(nn.Module):
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [function(x) for function in WIDE.values()]
+
+    x = torch.cat([torch.linspace(-80, 80, 161), torch.logspace(-6, 1, 40), -torch.logspace(-6, 1, 40)])[None]
+    module = device.compile(All().eval(), [(torch.randn(x.shape),)])
+    for name, value, expected in zip(WIDE, module.run(x), All()(x), strict=True):
+        bound = 1e-3 * expected.abs() + 1e-5
+        wrong = (value - expected).abs() > bound
+        assert not wrong.any(), f"{name} at {x[wrong][:5].tolist()}: {value[wrong][:5].tolist()}"

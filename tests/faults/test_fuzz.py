@@ -83,7 +83,10 @@ def test_any_store_is_read(content: bytes, tmp_path: Path) -> None:
 
 
 @FUZZ
-@given(content=BYTES, name=st.sampled_from(["front.json", "evaluations.csv", "config.yaml", "run.json", "study.db"]))
+@given(
+    content=BYTES,
+    name=st.sampled_from(["front.json", "evaluations.csv", "config.yaml", "run.json", "study.db", "study.journal"]),
+)
 def test_any_run_folder_is_read_or_refused(content: bytes, name: str, tmp_path: Path) -> None:
     for file in tmp_path.iterdir():
         if file.is_file():

@@ -82,7 +82,7 @@ CHANGES: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_trial_of_another_kind_is_left_out(name: str, tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'study.db'}"
+    url = f"journal:///{tmp_path / 'study.journal'}"
     search = open_search(url, "run", SPACE)
     for _ in range(2):
         asked = search.ask()

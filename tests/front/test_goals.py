@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 
+from autocomp.config.settings import Goals
 from autocomp.errors import InfeasibleError
-from autocomp.front.goals import best, feasible, violations
+from autocomp.front.goals import Judge, family
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation
 from autocomp.records.latency import Latency
-
-
-@dataclass(frozen=True)
-class Goals:
-    max_drop: float | None = None
-    max_latency: float | None = None
-    max_bytes: int | None = None
 
 
 def evaluation(
@@ -47,27 +41,27 @@ RUN = [DENSE, evaluation(1, 0.975, 0.5), evaluation(2, 0.97, 0.4, 90_000), evalu
     ],
 )
 def test_best(goals: Goals, trial: int) -> None:
-    assert best(RUN, DENSE, goals, "accuracy").trial == trial
+    assert Judge(DENSE, goals, "accuracy").best(RUN).trial == trial
 
 
 def test_lower_may_be_better() -> None:
-    assert best(RUN, DENSE, Goals(max_latency=0.45e-3), "accuracy", higher_is_better=False).trial == 3
+    assert Judge(DENSE, Goals(max_latency=0.45e-3), "accuracy", higher_is_better=False).best(RUN).trial == 3
 
 
 def test_violations_say_by_what() -> None:
     goals = Goals(max_drop=0.01, max_latency=0.1e-3, max_bytes=10_000)
-    assert violations(RUN[3], DENSE, goals, "accuracy") == [
+    assert Judge(DENSE, goals, "accuracy").violations(RUN[3]) == [
         "accuracy drops by 0.08, more than max_drop 0.01",
         "0.2 ms on x86-host, more than max_latency 0.1 ms",
         "50 kB, more than max_bytes 10 kB",
     ]
-    assert feasible(RUN[2], DENSE, Goals(max_drop=0.01), "accuracy")
+    assert Judge(DENSE, Goals(max_drop=0.01), "accuracy").feasible(RUN[2])
 
 
 def test_what_was_not_measured_or_failed_is_not_feasible() -> None:
-    assert violations(evaluation(4, 0.98, None), DENSE, Goals(max_latency=1.0), "accuracy")
-    assert violations(evaluation(4, None, 0.1), DENSE, Goals(max_drop=0.01), "accuracy")
-    assert violations(evaluation(4, 0.98, 0.1, failed=True), DENSE, Goals(), "accuracy") == [
+    assert Judge(DENSE, Goals(max_latency=1.0), "accuracy").violations(evaluation(4, 0.98, None))
+    assert Judge(DENSE, Goals(max_drop=0.01), "accuracy").violations(evaluation(4, None, 0.1))
+    assert Judge(DENSE, Goals(), "accuracy").violations(evaluation(4, 0.98, 0.1, failed=True)) == [
         "it failed: outputs differ at conv1"
     ]
 
@@ -75,10 +69,10 @@ def test_what_was_not_measured_or_failed_is_not_feasible() -> None:
 def test_nothing_feasible_names_the_nearest() -> None:
     message = r"none of 4 .* the nearest, trial 3: 0\.2 ms on x86-host.*relax"
     with pytest.raises(InfeasibleError, match=message) as caught:
-        best(RUN, DENSE, Goals(max_latency=0.1e-3), "accuracy")
+        Judge(DENSE, Goals(max_latency=0.1e-3), "accuracy").best(RUN)
     assert caught.value.exit_code == 3
     with pytest.raises(InfeasibleError, match="no candidate was measured"):
-        best([], DENSE, Goals(), "accuracy")
+        Judge(DENSE, Goals(), "accuracy").best([])
 
 
 def noisy(one: Evaluation) -> Evaluation:
@@ -87,5 +81,44 @@ def noisy(one: Evaluation) -> Evaluation:
 
 @pytest.mark.parametrize("goals", [Goals(max_drop=0.01), Goals()])
 def test_a_noisy_one_is_taken_only_where_all_are(goals: Goals) -> None:
-    assert best([noisy(e) if e.trial == 2 else e for e in RUN], DENSE, goals, "accuracy").trial == 1
-    assert best([noisy(e) for e in RUN], DENSE, goals, "accuracy").trial == 2
+    assert Judge(DENSE, goals, "accuracy").best([noisy(e) if e.trial == 2 else e for e in RUN]).trial == 1
+    assert Judge(DENSE, goals, "accuracy").best([noisy(e) for e in RUN]).trial == 2
+
+
+@pytest.mark.parametrize(
+    ("goals", "trial"),
+    [
+        (Goals(max_drop="1.5%"), 2),  # of 0.98: 0.0147
+        (Goals(max_drop="0.6%"), 1),
+        (Goals(max_latency="2.5x"), 2),
+        (Goals(max_latency={"x86-host": "4x"}), 3),
+        (Goals(max_latency={"*": 0.5e-3}), 1),
+        (Goals(max_bytes="6x"), 3),
+    ],
+)
+def test_goals_against_the_uncompressed_model(goals: Goals, trial: int) -> None:
+    assert Judge(DENSE, goals, "accuracy").best(RUN).trial == trial
+
+
+def test_a_slice_may_not_be_left_behind() -> None:
+    def with_slice(one: Evaluation, value: float) -> Evaluation:
+        return replace(one, metrics={**one.metrics, "accuracy/noisy": value})
+
+    dense, good, bad = with_slice(RUN[0], 0.9), with_slice(RUN[1], 0.89), with_slice(RUN[2], 0.7)
+    judge = Judge(dense, Goals(max_drop={"*": 0.02, "accuracy/noisy": 0.05}), "accuracy")
+    assert judge.best([dense, good, bad]) == good
+    assert judge.violations(bad) == ["accuracy/noisy drops by 0.2, more than max_drop 0.05"]
+    assert not judge.feasible(RUN[1]), "a slice that was not read is a miss"
+
+
+def test_goals_that_ask_for_nothing_are_named() -> None:
+    goals = Goals(max_latency=2e-3, max_bytes="1x", max_drop=0.01)
+    assert Judge(DENSE, goals, "accuracy").met_by_dense() == ["max_latency (1 ms on x86-host)", "max_bytes (400 kB)"]
+    assert not Judge(DENSE, Goals(max_latency="2x"), "accuracy").met_by_dense()
+
+
+def test_a_family_has_the_most_accurate_of_each_speedup() -> None:
+    found = family(Judge(DENSE, Goals(), "accuracy"), RUN, [2.0, 2.2, 9.0], ["x86-host"])
+    assert {name: e and e.trial for name, e in found.items()} == {"2x": 1, "2.2x": 2, "9x": None}
+    within = family(Judge(DENSE, Goals(max_drop=0.001), "accuracy"), RUN, [2.0], ["x86-host", "board"])
+    assert within == {"2x on x86-host": None, "2x on board": None}

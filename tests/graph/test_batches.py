@@ -19,7 +19,7 @@ from autocomp.errors import UsageError
 from autocomp.graph.analyse import analyse
 from autocomp.graph.batches import count, first, like, part, split
 from autocomp.graph.canonical import canonical
-from autocomp.run.prepare import checked_inputs
+from autocomp.run.prepare_task import checked_inputs
 
 torch.set_num_threads(1)
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import select
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
+from autocomp.processes import child as child_module
 from autocomp.processes.alone import attempt_alone
 from autocomp.processes.child import reap, receive, send
 
@@ -127,3 +130,24 @@ def test_more_files_than_select_can_watch() -> None:
         os.close(reader)
         os.close(writer)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_pause_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that was stopped for longer than it may be silent, and its parent with it, answers after all."""
+    reader, writer = os.pipe()
+    left = child_module._Left(1.5)
+    waiting = select.poll()
+    waiting.register(reader, select.POLLIN)
+    now = [0.0]
+
+    class Paused:
+        """Ctrl-Z, and back an hour later; only then the child gets to answer."""
+
+        def poll(self, _milliseconds: float) -> list[Any]:
+            if now[0]:
+                os.write(writer, b"x")
+            now[0] += 3600.0
+            return waiting.poll(0)
+
+    monkeypatch.setattr(child_module.time, "monotonic", lambda: now[0])
+    assert left.poll(Paused())  # type: ignore[arg-type]

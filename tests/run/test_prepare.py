@@ -12,7 +12,7 @@ import torch
 from autocomp.api import SearchResult, sensitivity
 from autocomp.config.settings import load_settings
 from autocomp.hardware.profile import load_profile
-from autocomp.run.prepare import prepare
+from autocomp.run.prepare_task import prepare_task
 from autocomp.space.file import load_space
 
 
@@ -30,7 +30,7 @@ def test_a_study_of_sensitivity_sees_the_model_that_a_search_compresses(
 
 def test_what_is_prepared_computes_what_the_model_did(spaces: dict[str, str]) -> None:
     task, more = tiny_task.task(), tiny_task.data(5, seed=7)[0]
-    prepared = prepare(task, load_space(Path(spaces["full"])), [load_profile("x86-host")], 64)
+    prepared = prepare_task(task, load_space(Path(spaces["full"])), [load_profile("x86-host")], 64)
     assert prepared.task.model is not task.model
     assert [x.shape for (x,) in prepared.inputs] == [task.example_inputs[0].shape] * len(prepared.inputs)
     with torch.no_grad():

@@ -12,7 +12,7 @@ import tiny_task
 import autocomp
 from autocomp.errors import UsageError
 from autocomp.records.run import read_evaluations
-from autocomp.run import pipeline
+from autocomp.run import explore, prepare, tell
 
 pytestmark = pytest.mark.usefixtures("short_tuning", "without_exports")
 
@@ -37,7 +37,8 @@ def test_same_seed_same_trials(tmp_path: Path, spaces: dict[str, str], monkeypat
     for copy in ("second", "third"):
         shutil.copytree(tmp_path / "first", tmp_path / copy)
     one = told(search("one", "second"))
-    monkeypatch.setattr(pipeline, "cores", lambda: 1)
+    for module in (explore, prepare, tell):
+        monkeypatch.setattr(module, "cores", lambda: 1)
     assert told(search("two", "third")) == one
     assert sum(row[3] == "measured" for row in one) > 4
     assert len({row[1] for row in one}) == len(one) == 20

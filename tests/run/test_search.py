@@ -31,8 +31,8 @@ from autocomp.export.onnx import onnx_session, run_session
 from autocomp.front.goals import undisturbed
 from autocomp.hardware.profile import load_profile
 from autocomp.layers.w8a8 import QuantConv2d
-from autocomp.records.run import speedup
-from autocomp.run import finish, pipeline
+from autocomp.records.run import Run, speedup
+from autocomp.run import finish
 from autocomp.tuning.store import KernelStore
 
 TRIALS, MEASURE = 12, 2
@@ -73,9 +73,9 @@ def another(finished: Finished, tmp_path: Path) -> Path:
 def _mark_finish(patch: pytest.MonkeyPatch) -> None:
     real = finish.finish
 
-    def marked(run: pipeline.Pipeline) -> Path:
+    def marked(prepared: Any, found: Any) -> Run:
         tiny_task.CALLS.append("finish")
-        return real(run)
+        return real(prepared, found)
 
     patch.setattr(finish, "finish", marked)
 
@@ -85,7 +85,15 @@ def _mark_finish(patch: pytest.MonkeyPatch) -> None:
 
 def test_run_folder_is_complete(finished: Finished) -> None:
     present = {path.name for path in finished.folder.iterdir()}
-    files = {"config.yaml", "provenance.json", "study.db", "evaluations.csv", "front.json", "report.html", "log.txt"}
+    files = {
+        "config.yaml",
+        "provenance.json",
+        "study.journal",
+        "evaluations.csv",
+        "front.json",
+        "report.html",
+        "log.txt",
+    }
     assert files <= present
     assert {"layers", "models"} <= present
     assert list((finished.folder / "layers").glob("*.bin"))
@@ -219,7 +227,7 @@ def test_best_meets_its_limits(finished: Finished) -> None:
 def test_report_is_built_again_from_the_files(another: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (another / "report.html").read_text()
     (another / "report.html").unlink()
-    (another / "study.db").unlink()
+    (another / "study.journal").unlink()
     shutil.rmtree(another / "layers")
     assert main(["report", str(another)]) == 0
     assert "report.html" in capsys.readouterr().out

@@ -10,29 +10,32 @@ import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from places import TESTS
 from problems import random_problem
 from sqlalchemy import event
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Engine as SqlEngine
 
 from autocomp.errors import UsageError
 from autocomp.front.pareto import hypervolume
 from autocomp.records.candidate import Candidate, Method
-from autocomp.records.evaluation import Evaluation
+from autocomp.records.evaluation import Evaluation, evaluation_to_json
 from autocomp.records.latency import Latency
+from autocomp.study.propose import quiet_optuna
 from autocomp.study.solver import solve_front
-from autocomp.study.study import Search, Space, open_search
+from autocomp.study.storage import close_storage, open_storage
+from autocomp.study.study import Engine, Search, Space, open_search
 
 PROBLEM = random_problem(1, layers=8)
 SPACE = Space(dict(zip(PROBLEM.groups, PROBLEM.widths, strict=True)), {f.layer: f.methods for f in PROBLEM.factors})
 DENSE = PROBLEM.decode(np.zeros(len(PROBLEM.sizes), dtype=int))
 
 
-def url(folder: Path) -> str:
-    return f"sqlite:///{folder / 'study.db'}"
+def url(folder: Path, kind: str = "journal") -> str:
+    return f"journal:///{folder / 'study.journal'}" if kind == "journal" else f"sqlite:///{folder / 'study.db'}"
 
 
 def evaluate(candidate: Candidate, source: str = "solver") -> Evaluation:
@@ -43,8 +46,8 @@ def evaluate(candidate: Candidate, source: str = "solver") -> Evaluation:
     return Evaluation(-1, candidate, source, "told", cost.error, cost.bytes, {"x86-host": cost.seconds}, kl)
 
 
-def start(folder: Path, resume: bool = False, **options: object) -> Search:
-    return open_search(url(folder), "run", SPACE, resume=resume, problem=lambda: PROBLEM, **options)
+def start(folder: Path, resume: bool = False, kind: str = "journal", sampler: str = "autocomp") -> Search:
+    return open_search(url(folder, kind), "run", SPACE, Engine(sampler, problem=lambda: PROBLEM), resume=resume)
 
 
 def step(search: Search) -> Evaluation:
@@ -55,8 +58,9 @@ def step(search: Search) -> Evaluation:
     return evaluation
 
 
-def test_ask_tell_and_read_again(tmp_path: Path) -> None:
-    search = start(tmp_path)
+@pytest.mark.parametrize("kind", ["journal", "database"])
+def test_ask_tell_and_read_again(tmp_path: Path, kind: str) -> None:
+    search = start(tmp_path, kind=kind)
     assert search.enqueue(DENSE, "dense")
     assert not search.enqueue(DENSE, "uniform")  # seen
     seeds = [candidate for candidate in solve_front(PROBLEM, 5) if candidate != DENSE]
@@ -71,7 +75,7 @@ def test_ask_tell_and_read_again(tmp_path: Path) -> None:
     assert len({e.candidate for e in search.told}) == 12
     before = search.told
     search.close()
-    assert start(tmp_path, resume=True).told == before
+    assert start(tmp_path, resume=True, kind=kind).told == before
 
 
 def test_update_replaces_and_survives(tmp_path: Path) -> None:
@@ -151,7 +155,7 @@ def test_normalised_candidates_are_what_is_asked(tmp_path: Path) -> None:
     def normalise(candidate: Candidate) -> Candidate:  # a rank above break-even falls back to the full one
         return Candidate({}, {"a": Method(candidate.methods["a"].precision)})
 
-    search = open_search(url(tmp_path), "run", space, normalise=normalise)
+    search = open_search(url(tmp_path), "run", space, Engine(normalise=normalise))
     seen = []
     while (asked := search.ask()) is not None:
         seen.append(str(asked.candidate.methods["a"]))
@@ -177,18 +181,96 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         open_search("nonsense", "run", SPACE)
 
 
-def test_a_study_is_one_that_optuna_reads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["journal", "database"])
+def test_a_study_is_one_that_optuna_reads(tmp_path: Path, kind: str) -> None:
+    """Its own classes, none of ours: parameters by name, values, constraints, the front, importances; and it goes on with it."""
     import optuna
 
-    search = start(tmp_path)
+    engine = Engine(problem=lambda: PROBLEM, constraints=lambda e: {"max_bytes": e.bytes / 1000 - 1})
+    search = open_search(url(tmp_path, kind), "run", SPACE, engine)
     search.enqueue(DENSE, "dense")
-    for _ in range(3):
-        step(search)
+    told = [step(search) for _ in range(12)]
     search.close()
     assert not list(tmp_path.glob("study.db-*"))  # the write-ahead log was folded in
-    study = optuna.load_study(study_name="run", storage=url(tmp_path))
-    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
+    storage: Any = url(tmp_path, kind)
+    if kind == "journal":
+        storage = optuna.storages.JournalStorage(
+            optuna.storages.journal.JournalFileBackend(str(tmp_path / "study.journal"))
+        )
+    study = optuna.load_study(study_name="run", storage=storage)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 12
     assert study.trials[0].values[1] == pytest.approx(1.0)
+    for trial, evaluation in zip(study.trials, told, strict=True):
+        widths, methods = evaluation.candidate.widths, evaluation.candidate.methods
+        named = {f"width/{g}": w for g, w in widths.items()} | {f"method/{m}": str(how) for m, how in methods.items()}
+        assert trial.params == {name: named[name] for name in trial.params}
+        assert len(trial.params) == sum(len(options) > 1 for options in SPACE.options)
+        assert trial.constraints == {"max_bytes": pytest.approx(evaluation.bytes / 1000 - 1)}
+        assert trial.user_attrs["source"] == evaluation.source
+    assert {trial.number for trial in study.best_trials} <= set(range(12))
+    assert study.metric_names == ["divergence", "target: seconds / dense"]
+    importance = optuna.importance.get_param_importances(study, target=lambda trial: trial.values[1])
+    assert set(importance) == set(study.trials[0].params)
+    study.enqueue_trial(study.trials[0].params)
+    assert study.ask().number == 12
+
+
+def test_half_a_line_that_a_kill_left_is_taken_away(tmp_path: Path) -> None:
+    search = start(tmp_path)
+    for _ in range(4):
+        step(search)
+    before = search.told
+    search.close()
+    file = tmp_path / "study.journal"
+    whole = file.read_bytes()
+    file.write_bytes(whole + whole.splitlines()[-1][:20])
+    again = start(tmp_path, resume=True)
+    assert again.told == before
+    step(again)
+    again.close()
+    assert file.read_bytes().startswith(whole)
+    assert len(start(tmp_path, resume=True).told) == 5
+    lines = whole.splitlines(keepends=True)
+    file.write_bytes(b"".join([*lines[:3], lines[3][:9] + b"\n", *lines[4:]]))
+    with pytest.raises(UsageError, match=r"a line of study\.journal is damaged"):
+        start(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsgaii", "nsgaiii", "random"])
+def test_any_sampler_of_optuna_runs_the_same_loop(sampler: str, tmp_path: Path) -> None:
+    search = start(tmp_path, sampler=sampler)
+    search.enqueue(DENSE, "dense")
+    for _ in range(15):
+        step(search)
+    search.close()
+    again = start(tmp_path, resume=True, sampler=sampler)
+    for _ in range(15):
+        step(again)
+    assert len({e.candidate for e in again.told}) == 30
+    assert {e.source for e in again.told} == {"dense", "optuna"}
+
+
+def test_a_study_of_version_one_goes_on(tmp_path: Path) -> None:
+    """Its trials had no parameters, and one relative latency for all profiles."""
+    import optuna
+
+    storage = open_storage(url(tmp_path, "database"))
+    with quiet_optuna():
+        optuna.create_study(storage=storage, study_name="run", directions=["minimize", "minimize"])
+    for candidate in (DENSE, solve_front(PROBLEM, 3)[-1]):
+        template = optuna.trial.create_trial(
+            state=optuna.trial.TrialState.RUNNING,
+            user_attrs={"asked": {"candidate": candidate.to_json(), "source": "dense"}},
+        )
+        row = storage.create_new_trial(1, template)
+        evaluation = replace(evaluate(candidate, "dense"), trial=storage.get_trial_number_from_id(row))
+        storage.set_trial_user_attr(row, "evaluation", evaluation_to_json(evaluation))
+        storage.set_trial_state_values(row, optuna.trial.TrialState.COMPLETE, (evaluation.kl, 0.5))
+    close_storage(storage)
+    search = open_search(url(tmp_path, "database"), "run", SPACE, resume=True, profiles=["a", "b"])
+    assert [e.candidate for e in search.told] == [DENSE, solve_front(PROBLEM, 3)[-1]]
+    step(search)
+    assert search.values().shape == (3, 2)
 
 
 CHILD = """
@@ -252,7 +334,7 @@ def test_a_kill_between_evaluation_and_state_is_finished_on_resume(
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(search, "_finish", die)
+    monkeypatch.setattr(search._rows, "finish", die)
     with pytest.raises(KeyboardInterrupt):
         search.tell(asked.trial, evaluate(asked.candidate))
     search.close()
@@ -279,8 +361,8 @@ def test_what_was_only_asked_is_asked_again_first(tmp_path: Path) -> None:
 
 
 def test_the_work_of_a_trial_does_not_grow_with_those_before(tmp_path: Path) -> None:
-    """Asking and telling reads what is new: the database answers the last hundred with as few statements as the first."""
-    search = start(tmp_path)
+    """Asking and telling reads what is new: the database answers the last hundred with as few statements as those before."""
+    search = start(tmp_path, kind="database")
     search.enqueue(DENSE, "dense")
     for candidate in solve_front(PROBLEM, 40):
         search.enqueue(candidate, "solver")
@@ -291,7 +373,7 @@ def test_the_work_of_a_trial_does_not_grow_with_those_before(tmp_path: Path) -> 
         statements += 1
 
     asked = []
-    event.listen(Engine, "before_cursor_execute", count)
+    event.listen(SqlEngine, "before_cursor_execute", count)
     try:
         for _ in range(3):
             before = statements
@@ -299,5 +381,5 @@ def test_the_work_of_a_trial_does_not_grow_with_those_before(tmp_path: Path) -> 
                 step(search)
             asked.append(statements - before)
     finally:
-        event.remove(Engine, "before_cursor_execute", count)
-    assert 0 < asked[2] < 1.2 * asked[0]
+        event.remove(SqlEngine, "before_cursor_execute", count)
+    assert 0 < asked[2] < 1.2 * asked[1]

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from autocomp.config.settings import Goals
+from autocomp.front.goals import Judge
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation
 from autocomp.study.useful import LEAST, UNKNOWN, useful_divergence
@@ -32,19 +33,19 @@ def measured(*points: tuple[float, float]) -> list[Evaluation]:
 )
 def test_what_was_lost_says_how_far_to_go(goals: Goals, higher: bool, expected: float) -> None:
     known = measured((0.1, 0.7), (0.2, 0.6), (0.4, 0.0))
-    assert useful_divergence(known, DENSE, goals, "score", higher) == pytest.approx(expected)
+    assert useful_divergence(known, Judge(DENSE, goals, "score", higher)) == pytest.approx(expected)
 
 
 def test_an_error_may_grow_by_half() -> None:
-    assert useful_divergence(measured((0.1, 0.9)), DENSE, Goals(), "score", False) == pytest.approx(0.4)
+    assert useful_divergence(measured((0.1, 0.9)), Judge(DENSE, Goals(), "score", False)) == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize("known", [measured(), measured((0.1, 0.8)), measured((0.1, 0.85)), []])
 def test_where_nothing_was_lost_nothing_is_known(known: list[Evaluation]) -> None:
-    assert useful_divergence(known, DENSE, Goals(), "score") == UNKNOWN
+    assert useful_divergence(known, Judge(DENSE, Goals(), "score")) == UNKNOWN
 
 
 def test_an_objective_that_is_perfect_leaves_something_to_look_at() -> None:
     dense = replace(DENSE, metrics={"score": 1e-12})
     points = [dense, replace(DENSE, trial=1, kl=0.1, metrics={"score": 0.5})]
-    assert useful_divergence(points, dense, Goals(), "score", False) == LEAST
+    assert useful_divergence(points, Judge(dense, Goals(), "score", False)) == LEAST

@@ -310,8 +310,8 @@ def _float(x: Tensor) -> Tensor:
 
 
 def _sinh(x: Tensor) -> Tensor:
-    grown = _float(x).expm1()  # exact near zero
-    return (grown + grown / (grown + 1)) / 2
+    grown = _float(x).abs().expm1()  # exact near zero; of the size, since of a large negative number it is -1
+    return torch.where(x < 0, -0.5, 0.5) * (grown + grown / (grown + 1))
 
 
 def _cosh(x: Tensor) -> Tensor:

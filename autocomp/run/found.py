@@ -1,0 +1,200 @@
+"""What a run has found: its open study, and what candidates are thought to cost. A run that goes on is taken up here.
+
+All that a run finds lies in its study: what was told, what was measured, the references. A run that is stopped anywhere and resumed goes
+through the same stages, finds what is there, and does the rest.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from types import TracebackType
+from typing import Any
+
+from autocomp.errors import AutocompError
+from autocomp.front.goals import Judge
+from autocomp.records.evaluation import Evaluation, Source, as_searched
+from autocomp.run.folder import study_of
+from autocomp.run.judged import ignores_its_model, judged_otherwise
+from autocomp.run.prepare import Prepared
+from autocomp.study.aims import thought_misses
+from autocomp.study.costs import Costs
+from autocomp.study.study import Engine, Search, Space, open_search
+from autocomp.tasks.task import evaluate_task, objective_of
+
+
+class Found:
+    """The study of a prepared run, opened; to be closed, or used in a ``with``."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+        settings, space, devices = prepared.settings, prepared.space, prepared.devices
+        self.costs = Costs(prepared.graph, space, prepared.database.tables(space), devices, settings.deterministic)
+        url, name = study_of(settings, prepared.folder)
+        engine = Engine(
+            prepared.sampler or settings.sampler, settings.seed, self.costs.problem, space.normalise, self._constraints
+        )
+        self.search: Search = open_search(
+            url,
+            name,
+            Space(space.widths, space.methods),
+            engine,
+            prepared.known is not None,
+            {"identity": prepared.identity},
+            list(devices),
+        )
+        self._said: list[str] = self.search.get_attr("warnings", [])  # by earlier starts of the run
+        self._spent: dict[str, float] = self.search.get_attr("seconds", {})
+        try:
+            self._take_up()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Found:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Keep what this start of the run said and how long it took, for the starts after it; close the study."""
+        try:
+            self.search.set_attr("warnings", self.warnings())
+            self.search.set_attr("seconds", self.seconds())
+        except Exception as error:  # the disk is full, the folder gone: what ends the run then is told by another
+            print(f"what this start said was not kept: {error}", file=sys.stderr)  # into the run's log
+        finally:
+            self.search.close()
+
+    @property
+    def told(self) -> list[Evaluation]:
+        return self.search.told
+
+    def dense(self) -> Evaluation:
+        """The evaluation of the untouched model. AutocompError if it was not measured."""
+        found = next((e for e in self.told if e.source == "dense"), None)
+        if found is None or found.state != "measured":
+            raise AutocompError(
+                f"the uncompressed model was not measured: {(found and found.failure) or 'the time was up'}"
+            )
+        return found
+
+    def judge(self) -> Judge:
+        """What evaluations are held against, once the untouched model is measured."""
+        dense, task = self.dense(), self.prepared.task
+        return Judge(dense, self.prepared.settings.goals, objective_of(task, dense.metrics), task.higher_is_better)
+
+    def _constraints(self, evaluation: Evaluation) -> dict[str, float]:
+        """By how much a told trial is thought to miss each goal, as Optuna's constraints: 0 or less where it meets it."""
+        if not self.prepared.settings.goals.any or not any(e.source == "dense" and e.metrics for e in self.told):
+            return {}
+        return thought_misses(evaluation, self.judge(), [e for e in self.told if e.state == "measured"])
+
+    def warnings(self) -> list[str]:
+        """What this start of the run said, and the ones before it."""
+        return list(dict.fromkeys([*self._said, *self.prepared.progress.warnings]))
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each stage, over all starts of the run."""
+        before, now = self._spent, self.prepared.progress.seconds
+        return {name: before.get(name, 0.0) + now.get(name, 0.0) for name in dict.fromkeys([*before, *now])}
+
+    def judge_again(self, later: bool = False) -> None:
+        """Read metrics anew where a run goes on, or at its end (``later``). UsageError if they have other names; a warning if they differ."""
+        measurer, task = self.prepared.measurer, self.prepared.task
+        rehearsed = measurer.rehearsed
+
+        def now(evaluation: Evaluation) -> Mapping[str, float]:
+            if (
+                not later
+                and rehearsed is not None
+                and not evaluation.kl
+                and set(rehearsed.metrics) == set(evaluation.metrics)
+            ):
+                return rehearsed.metrics
+            return evaluate_task(task, self.prepared.stitch(evaluation.candidate), names=measurer.names)
+
+        if said := judged_otherwise(self.told, self.dense(), lambda e: e.metrics or None, now):
+            self._warn(
+                f"Task.evaluate judges {said} than before: it draws at random, keeps what it said of another model, or its data changed; "
+                "points are not comparable with one another"
+            )
+
+    def doubt_metrics(self) -> None:
+        """Warn of the usual slip of a closure."""
+        if count := ignores_its_model(self.told, self.dense()):
+            self._warn(
+                f"Task.evaluate gave all of {count} compressed models exactly the numbers of the uncompressed one, though they answer "
+                "otherwise: does it judge the model that it is given?"
+            )
+
+    def _take_up(self) -> None:
+        """Bring what earlier starts left into the state that this one goes on from."""
+        search, measurer = self.search, self.prepared.measurer
+        # times from the end of an earlier start are of another moment than all others
+        for evaluation in search.told:
+            if evaluation.earlier:
+                search.update(evaluation.trial, as_searched(evaluation))
+        if search.unreadable:
+            self._warn(
+                f"{search.unreadable} trials of the study are not as this autocomp writes them; they are left as they are, and not used"
+            )
+        if self.prepared.settings.deterministic:
+            self._settle_times()
+        self._measure_here()
+        if measurer.rehearsed is not None:
+            search.set_attr("seconds of a point", measurer.rehearsed.seconds)
+        else:
+            self.prepared.keep_for_the_end(search.get_attr("seconds of a point", 0.0))
+
+    def _settle_times(self) -> None:
+        """Fit the latency models to the kernel times that were stored when the run began, and to nothing that it measures itself."""
+        devices = self.prepared.devices
+        known: dict[str, Any] | None = self.search.get_attr("kernel times")
+        for name, device in devices.items():
+            if known is None:
+                device.model.fit_kernels(device.store.records())
+            else:
+                device.model.restore(known[name])
+        self.search.set_attr("kernel times", {name: device.model.to_json() for name, device in devices.items()})
+
+    def _measure_here(self) -> None:
+        """Forget what another machine, or another compiler, measured: it is measured again, since its times must not meet ours in one ratio."""
+        compiler = f"TVM {version('apache-tvm')}"
+        here = {name: f"{device.profile.fingerprint}, {compiler}" for name, device in self.prepared.devices.items()}
+        before = self.search.get_attr("targets", here)
+        if before != here:
+            again = [e for e in self.told if e.state == "measured"]
+            for evaluation in again:
+                self.search.update(
+                    evaluation.trial, replace(evaluation, state="told", latency={}, earlier={}, metrics={})
+                )
+            self.search.set_attr("references", None)
+            moved = ", ".join(name for name in here if before.get(name) != here[name])
+            self._warn(
+                f"{len(again)} models were measured on another machine than this one, or compiled by another TVM ({moved}): they are measured "
+                "again"
+            )
+        self.search.set_attr("targets", here)
+        self._tell_versions()
+
+    def _tell_versions(self) -> None:
+        now = {name: version(name) for name in ("autocomp", "torch")}
+        begun = self.search.get_attr("versions", now)
+        for name in now:
+            if begun.get(name) != now[name]:
+                self._warn(f"the run was begun with {name} {begun.get(name)}, and goes on with {now[name]}")
+        self.search.set_attr("versions", begun)
+
+    def _warn(self, text: str) -> None:
+        self.prepared.progress.warn(text)
+
+
+def is_baseline(source: Source) -> bool:
+    """Whether a trial stands beside the search: the uncompressed model, and the uniform compressions."""
+    return source in ("dense", "uniform")

@@ -1,0 +1,87 @@
+"""A task as it is compressed: its model rewritten so that compressing costs less, its graph, and the space of what may be tried.
+
+Whatever looks at a task before anything is compressed (a search, a study of sensitivity) prepares it here, and so sees the same model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from autocomp.graph.batches import first, like
+from autocomp.progress import Progress
+from autocomp.space.build import build_space
+from autocomp.tasks.task import Task
+
+if TYPE_CHECKING:
+    import torch
+
+    from autocomp.graph.graph import Graph
+    from autocomp.space.file import SpaceFile
+    from autocomp.space.space import Space, Target
+
+CHECKED_SAMPLES = 4  # inputs on which a compiled module is compared with torch
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """``task`` with its model rewritten, which computes what it did; ``graph`` and ``space`` are those of that model."""
+
+    task: Task
+    graph: Graph
+    space: Space
+
+    @property
+    def inputs(self) -> list[tuple[torch.Tensor, ...]]:
+        """What compiled modules are compared with torch on."""
+        return checked_inputs(self.task)
+
+
+def prepare_task(
+    task: Task, rules: SpaceFile, profiles: Sequence[Target], samples: int, progress: Progress | None = None
+) -> PreparedTask:
+    """Bring a task's model into the form that is compressed: residual streams rotated and channels equalised, where the rules say so,
+    and written in the BatchNorm statistics of ``samples`` calibration samples. ExportError, UsageError as `analyse` and `build_space`.
+    """
+    from autocomp.compress.equalise import equalised
+    from autocomp.compress.rotate import rotated
+    from autocomp.graph.analyse import analyse
+
+    progress = progress or Progress()
+    task.model.eval()
+    with progress.stage("reading the model"):
+        graph = analyse(task.model, task.example_inputs)
+        if rules.rotate:
+            task = _rewritten(task, graph, rotated)
+            graph = analyse(task.model, task.example_inputs)
+        space = build_space(graph, rules, profiles)
+    if rules.equalise:
+        with progress.stage("equalising channels"):
+            task = _rewritten(task, graph, equalised)
+    return PreparedTask(_settled(task, samples), graph, space)
+
+
+def checked_inputs(task: Task) -> list[tuple[torch.Tensor, ...]]:
+    """The example inputs and some calibration samples of the same shapes, on which modules are compared with torch."""
+    parts = like(task.example_inputs, task.calibration, task.batch_axes)
+    return [task.example_inputs, *islice(parts, CHECKED_SAMPLES)]
+
+
+def _rewritten(task: Task, graph: Graph, rewrite: Callable[..., tuple[torch.nn.Module, Any]]) -> Task:
+    """The task with its model as ``rewrite`` (`equalised`, `rotated`) makes it from the calibration data; the model computes what it did."""
+    return replace(
+        task, model=rewrite(task.model, graph, task.example_inputs, list(task.calibration), task.batch_axes)[0]
+    )
+
+
+def _settled(task: Task, samples: int) -> Task:
+    """The task with its model written in the BatchNorm statistics of the calibration samples; the model computes what it did."""
+    from autocomp.compress.batchnorm import settled
+
+    try:
+        model = settled(task.model, first(task.calibration, samples, task.batch_axes), task.batch_axes)
+    except Exception:  # the model's own code: where it cannot take the calibration data, calibrating says which
+        return task
+    return task if model is task.model else replace(task, model=model)
