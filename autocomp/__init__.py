@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autocomp.api import check, compile, measure, rebuild_report, search, sensitivity
+    from autocomp.api import check, compile, gate, measure, rebuild_report, search, sensitivity
     from autocomp.errors import (
         AutocompError,
         BoardError,
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from autocomp.records.candidate import Candidate
     from autocomp.records.latency import Latency
     from autocomp.run.result import Point, SearchResult
+    from autocomp.study.sampler import AutocompSampler
     from autocomp.tasks.task import Task, load_task
 
     __version__: str
 
 __all__ = [
     "AutocompError",
+    "AutocompSampler",
     "BoardError",
     "Candidate",
     "CorruptError",
@@ -42,6 +44,7 @@ __all__ = [
     "__version__",
     "check",
     "compile",
+    "gate",
     "list_profiles",
     "load_task",
     "measure",
@@ -53,6 +56,7 @@ __all__ = [
 # Where each public name lives. Resolved on first use (PEP 562): importing autocomp must not import torch or TVM.
 _HOMES = {
     "AutocompError": "autocomp.errors",
+    "AutocompSampler": "autocomp.study.sampler",
     "BoardError": "autocomp.errors",
     "Candidate": "autocomp.records.candidate",
     "CorruptError": "autocomp.errors",
@@ -67,6 +71,7 @@ _HOMES = {
     "UsageError": "autocomp.errors",
     "check": "autocomp.api",
     "compile": "autocomp.api",
+    "gate": "autocomp.api",
     "list_profiles": "autocomp.hardware.profile",
     "load_task": "autocomp.tasks.task",
     "measure": "autocomp.api",

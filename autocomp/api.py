@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
     from autocomp.devices.device import Compiled
+    from autocomp.run.verdict import Gated
 
 
 TEMPORARY_BYTES = 16 << 20  # room for temporary files: a module and an ONNX file of a small model take less
@@ -150,6 +151,29 @@ def rebuild_report(run: str | Path) -> Path:
     from autocomp.report.build import build_report
 
     return build_report(Path(run))
+
+
+def gate(
+    run: str | Path,
+    point: str | None = None,
+    baseline: str | Path | None = None,
+    slower: float = 0.1,
+    *,
+    task: Task | None = None,
+    progress: Progress | None = None,
+) -> Gated:
+    """Check a delivered point of a run folder again on this machine: size, metric, outputs of each file, latency beside dense.
+
+    ``point`` is an id; by default the point that meets the run's goals best. Its speed-up may be ``slower`` by a share than the run's, or
+    than that in ``baseline``, the JSON of an earlier gate. ``task`` is needed where no name leads to it. ``.verdict`` is the worst of
+    ``.checks``. UsageError if run, point or baseline cannot be read; whatever else fails is a verdict, ``CANNOT RUN``.
+    """
+    from autocomp.run.verdict import judged_again
+    from autocomp.tasks.training import one_thread
+    from autocomp.tasks.untouched import in_float32
+
+    with one_thread(), in_float32(), caught(None, progress.console if progress else None):
+        return judged_again(run, point, baseline, slower, task, progress)
 
 
 def measure(

@@ -20,6 +20,7 @@ from autocomp.cli import tables as terminal
 from autocomp.cli.device import device
 from autocomp.cli.kernels import kernels
 from autocomp.cli.options import Commands, F, LimitType, common_options, together
+from autocomp.cli.verdict import gate
 from autocomp.config.files import read_mapping
 from autocomp.config.limits import one_drop, one_latency, one_size
 from autocomp.config.quantities import parse_seconds
@@ -272,6 +273,7 @@ def schema(kind: str, as_json: bool) -> None:
 
 cli.add_command(kernels)
 cli.add_command(device)
+cli.add_command(gate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,272 @@
+"""Is a delivered model still right and fast here? What a build server asks of a run's folder, and what it is told.
+
+A point's files are held to their manifest, run, and compared with torch; its metric is read anew, and its latency taken in turn with the
+uncompressed model's, on this machine. Each check ends in a verdict of its own, and the worst of them is the gate's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autocomp.config.files import read_json
+from autocomp.config.settings import Settings, read_settings
+from autocomp.errors import AutocompError, UsageError, last_line, shown
+from autocomp.front.goals import Judge
+from autocomp.progress import Progress
+from autocomp.records.run import speedup
+from autocomp.run.folder import CONFIG
+from autocomp.run.result import Point, SearchResult
+from autocomp.tasks.judged import otherwise
+
+if TYPE_CHECKING:
+    import torch
+
+    from autocomp.tasks.task import Task
+
+SLOWER = 0.10  # share of the speed-up that may be lost before it counts; two runs of one module on a quiet machine differ by less
+
+
+class Verdict(StrEnum):
+    """What a check found, best first."""
+
+    ACCEPT = "ACCEPT"
+    INCONCLUSIVE = "INCONCLUSIVE"
+    CANNOT_RUN = "CANNOT RUN"
+    REGRESSION = "REGRESSION"
+
+    @property
+    def exit_code(self) -> int:
+        """0 for what is accepted, then 4 regression, 5 inconclusive, 6 cannot run."""
+        return {"ACCEPT": 0, "REGRESSION": 4, "INCONCLUSIVE": 5, "CANNOT RUN": 6}[self.value]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at: its name, what it came to, and what was seen, in words and numbers."""
+
+    name: str
+    verdict: Verdict
+    said: str
+    numbers: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Gated:
+    """A point, by its id, and what each check found."""
+
+    point: str
+    checks: tuple[Check, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        order = list(Verdict)
+        return max((check.verdict for check in self.checks), key=order.index, default=Verdict.CANNOT_RUN)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"point": self.point, "verdict": self.verdict.value, "checks": [asdict(check) for check in self.checks]}
+
+
+def judged_again(
+    run: str | Path,
+    point: str | None = None,
+    baseline: str | Path | None = None,
+    slower: float = SLOWER,
+    task: Task | None = None,
+    progress: Progress | None = None,
+) -> Gated:
+    """Check a delivered point of a run folder again, on this machine.
+
+    ``point`` is its id, by default the one that meets the run's goals best (without goals the knee). Its speed-up is held to the run's, or to
+    that in ``baseline``, the JSON of an earlier gate; it may be ``slower`` by a share (0.1: 10 %). ``task`` is needed where the run was made
+    from a Task that no name leads to. UsageError if the run, the point or the baseline cannot be read.
+
+    Time that was measured on another machine says nothing here as such; the ratio to the uncompressed model, timed in turn, does.
+    """
+    found = SearchResult(run)
+    settings = read_settings(found.folder / CONFIG)
+    chosen = _chosen(found, settings, point)
+    wanted = _baseline(Path(baseline), chosen) if baseline is not None else _speedups(found, chosen)
+    checks = _Checks(found, settings, chosen, wanted, slower, progress or Progress())
+    return Gated(chosen.candidate.id, tuple(checks.all(task)))
+
+
+class _Checks:
+    """The checks of one point, one after the other."""
+
+    def __init__(
+        self,
+        found: SearchResult,
+        settings: Settings,
+        point: Point,
+        wanted: Mapping[str, float],
+        slower: float,
+        progress: Progress,
+    ) -> None:
+        self.found, self.settings, self.point = found, settings, point
+        self.wanted, self.slower, self.progress = wanted, slower, progress
+        self.place = found.folder / "models" / point.candidate.id
+
+    def all(self, task: Task | None) -> list[Check]:
+        from autocomp.run.prepare_task import checked_inputs
+        from autocomp.tasks.task import load_task
+
+        checks = [self._tried("size", self._size)]
+        try:
+            with self.progress.stage("loading the task"):
+                task = task or load_task(self.settings.task or "", self.progress)
+                model = self.point.load()
+                inputs = checked_inputs(task)
+        except AutocompError as error:
+            return [*checks, _check("files", Verdict.CANNOT_RUN, str(error))]
+        with self.progress.stage("metric"):
+            checks.append(self._tried("metric", lambda: self._metric(task, model)))
+        with self.progress.stage("outputs of model.onnx"):
+            checks.append(self._tried("onnx", lambda: self._onnx(model, inputs)))
+        for profile in self.found.run.profiles:
+            with self.progress.stage(f"outputs and latency on {profile}"):
+                checks += self._on(profile, task, model, inputs)
+        return checks
+
+    def _size(self) -> Check:
+        was = self.point.bytes
+        manifest = read_json(self.place / "manifest.json")
+        now = manifest.get("bytes", was) if isinstance(manifest, dict) else was
+        verdict = Verdict.ACCEPT if now == was else Verdict.REGRESSION
+        return _check("size", verdict, f"{now} bytes of weights, {was} in the run", now=now, run=was)
+
+    def _metric(self, task: Task, model: torch.nn.Module) -> Check:
+        from autocomp.tasks.task import evaluate_task
+
+        run = self.found.run
+        now, then = evaluate_task(task, model), self.point.metrics
+        name = run.task.objective
+        sign = 1.0 if run.task.higher_is_better else -1.0
+        said = f"{name} {now[name]:.4g}, {then[name]:.4g} in the run"
+        numbers = {"now": now[name], "run": then[name]}
+        if not (changed := otherwise(then, now)):
+            return _check("metric", Verdict.ACCEPT, said, **numbers)
+        dense = evaluate_task(task, task.model)
+        judge = Judge(_renewed(run.dense.evaluation, dense), self.settings.goals, name, run.task.higher_is_better)
+        lost = judge.drop(_renewed(self.point.record.evaluation, now))
+        before = sign * (run.dense.evaluation.metrics[name] - then[name])
+        worse = lost > max(before, judge.max_drops.get(name, before)) + abs(before) * 0.1 + 1e-9
+        said = f"{said} ({changed}); against the uncompressed model it loses {lost:.4g} now, {before:.4g} in the run"
+        return _check("metric", Verdict.REGRESSION if worse else Verdict.INCONCLUSIVE, said, **numbers)
+
+    def _onnx(self, model: torch.nn.Module, inputs: list[tuple[torch.Tensor, ...]]) -> Check:
+        from autocomp.export.onnx import onnx_session, run_session
+
+        session = onnx_session(self.place / "model.onnx")
+        return _compared("onnx", model, lambda *given: run_session(session, *given), inputs)
+
+    def _on(
+        self, profile: str, task: Task, model: torch.nn.Module, inputs: list[tuple[torch.Tensor, ...]]
+    ) -> list[Check]:
+        """Outputs of the library, and its time beside the uncompressed model's."""
+        from autocomp.devices.open import open_device
+        from autocomp.export.files import library_of
+        from autocomp.hardware.profile import load_profile
+
+        names = f"so on {profile}", f"latency on {profile}"
+        try:
+            device = open_device(load_profile(profile))
+            dense = device.compile(task.model, inputs)
+            library = dense.reload(self.place / library_of(profile, list(self.found.run.profiles)))
+        except Exception as error:
+            return [_check(name, Verdict.CANNOT_RUN, last_line(error)) for name in names]
+        right = self._tried(names[0], lambda: _compared(names[0], model, library.run, inputs[: library.checked_inputs]))
+        if right.verdict is not Verdict.ACCEPT:
+            return [right]
+        return [right, self._tried(names[1], lambda: self._latency(names[1], profile, device, dense, library, inputs))]
+
+    def _latency(
+        self, name: str, profile: str, device: Any, dense: Any, library: Any, inputs: list[tuple[torch.Tensor, ...]]
+    ) -> Check:
+        from autocomp.hardware.timing import steady
+
+        whole, ours = steady(lambda: device.time_in_turn([dense, library], inputs[0]))
+        times, was = whole.seconds / ours.seconds, self.wanted[profile]
+        spread = max(whole.spread, ours.spread)
+        said = (
+            f"{times:.2f}x faster than the uncompressed model (spread {spread:.0%}, {ours.how}), {was:.2f}x in the "
+            f"baseline; {ours.seconds * 1e3:.3g} ms"
+        )
+        numbers = {"now": times, "baseline": was, "spread": spread, "seconds": ours.seconds}
+        floor = was * (1 - self.slower)
+        if ours.noisy or whole.noisy or times * (1 - spread / 2) < floor <= times * (1 + spread / 2):
+            accepted = times * (1 - spread / 2) >= floor
+            return _check(name, Verdict.ACCEPT if accepted else Verdict.INCONCLUSIVE, said, **numbers)
+        return _check(name, Verdict.ACCEPT if times >= floor else Verdict.REGRESSION, said, **numbers)
+
+    def _tried(self, name: str, check: Callable[[], Check]) -> Check:
+        try:
+            return check()
+        except Exception as error:
+            return _check(name, Verdict.CANNOT_RUN, last_line(error))
+
+
+def _compared(
+    name: str,
+    model: torch.nn.Module,
+    run: Callable[..., object],
+    inputs: list[tuple[torch.Tensor, ...]],
+) -> Check:
+    from autocomp.compiler.verify import check_outputs
+    from autocomp.errors import MismatchError
+
+    try:
+        error = check_outputs(model, run, inputs, name)
+    except MismatchError as wrong:
+        return _check(name, Verdict.REGRESSION, str(wrong))
+    return _check(name, Verdict.ACCEPT, f"differs from torch by at most {error:.1e}, relative", error=error)
+
+
+def _check(name: str, verdict: Verdict, said: str, **numbers: float) -> Check:
+    return Check(name, verdict, said, numbers)
+
+
+def _renewed(evaluation: Any, metrics: Mapping[str, float]) -> Any:
+    from dataclasses import replace
+
+    return replace(evaluation, metrics=metrics)
+
+
+def _chosen(found: SearchResult, settings: Settings, point: str | None) -> Point:
+    if point is None:
+        if not settings.goals.any:
+            return found.best()
+        goals = settings.goals
+        return found.best(goals.max_drop, goals.max_latency, goals.max_bytes)
+    for known in (*found.front, found.dense):
+        if known.candidate.id == point:
+            return known
+    ids = ", ".join(known.candidate.id for known in found.front)
+    raise UsageError(f"--point: the run in {found.folder} has no point {shown(point)}; its front has {ids}")
+
+
+def _speedups(found: SearchResult, point: Point) -> dict[str, float]:
+    dense = found.run.dense.evaluation
+    return {profile: speedup(point.record.evaluation, dense, profile) for profile in point.latency}
+
+
+def _baseline(path: Path, point: Point) -> dict[str, float]:
+    """Speed-ups by profile, from the JSON of an earlier gate. UsageError if it is none, or of another point."""
+    try:
+        data = read_json(path)
+        if data["point"] != point.candidate.id:
+            raise UsageError(f"--baseline: {path} is of point {shown(data['point'])}, not of {point.candidate.id}")
+        return {
+            check["name"].removeprefix("latency on "): float(check["numbers"]["now"])
+            for check in data["checks"]
+            if check["name"].startswith("latency on ") and "now" in check["numbers"]
+        }
+    except FileNotFoundError:
+        raise UsageError(f"--baseline: there is no file {path}") from None
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"--baseline: {path} is not what `autocomp gate --json` prints ({type(error).__name__})"
+        ) from None

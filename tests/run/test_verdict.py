@@ -1,0 +1,146 @@
+"""The gate: what was delivered is accepted, and every way in which it may have gone bad is told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny_task
+import torch
+
+import autocomp
+from autocomp.cli.main import main
+from autocomp.run import verdict as verdict_module
+from autocomp.run.verdict import Gated, Verdict
+
+pytestmark = pytest.mark.usefixtures("short_tuning")
+LOOSE = 0.9  # of the speed-up: no test is about how fast something is
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, spaces: dict[str, str], short_tuning: None) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    autocomp.search(task="tiny_task:task", out=out, space=spaces["full"], trials=8, measure=2, references=False)
+    return out
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def verdicts(found: Gated) -> dict[str, str]:
+    return {check.name: check.verdict.value for check in found.checks}
+
+
+def models(run: Path) -> Path:
+    point = autocomp.SearchResult(run).best().candidate.id
+    return run / "models" / point
+
+
+def test_what_was_delivered_is_accepted(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gate", str(run), "--slower", str(LOOSE), "--json"]) in (0, Verdict.INCONCLUSIVE.exit_code)
+    said = json.loads(capsys.readouterr().out)
+    names = [check["name"] for check in said["checks"]]
+    assert names == ["size", "metric", "onnx", "so on x86-host", "latency on x86-host"]
+    assert [check["verdict"] for check in said["checks"][:4]] == ["ACCEPT"] * 4
+    assert said["point"] == models(run).name
+    (run / "baseline.json").write_text(json.dumps(said))
+    again = autocomp.gate(run, baseline=run / "baseline.json", slower=LOOSE)
+    assert again.checks[-1].numbers["baseline"] == said["checks"][-1]["numbers"]["now"]
+
+
+def other_weights(place: Path) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(place / "model.onnx")
+    for tensor in model.graph.initializer:
+        if len(tensor.dims) > 1:
+            tensor.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(tensor), tensor.name))
+    onnx.save(model, place / "model.onnx")
+
+
+def of_another_model(place: Path) -> None:
+    other = tiny_task.model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.neg_()
+    autocomp.compile(other, tiny_task.task().example_inputs).save(place / "model.so")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "check", "verdict"),
+    [
+        (other_weights, "onnx", "REGRESSION"),
+        (of_another_model, "so on x86-host", "REGRESSION"),
+        (lambda place: (place / "model.so").unlink(), "so on x86-host", "CANNOT RUN"),
+        (lambda place: (place / "model.onnx").write_bytes(b"nothing"), "onnx", "CANNOT RUN"),
+        (lambda place: (place / "model.safetensors").write_bytes(b"nothing"), "files", "CANNOT RUN"),
+    ],
+)
+def test_what_went_bad_is_told(spoil: Callable[[Path], object], check: str, verdict: str, run: Path) -> None:
+    spoil(models(run))
+    found = autocomp.gate(run, slower=LOOSE)
+    assert verdicts(found)[check] == verdict
+    assert found.verdict.value == verdict
+
+
+def test_other_data_are_told_apart_from_another_model(run: Path) -> None:
+    task = tiny_task.task()
+    point = min(autocomp.SearchResult(run).front, key=lambda p: p.bytes).candidate.id
+    found = autocomp.gate(run, point, slower=LOOSE, task=replace(task, evaluate=lambda m: half(task.evaluate(m))))
+    assert verdicts(found)["metric"] == "INCONCLUSIVE", "dense fell as much"
+    assert "in the run" in next(c.said for c in found.checks if c.name == "metric")
+
+
+def test_a_metric_that_fell_is_a_regression(run: Path) -> None:
+    task = tiny_task.task()
+    given: list[object] = []
+
+    def evaluate(model: object) -> dict[str, float]:
+        given.append(model)  # the point first, then the uncompressed model
+        return half(task.evaluate(model)) if len(given) == 1 else task.evaluate(model)  # type: ignore[arg-type]
+
+    found = autocomp.gate(run, slower=LOOSE, task=replace(task, evaluate=evaluate))
+    assert verdicts(found)["metric"] == "REGRESSION"
+    assert found.verdict is Verdict.REGRESSION
+
+
+def half(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value / 2 for name, value in metrics.items()}
+
+
+@pytest.mark.parametrize(
+    ("times", "spread", "verdict"),
+    [(2.0, 0.01, "ACCEPT"), (1.0, 0.01, "REGRESSION"), (1.78, 0.2, "INCONCLUSIVE"), (3.0, 0.2, "ACCEPT")],
+)
+def test_a_latency_is_held_to_the_baseline_within_its_spread(
+    times: float, spread: float, verdict: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from autocomp.devices.local import LocalDevice
+    from autocomp.records.latency import Latency
+
+    taken = [Latency(times, spread, "measured", "x86-host"), Latency(1.0, spread, "measured", "x86-host")]
+    monkeypatch.setattr(LocalDevice, "time_in_turn", lambda *_: taken)
+    monkeypatch.setattr(verdict_module, "_speedups", lambda *_: {"x86-host": 2.0})
+    assert verdicts(autocomp.gate(run))["latency on x86-host"] == verdict
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], "there is no run folder"),
+        (["{run}", "--point", "abc"], "has no point 'abc'; its front has"),
+        (["{run}", "--baseline", "none.json"], "there is no file"),
+        (["{run}", "--baseline", "{run}/front.json"], "is not what `autocomp gate --json` prints"),
+        (["{run}", "--slower", "1"], "--slower"),
+    ],
+)
+def test_bad_input(arguments: list[str], words: str, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gate", *(text.format(run=finished) for text in arguments)]) == 2
+    assert words in capsys.readouterr().err
