@@ -29,8 +29,9 @@ from autocomp.measurement.measurer import Measurer, reason_of
 from autocomp.measurement.preflight import rehearse
 from autocomp.processes.pool import Workers, cores, map_in_processes
 from autocomp.progress import Progress, Stage
-from autocomp.records.candidate import Candidate, Method, Precision
+from autocomp.records.candidate import Candidate, Method
 from autocomp.records.evaluation import Evaluation, Source, as_searched
+from autocomp.records.precisions import FORMATS, FP32
 from autocomp.run.budget import BASELINES, TELLING, Budget
 from autocomp.run.folder import study_of
 from autocomp.run.identity import compression_of, identity_of, refuse_another
@@ -332,9 +333,10 @@ class Pipeline:
 
     def _baselines(self) -> None:
         """Tell and measure dense and the uniform compressions: they stand beside the front, and fit the latency models."""
-        precisions: list[Precision] = ["fp32"]
-        if any(Method("w8a8") in methods for methods in self.space.methods.values()):
-            precisions.append("w8a8")
+        offered = {method for methods in self.space.methods.values() for method in methods}
+        precisions = [
+            name for name, form in FORMATS.items() if form.baseline and (name == FP32 or Method(name) in offered)
+        ]
         uniform = [self.space.uniform(keep, precision) for precision in precisions for keep in UNIFORM_KEEPS]
         self.search.enqueue(self.space.dense(), "dense")
         for candidate in uniform:
