@@ -10,7 +10,7 @@ from torch import nn
 from autocomp.graph.removal import removed
 from autocomp.graph.shapes import factor_shapes
 from autocomp.records.candidate import Method
-from autocomp.records.precisions import FORMATS, group_of
+from autocomp.records.precisions import CODEBOOK, FORMATS, group_of
 
 
 def by_hand(made, database, candidate):
@@ -34,7 +34,7 @@ def by_hand(made, database, candidate):
             if entry.parts[0].bias is not None:
                 module.bias = nn.Parameter(entry.parts[0].bias[rows])
         else:
-            flat = FORMATS[candidate.methods[name].precision].kind in ("grouped", "codebook")
+            flat = FORMATS[candidate.methods[name].precision].family.flat
             if not flat and not candidate.methods[name].ranks:
                 assert module.weight.numel() == entry.parts[0].weight[rows].numel()
             model.set_submodule(name, Direct(layer, candidate.methods[name], entry.parts, rows))
@@ -47,7 +47,7 @@ def written_out(part, weight, scale, columns):
     result = torch.zeros(len(weight), columns, dtype=torch.float64)
     for n in range(len(weight)):
         for k in range(columns):
-            if kind.kind == "codebook":
+            if kind.family is CODEBOOK:
                 run, offset = divmod(k, kind.dim)
                 value = sum(float(part.codebook[s, int(weight[n, s, run]), offset]) for s in range(kind.stages))
                 result[n, k] = value * float(scale[n])

@@ -17,7 +17,7 @@ from autocomp.database.database import LayerDatabase
 from autocomp.graph.analyse import analyse
 from autocomp.graph.canonical import canonical
 from autocomp.graph.graph import Graph
-from autocomp.records.candidate import Precision
+from autocomp.records.precisions import Precision
 from autocomp.space.build import build_space
 from autocomp.space.file import Rule, SpaceFile
 from autocomp.space.space import Space

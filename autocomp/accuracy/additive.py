@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autocomp.records.candidate import Candidate, Method
+from autocomp.records.precisions import FP32
 
 if TYPE_CHECKING:
     from autocomp.database.database import LayerTable
@@ -102,7 +103,7 @@ class AdditiveModel:
 
 def additive_model(tables: Sequence[LayerTable]) -> AdditiveModel:
     """Return the unfitted model of layer tables."""
-    precisions = sorted({m.precision for table in tables for m in table.methods if m.precision != "fp32"})
+    precisions = sorted({m.precision for table in tables for m in table.methods if m.precision != FP32})
     names = ("width", "rank", *precisions, "pair of widths", "pair with method")
     curves: dict[str, Floats] = {}
     for table in tables:
@@ -121,9 +122,7 @@ def _terms(table: LayerTable, names: Sequence[str], curves: Mapping[str, Floats]
     for m, method in enumerate(table.methods):
         if method.ranks:
             whole = (
-                table.methods.index(Method("fp32", method.ranks))
-                if Method("fp32", method.ranks) in table.methods
-                else m
+                table.methods.index(Method(FP32, method.ranks)) if Method(FP32, method.ranks) in table.methods else m
             )
             by_rank[:, :, m] = np.maximum(error[:, :, whole] - width[:, :, 0], 0)
     rest = np.maximum(error - width - by_rank, 0)
@@ -131,7 +130,7 @@ def _terms(table: LayerTable, names: Sequence[str], curves: Mapping[str, Floats]
     terms[names.index("width")] = width
     terms[names.index("rank")] = by_rank
     for m, method in enumerate(table.methods):
-        if method.precision != "fp32":
+        if method.precision != FP32:
             terms[names.index(method.precision), :, :, m] = rest[:, :, m]
     # What narrowing the groups on either side costs all who read them: its root is an amplitude, as the root of the layer's own is.
     before = curves.get(table.in_group or "", np.zeros(error.shape[0]))[:, None, None]

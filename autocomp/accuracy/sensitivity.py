@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from autocomp.compress.hessian import WIDE
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Sensitivity
+from autocomp.records.precisions import FP32
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,9 +29,9 @@ def curves(tables: Iterable[LayerTable]) -> list[Sensitivity]:
         dense = float(table.bytes[0, 0, 0])
         for m, method in enumerate(table.methods):
             error, share = float(table.error[0, 0, m]), float(table.bytes[0, 0, m]) / dense
-            if method.ranks and method.precision == "fp32":
+            if method.ranks and method.precision == FP32:
                 rows.append(Sensitivity(table.layer, "rank", "x".join(map(str, method.ranks)), error, share))
-            elif not method.ranks and method.precision != "fp32":
+            elif not method.ranks and method.precision != FP32:
                 rows.append(Sensitivity(table.layer, "precision", method.precision, error, share))
         if table.in_group is not None:
             found = by_group.setdefault(table.in_group, {})

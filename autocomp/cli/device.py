@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +15,7 @@ from autocomp.cli import tables as terminal
 from autocomp.cli.options import Commands, common_options
 from autocomp.errors import UsageError, shown
 from autocomp.hardware.profile import Profile, is_address, is_board_key, load_profile
+from autocomp.records.precisions import ARITHMETICS
 
 PORT = 9190  # TVM's usual port of a tracker
 _TRACKER = click.option(
@@ -172,8 +172,8 @@ def _share(rate: float, profile: Profile, name: str) -> str:
     """Of what the instruction set allows at the stated clock: two vector units of 128 bits, as every Cortex-A76 has."""
     if profile.core != "cortex-a76" or not profile.clock_hz:
         return ""
-    cycle: Mapping[str, float] = {"fp32": 16, "fp16": 32, "int8": 64}  # operations: a multiply-add is two
-    return f", {rate / (cycle[name] * profile.clock_hz):.0%} of {cycle[name] * profile.clock_hz / 1e9:.1f}"
+    most = 2 * 2 * 128 // ARITHMETICS[name].bits * profile.clock_hz  # a multiply-add is two operations
+    return f", {rate / most:.0%} of {most / 1e9:.1f}"
 
 
 def _version(name: str) -> str:

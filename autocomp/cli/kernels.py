@@ -138,7 +138,7 @@ def _list_records(name: str, as_json: bool) -> None:
     folder = _folder(name)
     if not (folder / "target.json").exists():
         if as_json:
-            click.echo(json.dumps({"store": folder.name, "roofline": asdict(limits.Roofline()), "kernels": []}))
+            click.echo(json.dumps({"store": folder.name, "roofline": limits.Roofline().to_json(), "kernels": []}))
         else:
             click.echo(f"no kernels are tuned for {name} yet: `autocomp measure` or `autocomp search` does")
         return
@@ -152,7 +152,7 @@ def _list_records(name: str, as_json: bool) -> None:
     )
     if as_json:
         rows = [{**asdict(record), **asdict(limits.position(record, ceiling))} for record in records]
-        click.echo(json.dumps({"store": folder.name, "roofline": asdict(ceiling), "kernels": rows}))
+        click.echo(json.dumps({"store": folder.name, "roofline": ceiling.to_json(), "kernels": rows}))
         return
     terminal.output().print(_ceiling_line(ceiling), markup=False)
     headings = ["operator", "loops", "tile", ">µs", ">Gop/s", ">of peak", ">op/byte", "bound by"]
@@ -188,9 +188,7 @@ def _ceiling_line(ceiling: limits.Roofline) -> str:
     parts = [
         f"{name} {value / 1e9:.0f} {unit}"
         for name, value, unit in (
-            ("fp32", ceiling.fp32, "Gop/s"),
-            ("fp16", ceiling.fp16, "Gop/s"),
-            ("int8", ceiling.int8, "Gop/s"),
+            *((arithmetic, peak, "Gop/s") for arithmetic, peak in ceiling.peaks.items()),
             ("main memory", ceiling.bandwidth, "GB/s"),
         )
         if value

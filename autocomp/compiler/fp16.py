@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     import torch
 
 
+def lowering(program: torch.export.ExportedProgram, profile: Profile) -> dict[str, Any]:
+    """The translation of each op, by its name."""
+    return {
+        "conv2d_fp16.default": HalfConverter(program, profile, convolution=True),
+        "linear_fp16.default": HalfConverter(program, profile, convolution=False),
+    }
+
+
 class HalfConverter:
     """Emit one 16-bit layer."""
 

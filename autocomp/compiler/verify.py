@@ -16,6 +16,8 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from autocomp.errors import ExportError, MismatchError
+from autocomp.records.precisions import ARITHMETICS, FLOAT32, Arithmetic
+from autocomp.records.tolerance import Errors
 
 if TYPE_CHECKING:
     import torch
@@ -28,30 +30,6 @@ _NUDGES = 4  # a value at the edge of a jump is moved over it by some of them
 _SLACK = 2.0  # times what a nudge moves
 
 
-@dataclass(frozen=True)
-class Errors:
-    """Errors of outputs against torch's: ``typical`` is relative (L2), ``tail`` and ``worst`` in parts of the output's range.
-
-    ``decisions`` is the share of decisions that differ: of rows whose largest value is another one, of elements that are no floats.
-    """
-
-    typical: float = 0.0
-    tail: float = 0.0
-    worst: float = 0.0
-    decisions: float = 0.0
-
-    def within(self, limits: Errors) -> bool:
-        return all(getattr(self, field.name) <= getattr(limits, field.name) for field in fields(self))
-
-
-# What is allowed of each precision. An 8-bit layer is exact by itself, but where a float layer feeds it, a sum in another order can move a
-# value over a rounding step: a few activations then differ by one level of 255, and now and then an output by a percent or more. In a
-# residual CNN of 20 quantised layers all outputs together differ by 1.3 to 1.7 % between runtimes, and by as much when it is nudged.
-TOLERANCES = {
-    "fp32": Errors(1e-3, 1e-3, 1e-3, 1e-3),
-    "fp16": Errors(1e-2, 1e-2, 5e-2, 1e-3),  # operands of 11 bits, and kernels may sum in them
-    "int8": Errors(2e-2, 5e-2, 0.25, 1e-3),
-}
 # A chaotic model, whose own output moves by more than that when it is nudged, is allowed twice the movement, up to here: past it nothing
 # could be told right from wrong.
 CHAOTIC = Errors(5e-2, 0.1, 0.25, 5e-2)
@@ -77,19 +55,17 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     return float((value - reference).abs().max()) / (scale or 1.0) if reference.numel() else 0.0
 
 
-def precision_of(model: torch.nn.Module) -> str:
-    """The coarsest arithmetic of a model's layers, as `TOLERANCES` names it: ``fp32``, ``fp16`` or ``int8``."""
-    from autocomp.layers.fp16 import HalfConv2d, HalfLinear
-    from autocomp.layers.w8a8 import QuantConv2d, QuantLinear
+def coarsest(model: torch.nn.Module) -> Arithmetic:
+    """The coarsest arithmetic of a model's layers, whose tolerance all of the model is held to."""
+    from autocomp.layers.part import Stored
 
-    if any(isinstance(module, QuantConv2d | QuantLinear) for module in model.modules()):
-        return "int8"
-    return "fp16" if any(isinstance(module, HalfConv2d | HalfLinear) for module in model.modules()) else "fp32"
+    used = {module.family.arithmetic for module in model.modules() if isinstance(module, Stored)}
+    return [each for each in ARITHMETICS.values() if each in used or each is FLOAT32][-1]
 
 
 def tolerance(model: torch.nn.Module) -> float:
     """The relative error that is usual for a model's arithmetic: 1e-3, 1e-2 where it has 16-bit layers, 2e-2 where 8-bit ones."""
-    return TOLERANCES[precision_of(model)].typical
+    return coarsest(model).tolerance.typical
 
 
 def check_outputs(
@@ -109,7 +85,7 @@ def compare(
     """
     references = [reference_outputs(model, arguments) for arguments in inputs]
     _refuse_not_numbers(references, what)
-    allowed = TOLERANCES[precision_of(model)]
+    allowed = coarsest(model).tolerance
     found = _together([_errors(run(*a), expected, allowed) for a, expected in zip(inputs, references, strict=True)])
     if found.within(allowed):
         return Agreement(found)
@@ -301,7 +277,7 @@ def first_differing_layer(
         values = _flat(compile_model(probe)(*arguments))
     except Exception:  # the search for the culprit must not hide the mismatch that was found
         return ""
-    limits = TOLERANCES[precision_of(model)]
+    limits = coarsest(model).tolerance
     for name, value, expected in zip(seen, values, reference, strict=False):
         if not _errors_of(value, expected, limits).within(limits):
             return name

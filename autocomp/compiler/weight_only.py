@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     import torch
 
 
+def lowering(program: torch.export.ExportedProgram, profile: Profile) -> dict[str, Any]:
+    """The translation of the op, by its name."""
+    return {"linear_weight_only.default": WeightOnlyConverter(program, profile)}
+
+
 class WeightOnlyConverter:
     """Emit the product with packed low-bit weights, then the addition of the bias."""
 

@@ -15,14 +15,15 @@ from autocomp.compress.lowrank import Factors, Whitened
 from autocomp.compress.prune import least_squares, spread
 from autocomp.compress.rounding import Metric
 from autocomp.compress.scales import observe
-from autocomp.database.parts import Part, part_module, whole_part
+from autocomp.database.parts import part_module, whole_part
 from autocomp.database.store import Inputs, Stored, store
 from autocomp.graph.shapes import factor_shapes
 from autocomp.layers.convolution import AnyLayer, Layers, outputs_first
 from autocomp.layers.narrow import with_weights
+from autocomp.layers.part import Part
 from autocomp.layers.w8a8 import Observer
-from autocomp.records.candidate import Method, Precision
-from autocomp.records.precisions import FORMATS
+from autocomp.records.candidate import Method
+from autocomp.records.precisions import FORMATS, FP32, Precision
 
 if TYPE_CHECKING:
     from autocomp.database.calibrate import LayerStatistics
@@ -48,7 +49,7 @@ class Entry:
 
     def module(self, layer: Layer, original: nn.Module, rows: Tensor | None = None) -> nn.Module:
         """Return the module that computes the layer, with the output channels ``rows`` (None: all)."""
-        if len(self.parts) == 1 and self.method.precision == "fp32":
+        if len(self.parts) == 1 and self.method.precision == FP32:
             part = self.parts[0].rows(None if layer.conv_groups > 1 else rows)
             assert isinstance(original, Layers)
             return with_weights(original, part.weight, part.bias)
@@ -119,13 +120,13 @@ class _Compression:
         if method.ranks:
             return self._factorised(method)
         linear = self.layer.kind == "linear"
-        if method.precision == "fp32":
+        if method.precision == FP32:
             stored = Stored(whole_part(self.small), self.small)
         else:
             stored = store(self.small, method.precision, self.inputs, self.fisher, linear)
         part = replace(stored.part, weight=_kernel(stored.part, self.layer))
         bias = self._bias(stored.effective, stored.shift)
-        if bias is None and method.precision != "fp32":
+        if bias is None and method.precision != FP32:
             bias = torch.zeros(len(self.small))
         error = self._error(stored.effective)
         if stored.noise is not None:
@@ -154,7 +155,7 @@ class _Compression:
         factors = self._whitened.factors(method.ranks)
         error = torch.zeros(len(self.small), dtype=torch.float64)
         parts = [whole_part(factor.flatten(1)) for factor in factors.parts]
-        if method.precision != "fp32":
+        if method.precision != FP32:
             parts, factors, error = self._stored_factors(factors, method.precision)
         product = factors.product
         bias = self._bias(product, None)
@@ -249,7 +250,7 @@ class _Compression:
 
 def _kernel(part: Part, shape: Layer) -> Tensor:
     """Give a flat weight the shape its module takes: levels and indices stay as they are."""
-    if shape.kind == "linear" or FORMATS[part.precision].kind in ("grouped", "codebook"):
+    if shape.kind == "linear" or FORMATS[part.precision].family.flat:
         return part.weight
     return part.weight.reshape(len(part.weight), -1, *shape.kernel)
 

@@ -10,12 +10,11 @@ from torch.nn import functional
 from autocomp.compress import kmeans
 from autocomp.compress.rounding import Metric, round_levels
 from autocomp.compress.scales import activation_parameters, quantise_groups, quantise_weight
-from autocomp.database.parts import Part
 from autocomp.layers import codebook
+from autocomp.layers.part import Part
 from autocomp.layers.w8a8 import quantise_centred
 from autocomp.layers.weight_only import HIGHEST, LOWEST, pack_levels
-from autocomp.records.candidate import Precision
-from autocomp.records.precisions import FORMATS, group_of
+from autocomp.records.precisions import FORMATS, Precision, group_of, load
 
 
 @dataclass(frozen=True)
@@ -46,35 +45,43 @@ def store(weight: Tensor, precision: Precision, inputs: Inputs, fisher: Tensor, 
 
     ``linear`` says that its kernel reads whole groups. Any precision but fp32, which needs no rounding.
     """
-    kind, columns = FORMATS[precision], weight.shape[1]
-    small = weight.float()
-    if precision == "fp16":
-        half = small.half()
-        rounded = (inputs.sample.half().float() - inputs.sample).double()
-        return Stored(
-            Part(half, precision=precision, columns=columns),
-            half.double(),
-            rounded.mean(0),
-            rounded.var(0, correction=0),
-        )
-    if kind.kind == "integer":
-        inv_xs, zp = activation_parameters(inputs.low, inputs.high)
-        shift, noise = _noise(inputs.sample, inv_xs, zp)
-        _, scale = quantise_weight(small)
-        grid = scale.double()[:, None].expand(-1, columns)
-        levels = round_levels(weight, grid, -127, 127, inputs.metric.noisy(noise))
-        part = Part(levels, None, precision, (scale.double() / inv_xs).float(), None, inv_xs, zp, columns)
-        return Stored(part, levels.double() * grid, shift, noise)
-    if kind.kind == "grouped":
-        bits, group = int(kind.bits), group_of(precision, columns)
-        counts = inputs.metric.diagonal().repeat_interleave(len(weight) // inputs.metric.count, 0)
-        _, scales = quantise_groups(weight, bits, group, counts)
-        grid = scales.double().repeat_interleave(group, 1)[:, :columns]
-        levels = round_levels(weight, grid, LOWEST[bits], HIGHEST[bits], inputs.metric)
-        stored = functional.pad(levels, (0, (-columns) % (group if linear else 2 if bits == 4 else 1)))
-        part = Part(pack_levels(stored) if bits == 4 else stored, None, precision, scales, columns=columns)
-        return Stored(part, levels.double() * grid)
-    indices, books, row_scale = kmeans.fit(weight, inputs.metric, fisher, kind.dim, kind.stages)
+    stored: Stored = load(FORMATS[precision].family.store)(weight, precision, inputs, fisher, linear)
+    return stored
+
+
+def store_half(weight: Tensor, precision: Precision, inputs: Inputs, fisher: Tensor, linear: bool) -> Stored:
+    half = weight.float().half()
+    rounded = (inputs.sample.half().float() - inputs.sample).double()
+    part = Part(half, precision=precision, columns=weight.shape[1])
+    return Stored(part, half.double(), rounded.mean(0), rounded.var(0, correction=0))
+
+
+def store_integers(weight: Tensor, precision: Precision, inputs: Inputs, fisher: Tensor, linear: bool) -> Stored:
+    columns = weight.shape[1]
+    inv_xs, zp = activation_parameters(inputs.low, inputs.high)
+    shift, noise = _noise(inputs.sample, inv_xs, zp)
+    _, scale = quantise_weight(weight.float())
+    grid = scale.double()[:, None].expand(-1, columns)
+    levels = round_levels(weight, grid, -127, 127, inputs.metric.noisy(noise))
+    part = Part(levels, None, precision, (scale.double() / inv_xs).float(), None, inv_xs, zp, columns)
+    return Stored(part, levels.double() * grid, shift, noise)
+
+
+def store_groups(weight: Tensor, precision: Precision, inputs: Inputs, fisher: Tensor, linear: bool) -> Stored:
+    columns = weight.shape[1]
+    bits, group = int(FORMATS[precision].bits), group_of(precision, columns)
+    counts = inputs.metric.diagonal().repeat_interleave(len(weight) // inputs.metric.count, 0)
+    _, scales = quantise_groups(weight, bits, group, counts)
+    grid = scales.double().repeat_interleave(group, 1)[:, :columns]
+    levels = round_levels(weight, grid, LOWEST[bits], HIGHEST[bits], inputs.metric)
+    stored = functional.pad(levels, (0, (-columns) % (group if linear else 2 if bits == 4 else 1)))
+    part = Part(pack_levels(stored) if bits == 4 else stored, None, precision, scales, columns=columns)
+    return Stored(part, levels.double() * grid)
+
+
+def store_indices(weight: Tensor, precision: Precision, inputs: Inputs, fisher: Tensor, linear: bool) -> Stored:
+    form, columns = FORMATS[precision], weight.shape[1]
+    indices, books, row_scale = kmeans.fit(weight, inputs.metric, fisher, form.dim, form.stages)
     effective = codebook.decode(indices, books, row_scale, columns).double()
     return Stored(Part(indices, None, precision, row_scale, books, columns=columns), effective)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from autocomp.devices.latency import LatencyModel
 from autocomp.hardware.profile import Profile
 from autocomp.records.latency import KernelTime, Latency
+from autocomp.records.precisions import ARITHMETICS, FLOAT32, FORMATS
 from autocomp.tuning.store import KernelStore
 from autocomp.tuning.tune import Tuner
 
@@ -81,6 +82,6 @@ def quieter(compiled: Compiled, example_inputs: tuple[torch.Tensor, ...]) -> Lat
 def latency_model(profile: Profile, tuner: Tuner) -> LatencyModel:
     """The tier-0 latency model of a target, at its measured (or estimated) arithmetic peaks."""
     # without byte products among its precisions a target may have no kernel for them at all
-    int8 = tuner.peak("dense_int8") if "w8a8" in profile.precisions else None
-    fp16 = tuner.peak("dense_fp16") if "fp16" in profile.precisions else None
-    return LatencyModel(profile, {"fp32": tuner.peak("dense") or 1.0, "int8": int8 or 1.0, "fp16": fp16 or 1.0})
+    used = {FORMATS[precision].family.arithmetic for precision in profile.precisions} | {FLOAT32}
+    peaks = {each.name: tuner.peak(each.template("dense")) if each in used else None for each in ARITHMETICS.values()}
+    return LatencyModel(profile, {name: peak or 1.0 for name, peak in peaks.items()})

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from autocomp.hardware.link import architecture_of
-from autocomp.hardware.profile import Profile
-from autocomp.records.candidate import Precision
+from autocomp.hardware.profile import DOTS, Profile, features_of
 
 if TYPE_CHECKING:
     from autocomp.devices.boards import Session
@@ -17,6 +16,7 @@ _AT_HWCAP = 16  # the entry of the auxiliary vector: getauxval(3)
 # LLVM's names of what we use, and the bits of AT_HWCAP on arm64: https://docs.kernel.org/arch/arm64/elf_hwcaps.html and
 # arch/arm64/include/uapi/asm/hwcap.h (HWCAP_ASIMDHP, HWCAP_ASIMDDP)
 _BITS = {"fullfp16": 10, "dotprod": 20}
+_NAMES = {"fullfp16": "16-bit float arithmetic", "dotprod": "byte dot product"}
 _CPU = "/sys/devices/system/cpu/cpu{core}"
 
 
@@ -56,15 +56,14 @@ def fit_to_board(profile: Profile, facts: BoardFacts) -> tuple[Profile, tuple[st
         return profile, ()
     lacking = [name for name in _BITS if name not in facts.features and _uses(profile, name)]
     notes = []
-    precisions: tuple[Precision, ...] = profile.precisions
-    int8 = profile.int8
-    if "fullfp16" in lacking and "fp16" in precisions:
-        precisions = tuple(name for name in precisions if name != "fp16")
-        notes.append(f"board {facts.address} has no 16-bit float arithmetic (fullfp16): precision fp16 is withdrawn")
-    if "dotprod" in lacking and int8 == "sdot":
-        int8 = "none"
-        precisions = tuple(name for name in precisions if name != "w8a8")
-        notes.append(f"board {facts.address} has no byte dot product (dotprod): precision w8a8 is withdrawn")
+    for feature in lacking:
+        for name in profile.precisions:
+            if feature in features_of(name, profile.int8):
+                notes.append(
+                    f"board {facts.address} has no {_NAMES[feature]} ({feature}): precision {name} is withdrawn"
+                )
+    precisions = tuple(name for name in profile.precisions if not features_of(name, profile.int8) & set(lacking))
+    int8 = "none" if DOTS.get(profile.int8) in lacking else profile.int8
     if not lacking:
         return profile, ()
     target = dict(profile.target)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,9 +20,9 @@ from autocomp.kernels import fp16
 from autocomp.kernels.compute import round_up
 from autocomp.kernels.intrinsics import dot_product
 from autocomp.kernels.specs import ConvSpec, padded_rows
-from autocomp.kernels.weight_only import FIELDS, WeightOnlySpec
-from autocomp.records.candidate import Method, Precision
-from autocomp.records.precisions import FORMATS, group_of
+from autocomp.kernels.tile import lanes_in
+from autocomp.records.candidate import Method
+from autocomp.records.precisions import FLOAT32, FORMATS, Arithmetic, arithmetic_of, load, weight_bytes_of
 from autocomp.tuning.store import KernelRecord
 
 if TYPE_CHECKING:
@@ -35,9 +35,6 @@ _PRIOR = np.array([1.1, 1.0, 1.0, 5e-8])
 _LOOP_PRIOR = np.array([4.0, 1.0, 1.0, 5e-8])
 _ENOUGH = 8  # kernels of a class before its own fit is trusted over the prior
 _STORE_RATE = 16e9  # elements a second that one core reads or writes, a scale for the features only
-_WEIGHT_BYTES = {"int8": 1.0, "fp16": 2.0, "w8": 1.0, "w4": 0.5}  # by the end of a template's name; 4 otherwise
-
-Arithmetic = Literal["fp32", "fp16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -54,43 +51,28 @@ def layer_work(layer: Layer, method: Method, profile: Profile) -> list[Work]:
     from autocomp.graph.shapes import factor_shapes
 
     parts = factor_shapes(layer, method.ranks) if method.ranks else [layer]
-    kind = FORMATS[method.precision]
+    form = FORMATS[method.precision]
+    arithmetic = form.family.arithmetic
     if layer.loop:  # one kernel for all steps
-        template = "loop_int8" if kind.kind == "integer" else "loop"
         outputs = round_up(layer.out_channels, profile.lanes)
-        return [Work(template, (layer.calls, layer.out_size[1], outputs), (layer.in_channels,))]
-    if kind.kind == "grouped" and layer.kind == "linear":
-        return [
-            _weight_only(part, int(kind.bits), group_of(method.precision, part.in_channels), profile) for part in parts
-        ]
-    # What has no kernels is computed in fp32 on decoded weights.
-    return [_work(part, _arithmetic(method.precision, profile), profile) for part in parts]
+        return [Work(arithmetic.template("loop"), (layer.calls, layer.out_size[1], outputs), (layer.in_channels,))]
+    if form.family.kernel and layer.kind == "linear":
+        loops = load(form.family.kernel)
+        return [Work(*loops(form, p.out_size[1], p.in_channels, p.out_channels, profile.lanes)) for p in parts]
+    if form.family.decodes and method.precision not in profile.precisions:
+        arithmetic = FLOAT32  # what has no kernels is computed in fp32 on decoded weights
+    return [_work(part, arithmetic, profile) for part in parts]
 
 
-def _arithmetic(precision: Precision, profile: Profile) -> Arithmetic:
-    if precision == "w8a8":
-        return "int8"
-    return "fp16" if precision == "fp16" and fp16.has_kernels(profile) else "fp32"
-
-
-def _weight_only(layer: Layer, bits: int, group: int, profile: Profile) -> Work:
-    spec = WeightOnlySpec((layer.out_size[1],), layer.in_channels, layer.out_channels, bits, group, profile.lanes)
-    outputs = round_up(layer.out_channels, profile.lanes)
-    if spec.is_gemv:
-        within = (group,) if bits == 8 else (group // FIELDS, FIELDS)
-        return Work(spec.template, (spec.rows, spec.groups, outputs), within)
-    return Work(spec.template, (padded_rows(spec.rows), outputs), (spec.groups, group))
-
-
-def _work(layer: Layer, kind: Arithmetic, profile: Profile) -> Work:
+def _work(layer: Layer, arithmetic: Arithmetic, profile: Profile) -> Work:
     if layer.kind == "linear":
-        return _dense(layer.out_size[1], layer.in_channels, layer.out_channels, kind, profile)
+        return _dense(layer.out_size[1], layer.in_channels, layer.out_channels, arithmetic, profile)
     if not layer.is_plain:
         layer = _flat(layer)
     if layer.kind == "depthwise":
         spatial = (1, layer.out_size[0], padded_rows(layer.out_size[1]), layer.out_channels)
-        return Work("depthwise_fp16" if kind == "fp16" else "depthwise", spatial, layer.kernel)
-    return _conv(layer, kind, profile)
+        return Work(arithmetic.template("depthwise"), spatial, layer.kernel)
+    return _conv(layer, arithmetic, profile)
 
 
 def _flat(layer: Layer) -> Layer:
@@ -111,38 +93,32 @@ def _flat(layer: Layer) -> Layer:
     )  # fmt: skip
 
 
-def _dense(rows: int, depth: int, out: int, kind: Arithmetic, profile: Profile) -> Work:
-    spatial = (padded_rows(rows), round_up(out, _lanes(kind, profile)))
-    if kind == "fp16":
+def _dense(rows: int, depth: int, out: int, arithmetic: Arithmetic, profile: Profile) -> Work:
+    spatial = (padded_rows(rows), round_up(out, lanes_in(arithmetic, profile)))
+    template = arithmetic.template("dense")
+    if arithmetic.runs:
         runs, run = fp16.split_depth(depth)
-        return Work("dense_fp16", spatial, (runs, run) if runs > 1 else (run,))
-    return Work("dense_int8" if kind == "int8" else "dense", spatial, _steps(depth, kind, profile))
+        return Work(template, spatial, (runs, run) if runs > 1 else (run,))
+    return Work(template, spatial, _steps(depth, arithmetic, profile))
 
 
-def _conv(layer: Layer, kind: Arithmetic, profile: Profile) -> Work:
+def _conv(layer: Layer, arithmetic: Arithmetic, profile: Profile) -> Work:
     if layer.kernel == layer.stride == (1, 1) and layer.padding == (0, 0) and layer.conv_groups == 1:
-        return _dense(layer.out_size[0] * layer.out_size[1], layer.in_channels, layer.out_channels, kind, profile)
-    lanes = _lanes(kind, profile)
+        return _dense(layer.out_size[0] * layer.out_size[1], layer.in_channels, layer.out_channels, arithmetic, profile)
+    lanes = lanes_in(arithmetic, profile)
     spatial = (1, layer.out_size[0], padded_rows(layer.out_size[1]), round_up(layer.out_channels, lanes))
     kh, kw = layer.kernel
     depth = layer.in_channels // layer.conv_groups
-    if kind == "int8" and ConvSpec.of(
+    if arithmetic.dot and ConvSpec.of(
         (1, *layer.in_size, layer.in_channels), (layer.out_channels, depth, kh, kw), layer.stride, [*layer.padding] * 2,
         layer.dilation, layer.conv_groups, lanes,
     ).folds(dot_product(profile)):  # fmt: skip
         kw, depth = 1, kw * depth
-    name = "conv2d" if kind == "fp32" else f"conv2d_{kind}"
-    return Work(name, spatial, (kh, kw, *_steps(depth, kind, profile)))
+    return Work(arithmetic.template("conv2d"), spatial, (kh, kw, *_steps(depth, arithmetic, profile)))
 
 
-def _lanes(kind: Arithmetic, profile: Profile) -> int:
-    if kind == "int8":
-        return dot_product(profile).lanes
-    return 2 * profile.lanes if kind == "fp16" else profile.lanes
-
-
-def _steps(depth: int, kind: Arithmetic, profile: Profile) -> tuple[int, ...]:
-    if kind != "int8":
+def _steps(depth: int, arithmetic: Arithmetic, profile: Profile) -> tuple[int, ...]:
+    if not arithmetic.dot:
         return (depth,)
     width = dot_product(profile).fit(depth).width
     return round_up(depth, width) // width, width
@@ -153,7 +129,7 @@ class LatencyModel:
 
     def __init__(self, profile: Profile, peaks: Mapping[str, float]) -> None:
         self.profile = profile
-        self.peaks = dict(peaks)  # "fp32", "int8", and "fp16" where there are kernels: operations a second
+        self.peaks = dict(peaks)  # operations a second by the name of an arithmetic: of those with kernels
         # elements a second that are read or written: one vector a cycle where the clock is known
         self._rate = (
             _STORE_RATE if profile.how == "local" else min(_STORE_RATE, profile.lanes * (profile.clock_hz or 4e9))
@@ -227,7 +203,7 @@ class LatencyModel:
         operations = 2 * outputs * math.prod(work.reduction)
         depth = math.prod(work.reduction[2:]) if len(work.spatial) == 4 else math.prod(work.reduction)
         inputs = math.prod(work.spatial[:-1]) * max(depth, 1)
-        peak = self.peaks[next((kind for kind in ("int8", "fp16") if work.template.endswith(kind)), "fp32")]
+        peak = self.peaks[arithmetic_of(work.template).name]
         seconds = max(operations / peak, self._weight_seconds(work))
         return np.array([seconds, outputs / self._rate, inputs / self._rate, 1.0])
 
@@ -236,8 +212,7 @@ class LatencyModel:
         caches, rate = self.profile.caches, self.profile.memory_bandwidth.get("read")
         if rate is None or work.template.startswith("depthwise"):
             return 0.0
-        share = next((share for end, share in _WEIGHT_BYTES.items() if work.template.endswith(end)), 4.0)
-        size = share * work.spatial[-1] * math.prod(work.reduction)
+        size = weight_bytes_of(work.template) * work.spatial[-1] * math.prod(work.reduction)
         if work.template.startswith("gemv"):  # whose second axis numbers groups of weights
             size *= work.spatial[1]
         times = work.spatial[0] if work.template.startswith("loop") else 1  # each step reads them again

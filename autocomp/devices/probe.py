@@ -11,16 +11,9 @@ from autocomp.devices.features import BoardFacts, read_board
 from autocomp.devices.rpc import RpcDevice, on_a_board, rpc_of
 from autocomp.errors import AutocompError
 from autocomp.hardware.profile import Profile
-from autocomp.records.candidate import Precision
+from autocomp.records.precisions import ARITHMETICS, FORMATS, Precision
 from autocomp.tuning.roofline import measure_bandwidth
 from autocomp.tuning.store import KernelStore
-
-# The product by which each arithmetic is measured, and the precision without which a board has no kernel for it.
-_PEAKS: dict[str, tuple[str, Precision]] = {
-    "fp32": ("dense", "fp32"),
-    "fp16": ("dense_fp16", "fp16"),
-    "int8": ("dense_int8", "w8a8"),
-}
 
 
 @dataclass(frozen=True)
@@ -51,12 +44,13 @@ def probe(
     facts = on_a_board(rpc_of(profile), lambda session: read_board(session, asked), limits)
     peaks: dict[str, float] = {}
     bandwidth, notes = None, list(device.notes)
-    for name, (template, precision) in _PEAKS.items():
-        if precision not in device.profile.precisions:
+    used = {FORMATS[precision].family.arithmetic for precision in device.profile.precisions}
+    for name, arithmetic in ARITHMETICS.items():
+        if arithmetic not in used:  # the board has no kernel for it
             continue
         progress(f"measuring {name} arithmetic")
         try:
-            peaks[name] = device.tuner.peak(template) or 0.0
+            peaks[name] = device.tuner.peak(arithmetic.template("dense")) or 0.0
         except AutocompError as error:
             notes.append(f"{name}: {error}")
     progress("measuring the memory bandwidth")

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocomp.cache import unwritable_reason, write_atomically
-from autocomp.compiler.verify import compare, precision_of
+from autocomp.compiler.verify import coarsest, compare
 from autocomp.errors import AutocompError, MismatchError, UsageError, last_line
 from autocomp.export.onnx import EXACT, export_onnx, onnx_session, run_session
 from autocomp.records.evaluation import FORMAT_VERSION, Evaluation
 from autocomp.records.latency import latency_to_json
+from autocomp.records.precisions import INT8
 from autocomp.records.run import Verified
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def export_point(
     weights = _tried(folder / WEIGHTS, partial(_weights, model, inputs))
     if not weights.ok:
         verified["weights"] = weights
-    _write_manifest(folder, evaluation, inputs[0], verified, precision_of(model) == "int8")
+    _write_manifest(folder, evaluation, inputs[0], verified, coarsest(model) is INT8)
     return verified
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autocomp.errors import ExportError
+from autocomp.records.precisions import FAMILIES, load
 
 if TYPE_CHECKING:
     import torch
@@ -103,91 +104,12 @@ def _translations() -> dict[Any, Any]:
 
     from autocomp.export.onnx_recurrent import translation
 
-    def quantised_input(x: Any, inv_xs: float, zp: int) -> Any:
-        scale = op.Constant(value_float=float(1.0 / np.float32(inv_xs)))
-        zero = op.Cast(op.Constant(value_int=int(zp)), to=2)  # 2: uint8
-        return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
-
-    def weight_of(w: Any, scale: Any, inv_xs: float) -> Any:
-        # the layer's scale is weight scale times activation scale
-        return op.DequantizeLinear(w, op.Mul(scale, op.Constant(value_float=float(inv_xs))), axis=0)
-
-    def linear(x: Any, w: Any, scale: Any, bias: Any, inv_xs: float, zp: int) -> Any:
-        weight = op.Transpose(weight_of(w, scale, inv_xs), perm=[1, 0])
-        return op.Add(op.MatMul(quantised_input(x, inv_xs, zp), weight), bias)
-
-    def convolution(
-        x: Any,
-        w: Any,
-        scale: Any,
-        bias: Any,
-        inv_xs: float,
-        zp: int,
-        stride: Any,
-        padding: Any,
-        dilation: Any,
-        groups: int,
-        output_padding: Any = None,
-    ) -> Any:
-        value, weight = quantised_input(x, inv_xs, zp), weight_of(w, scale, inv_xs)
-        sizes = {
-            "strides": list(stride),
-            "pads": [*padding, *padding],
-            "dilations": list(dilation),
-            "group": int(groups),
-        }
-        if output_padding is None:
-            return op.Conv(value, weight, bias, **sizes)
-        outputs, inputs, *kernel = (int(size) for size in w.shape)
-        each = outputs // int(groups)
-        by_group = op.Reshape(weight, op.Constant(value_ints=[int(groups), each, inputs, *kernel]))
-        turned = op.Transpose(by_group, perm=[0, 2, 1, *range(3, 3 + len(kernel))])
-        first = op.Reshape(turned, op.Constant(value_ints=[inputs * int(groups), each, *kernel]))
-        return op.ConvTranspose(value, first, bias, output_padding=list(output_padding), **sizes)
-
-    def weight_only(x: Any, w: Any, scales: Any, bias: Any, bits: int, group: int) -> Any:
-        # Standard operators that the runtime folds into a float weight when it loads the file: what is small is the file.
-        def ints(*values: int) -> Any:
-            return op.Constant(value_ints=list(values))
-
-        levels = w
-        if bits == 4:
-            eight = op.Cast(op.Constant(value_int=8), to=2)  # 2: uint8
-            low = op.BitwiseAnd(w, op.Cast(op.Constant(value_int=15), to=2))
-            high = op.BitShift(w, op.Cast(op.Constant(value_int=4), to=2), direction="RIGHT")
-            fields = op.Concat(op.Unsqueeze(low, ints(2)), op.Unsqueeze(high, ints(2)), axis=2)
-            levels = op.BitwiseXor(fields, eight)  # two's complement, 8 too large
-        levels = op.Reshape(op.Cast(levels, to=1), ints(-1, group))  # 1: float
-        if bits == 4:
-            levels = op.Sub(levels, op.Constant(value_float=8.0))
-        weight = op.Reshape(op.Mul(levels, op.Reshape(scales, ints(-1, 1))), ints(int(w.shape[0]), -1))
-        used = op.Slice(weight, ints(0), ints(int(x.shape[-1])), ints(1))
-        return op.Add(op.MatMul(x, op.Transpose(used, perm=[1, 0])), bias)
-
-    def halves(x: Any, w: Any) -> tuple[Any, Any]:
-        # 10: float16, 1: float. Products are summed in float32, which every runtime has kernels for.
-        return op.Cast(op.Cast(x, to=10), to=1), op.Cast(w, to=1)
-
-    def linear_half(x: Any, w: Any, bias: Any) -> Any:
-        value, weight = halves(x, w)
-        return op.Add(op.MatMul(value, op.Transpose(weight, perm=[1, 0])), bias)
-
-    def conv2d_half(x: Any, w: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> Any:
-        value, weight = halves(x, w)
-        return op.Conv(
-            value, weight, bias,
-            strides=list(stride), pads=[*padding, *padding], dilations=list(dilation), group=int(groups),
-        )  # fmt: skip
-
-    return {
-        torch.ops.autocomp.linear_w8a8.default: linear,
-        torch.ops.autocomp.linear_fp16.default: linear_half,
-        torch.ops.autocomp.conv2d_fp16.default: conv2d_half,
-        torch.ops.autocomp.linear_weight_only.default: weight_only,
-        torch.ops.autocomp.conv2d_w8a8.default: convolution,
-        torch.ops.autocomp.onnx_recurrence.default: translation(op),
-        torch.ops.autocomp.convolution_w8a8.default: convolution,
-    }
+    table = {torch.ops.autocomp.onnx_recurrence.default: translation(op)}
+    for family in FAMILIES:
+        if family.onnx:
+            load(family.forms)  # importing the modules registers their ops, which this model may be without
+            table |= load(family.onnx)(op)
+    return table
 
 
 @contextlib.contextmanager

@@ -9,17 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from autocomp.graph.program import CanonicalModel
-from autocomp.layers.codebook import CodebookConv2d, CodebookLinear
 from autocomp.layers.convolution import Layers, Transposed
-from autocomp.layers.fp16 import HalfConv2d, HalfLinear
 from autocomp.layers.narrow import Norms
-from autocomp.layers.w8a8 import QuantConv2d, QuantLinear
-from autocomp.layers.weight_only import WeightOnlyConv2d, WeightOnlyLinear
+from autocomp.layers.part import Stored
 
-Foldable = (
-    *Layers, QuantConv2d, QuantLinear, HalfConv2d, HalfLinear,
-    WeightOnlyConv2d, WeightOnlyLinear, CodebookConv2d, CodebookLinear,
-)  # fmt: skip
+Foldable = (*Layers, Stored)
 
 
 def fold_batchnorm(model: nn.Module, norms: Mapping[str, str] | None = None) -> nn.Module:
@@ -46,27 +40,12 @@ def fold_batchnorm(model: nn.Module, norms: Mapping[str, str] | None = None) -> 
 
 def _fold(layer: nn.Module, norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) -> None:
     factor, shift = affine(norm)
-    assert isinstance(layer, Foldable)
+    if isinstance(layer, Stored):
+        layer.fold(factor, shift)
+        return
+    assert isinstance(layer, Layers)
     bias = torch.zeros_like(shift) if layer.bias is None else layer.bias.detach().double()
     new_bias = bias * factor + shift
-    if isinstance(layer, (QuantConv2d, QuantLinear)):
-        sign = torch.where(factor < 0, -1, 1).to(torch.int8)
-        layer.weight.mul_(sign.view(-1, *([1] * (layer.weight.dim() - 1))))
-        layer.scale.copy_(layer.scale.double() * factor.abs())
-        layer.bias.copy_(new_bias)
-        return
-    if isinstance(layer, WeightOnlyConv2d | WeightOnlyLinear):  # a row whose factor is negative gets negative scales
-        layer.scales.copy_(layer.scales.double() * factor[:, None])
-        layer.bias.copy_(new_bias)
-        return
-    if isinstance(layer, CodebookConv2d | CodebookLinear):
-        layer.scale.copy_(layer.scale.double() * factor)
-        layer.bias.copy_(new_bias)
-        return
-    if isinstance(layer, HalfConv2d | HalfLinear):
-        layer.weight.copy_(layer.weight.double() * factor.view(-1, *([1] * (layer.weight.dim() - 1))))
-        layer.bias.copy_(new_bias)
-        return
     weight = layer.weight.detach().double()
     along = (1, -1, *([1] * (weight.dim() - 2))) if isinstance(layer, Transposed) else (-1, *([1] * (weight.dim() - 1)))
     weight = weight * factor.view(along)  # a transposed convolution of several groups has no norm that folds

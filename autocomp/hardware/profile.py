@@ -20,7 +20,7 @@ from autocomp.errors import UsageError, shown, suggest
 from autocomp.hardware import host
 from autocomp.hardware.host import Int8
 from autocomp.hardware.link import architecture_of, this_architecture
-from autocomp.records.candidate import Precision
+from autocomp.records.precisions import FORMATS, Precision
 
 Reach = Literal["local", "rpc", "estimate"]
 # What a profile with `target: detect` finds out by itself; all of it must be written down with a fixed target.
@@ -28,8 +28,8 @@ _ISA_KEYS = ("lanes", "vector_registers", "precisions", "int8")
 CacheLevel = Literal["l1d", "l1i", "l2", "l3"]
 _CORES = Path(__file__).parent.parent / "estimate" / "cores"
 LINE = 64  # bytes of a cache line, on x86-64 and on every Cortex-A
-# What LLVM must know of a processor for the kernels of a precision or dot product; all else runs on the bare architecture.
-_NEEDS = {"fp16": "fullfp16", "sdot": "dotprod", "vnni512": "avx512vnni", "vnni256": "avxvnni"}
+# What LLVM must know of a processor for a dot product; what precisions need is in their table, and all else runs on the bare architecture.
+DOTS: Mapping[Int8, str] = {"sdot": "dotprod", "vnni512": "avx512vnni", "vnni256": "avxvnni"}
 # What of TVM's target a profile may state; the threads are `cores`.
 _TARGET_KEYS = ("kind", "mtriple", "mcpu", "mattr", "mabi", "mfloat-abi", "num-cores")
 
@@ -92,6 +92,12 @@ class Profile:
         elif self.how == "rpc" and self.rpc:
             identity.append(self.rpc.key)
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def features_of(precision: Precision, int8: Int8) -> set[str]:
+    """LLVM's names of the instruction sets that the kernels of a precision need, ``int8`` being the dot product they are built on."""
+    family = FORMATS[precision].family
+    return {name for name in (family.needs, DOTS.get(int8, "") if family.arithmetic.dot else "") if name}
 
 
 def is_address(text: str) -> bool:
@@ -304,8 +310,11 @@ def _check_instructions(stated: ProfileFile, path: Path) -> None:
     run."""
     for feature in host.unknown_features(stated.target):
         raise UsageError(f"{path}: target.mattr: LLVM knows no feature {feature!r} of this processor")
-    for key, value in [("int8", stated.int8), *(("precisions", precision) for precision in stated.precisions or ())]:
-        needed = _NEEDS.get(str(value))
+    asked: list[tuple[str, str, str]] = []
+    if stated.int8 is not None:
+        asked.append(("int8", stated.int8, DOTS.get(stated.int8, "")))
+    asked += [("precisions", name, FORMATS[name].family.needs) for name in stated.precisions or ()]
+    for key, value, needed in asked:
         if needed and not host.has_feature(stated.target, needed):
             raise UsageError(
                 f"{path}: {key}: {value} needs the instruction set {needed}, which target.mcpu "
@@ -339,8 +348,7 @@ def _on_this_machine(stated: ProfileFile) -> Profile:
     machine |= {
         "lanes": cpu.lanes,
         "vector_registers": cpu.vector_registers,
-        # Eight-bit kernels widen with AVX2's instructions at least.
-        "precisions": ("fp32", "w8a8") if cpu.lanes >= 8 else ("fp32",),
+        "precisions": tuple(name for name, form in FORMATS.items() if 0 < form.family.detected <= cpu.lanes),
         "int8": cpu.int8,
     }
     return _as_stated(stated, host.detect_target(), **machine)

@@ -10,8 +10,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from autocomp.kernels.intrinsics import DotProduct
-from autocomp.kernels.packing import tap_of
+import numpy as np
+
+from autocomp.hardware.profile import Profile
+from autocomp.kernels.intrinsics import DotProduct, dot_product
+from autocomp.kernels.packing import pack_dense_weight, tap_of
 from autocomp.kernels.specs import ConvSpec, DenseSpec, padded_rows
 from autocomp.kernels.specs import round_up as round_up
 
@@ -271,3 +274,28 @@ def _ravel(index: Sequence[Any], sizes: tuple[int, ...]) -> Any:
     for axis, size in zip(index, sizes, strict=True):
         flat = flat * size + axis
     return flat
+
+
+# Rows, depth and outputs of a product small enough for the first-level cache, by which a peak is measured.
+PRODUCT = (24, 256, 64)
+
+
+def float32_product(profile: Profile) -> Any:
+    """`PRODUCT` in float32."""
+    return _product("float32", profile.lanes, None)
+
+
+def int8_product(profile: Profile) -> Any:
+    """`PRODUCT` in 8-bit integers."""
+    return _product("int8", profile.lanes, dot_product(profile))
+
+
+def _product(dtype: str, lanes: int, dot: DotProduct | None) -> Any:
+    from tvm import te
+
+    rows, depth, outputs = PRODUCT
+    packed = pack_dense_weight(np.zeros((outputs, depth), dtype), lanes, dot)
+    data = te.placeholder((rows, depth), dot.activation if dot else dtype, name="data")
+    weight = te.placeholder(packed.shape, str(packed.dtype), name="weight")
+    product = dense(data, weight, DenseSpec.of((rows, depth), outputs, lanes), dot)
+    return te.create_prim_func([data, weight, product])

@@ -115,6 +115,17 @@ def dense(data: Any, weight: Any, spec: DenseSpec) -> Any:
     return _product(data, weight, spec.leading, spec.depth, spec.out_features, spec.lanes)
 
 
+def product(profile: Profile) -> Any:
+    """`compute.PRODUCT`, by which the peak is measured."""
+    from tvm import te
+
+    (rows, depth, outputs), lanes = compute.PRODUCT, 2 * profile.lanes
+    packed = pack_dense_weight(np.zeros((outputs, depth), "float16"), lanes)
+    data = te.placeholder((rows, depth), "float16", name="data")
+    weight = te.placeholder(packed.shape, "float16", name="weight")
+    return te.create_prim_func([data, weight, dense(data, weight, DenseSpec.of((rows, depth), outputs, lanes))])
+
+
 def _product(data: Any, weight: Any, leading: tuple[int, ...], depth: int, out: int, lanes: int) -> Any:
     from tvm import te
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from autocomp.hardware.profile import Profile
 from autocomp.kernels.intrinsics import dot_product
+from autocomp.records.precisions import arithmetic_of
 
 if TYPE_CHECKING:
     from autocomp.kernels.tile import Anchor, Tile
@@ -29,7 +30,7 @@ def cost(tile: Tile, anchor: Anchor, profile: Profile) -> float:
     """Relative cycles a product; only the order matters."""
     rows, vectors = tile.rows * tile.rows_up, tile.vectors
     sums = rows * vectors
-    if anchor.template.endswith("int8"):
+    if arithmetic_of(anchor.template).dot:
         steps = dot_product(profile).of_width(anchor.reduction[-1]).steps
         input_loads, weight_loads, broadcasts = rows, steps * vectors, 0
     else:

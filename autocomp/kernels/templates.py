@@ -27,14 +27,14 @@ from autocomp.kernels.schedules import (
     write_back,
 )
 from autocomp.kernels.tile import Anchor, Tile, lanes_of
+from autocomp.records.precisions import ARITHMETICS, arithmetic_of
 
 VERSION = 7  # raise when a change here makes stored choices worth finding again
 
 _MOST_BAND = 14
 _BAND_BYTES = 40 << 10  # of 48 KB nearest cache; measured on depthwise layers of MobileNetV2 and V3
-CONTRACTIONS = (
-    "conv2d", "conv2d_int8", "conv2d_fp16", "conv3d", "dense", "dense_int8", "dense_fp16", "batch_matmul", "depthwise", "depthwise_fp16",
-)  # fmt: skip
+_OPERATIONS = ("conv2d", "conv3d", "dense", "batch_matmul", "depthwise")
+CONTRACTIONS = frozenset(each.template(operation) for each in ARITHMETICS.values() for operation in _OPERATIONS)
 
 
 _SPATIAL, _REDUCTION = "autocomp.spatial", "autocomp.reduction"  # attributes of functions
@@ -89,7 +89,7 @@ def _contraction_tiles(anchor: Anchor, vectors: int, profile: Profile) -> Iterat
     square = anchor.template.startswith(("conv", "depthwise"))
     steps = 1
     unrolls: tuple[int, ...] = (1, 4) if anchor.reduction[-1] % 4 == 0 else (1,)
-    if anchor.template.endswith("int8"):
+    if arithmetic_of(anchor.template).dot:
         steps, unrolls = dot_product(profile).of_width(anchor.reduction[-1]).steps, (1,)
     for rows, count in itertools.product(_divisors(across, 28), _divisors(vectors, 8)):
         for rows_up in _divisors(up, 8) if square and rows == across and rows < 8 else (1,):
@@ -154,7 +154,7 @@ def apply(function: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:
         return schedule.mod["main"].with_attr("tirx.is_scheduled", True)
     if weight_only.is_weight_only(anchor):
         weight_only.tile_weight_only(schedule, tile, anchor, profile)
-    elif anchor.template.endswith("fp16") and tile.vectors and len(reductions(schedule)) > 1:
+    elif arithmetic_of(anchor.template).runs and tile.vectors and len(reductions(schedule)) > 1:
         fp16.tile_runs(schedule, tile, anchor, profile)
     elif anchor.template in CONTRACTIONS and tile.vectors:
         _tile_contraction(schedule, tile, anchor, profile)
@@ -207,7 +207,7 @@ def _tile_contraction(schedule: Any, tile: Tile, anchor: Anchor, profile: Profil
         outer = [channel_outer, *outer, across_outer]
     else:
         outer += [across_outer, channel_outer]
-    intrinsic = anchor.template.endswith("int8")
+    intrinsic = arithmetic_of(anchor.template).dot
     lane_reduction = [reduction.pop()] if intrinsic else []
     if tile.unroll > 1:
         step, step_inner = schedule.split(reduction.pop(), [None, tile.unroll])

@@ -8,6 +8,7 @@ from typing import Any
 
 from autocomp.hardware.profile import Profile
 from autocomp.kernels.intrinsics import dot_product
+from autocomp.records.precisions import Arithmetic, arithmetic_of
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,17 @@ class Anchor:
     reduction: tuple[int, ...] = ()
 
 
+def lanes_in(arithmetic: Arithmetic, profile: Profile) -> int:
+    """Elements of a vector of sums in an arithmetic: its operands fill a register, but for dot products, which add several to one sum."""
+    return dot_product(profile).lanes if arithmetic.dot else profile.lanes * 32 // arithmetic.bits
+
+
 def lanes_of(anchor: Anchor, profile: Profile) -> int:
     """Elements of a vector of the anchor's sums."""
-    if anchor.template.endswith("int8"):
-        return dot_product(profile).lanes
-    lanes = 2 * profile.lanes if anchor.template.endswith("fp16") else profile.lanes
+    arithmetic = arithmetic_of(anchor.template)
+    lanes = lanes_in(arithmetic, profile)
+    if arithmetic.dot:
+        return lanes
     if anchor.template.startswith(
         "depthwise"
     ):  # shorter vectors rather than a ragged one: channels are mostly multiples of 8

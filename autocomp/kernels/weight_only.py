@@ -24,6 +24,7 @@ from autocomp.kernels.compute import FLOPS, TEMPLATE, round_up
 from autocomp.kernels.schedules import blocks_of, flatten_rows, inline_epilogue, vectorise_last, write_back
 from autocomp.kernels.specs import padded_rows
 from autocomp.kernels.tile import Anchor, Tile
+from autocomp.records.precisions import Format, group_of, weight_bytes_of
 
 FIELDS = 8  # four-bit weights in one 32-bit word
 _OFFSET = (
@@ -241,6 +242,29 @@ TEMPLATES = ("gemv_w8", "gemv_w4", "dense_w8", "dense_w4")
 
 def is_weight_only(anchor: Anchor) -> bool:
     return anchor.template in TEMPLATES
+
+
+def loops(
+    form: Format, rows: int, depth: int, outputs: int, lanes: int
+) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    """The kernel of a linear layer of these sizes, and the extents of its loops."""
+    bits, group = int(form.bits), group_of(form.name, depth)
+    spec, padded = WeightOnlySpec((rows,), depth, outputs, bits, group, lanes), round_up(outputs, lanes)
+    if spec.is_gemv:
+        within = (group,) if bits == 8 else (group // FIELDS, FIELDS)
+        return spec.template, (spec.rows, spec.groups, padded), within
+    return spec.template, (padded_rows(spec.rows), padded), (spec.groups, group)
+
+
+def traffic(template: str, spatial: Sequence[int], reduction: Sequence[int]) -> float:
+    """Bytes of a kernel's float inputs and outputs, its weights and a float scale for each group of them, each moved once."""
+    size, depth = weight_bytes_of(template), math.prod(reduction)
+    *rows, channels = spatial
+    if template.startswith("gemv"):
+        m, groups = rows
+        return 4 * m * groups * depth + channels * groups * (depth * size + 4) + 4 * m * channels
+    outputs = 4 * math.prod(spatial)
+    return 4 * math.prod(rows) * depth + channels * (depth * size + 4 * reduction[0]) + outputs
 
 
 def tiles(anchor: Anchor, profile: Profile) -> list[Tile]:

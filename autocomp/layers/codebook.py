@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from autocomp.layers.convolution import Convolution, Geometry, OneRow, convolved
+from autocomp.layers.form import Form
+from autocomp.layers.part import Part, Place, Stored
+from autocomp.records.precisions import CODEBOOK
 
 
 def decode(indices: Tensor, codebook: Tensor, scale: Tensor, columns: int) -> Tensor:
@@ -29,13 +32,19 @@ def decode(indices: Tensor, codebook: Tensor, scale: Tensor, columns: int) -> Te
     return vectors.flatten(1)[:, :columns] * scale[:, None]
 
 
-class CodebookLinear(nn.Module):
-    """A linear layer whose weight is ``weight`` (indices [N, S, V]), ``codebook`` and ``scale``; float32 ``bias`` [N]."""
+class _Codebook(Stored):
+    """What layers of codebooks share."""
 
-    weight: Tensor
+    family = CODEBOOK
     codebook: Tensor
     scale: Tensor
-    bias: Tensor
+
+    def scale_rows(self, factor: Tensor) -> None:
+        self.scale.copy_(self.scale.double() * factor)
+
+
+class CodebookLinear(_Codebook):
+    """A linear layer whose weight is ``weight`` (indices [N, S, V]), ``codebook`` and ``scale``; float32 ``bias`` [N]."""
 
     def __init__(self, weight: Tensor, codebook: Tensor, scale: Tensor, bias: Tensor, in_features: int) -> None:
         super().__init__()
@@ -54,11 +63,8 @@ class CodebookLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, stages={len(self.codebook)}, dim={self.codebook.shape[2]}"
 
 
-class CodebookConv2d(Convolution):
+class CodebookConv2d(_Codebook, Convolution):
     """A convolution stored as `CodebookLinear` is; ``kernel`` is (inputs of a group, height, width), K their product."""
-
-    codebook: Tensor
-    scale: Tensor
 
     def __init__(
         self,
@@ -87,3 +93,21 @@ class CodebookConv2d(Convolution):
 
 class CodebookConv1d(OneRow, CodebookConv2d):
     """A convolution of ``[N, C, L]``."""
+
+
+_TENSORS = ("weight", "codebook", "scale", "bias")
+FORMS = (
+    Form(CodebookLinear, ("in_features",), _TENSORS),
+    *(Form(kind, ("kernel", "geometry"), _TENSORS) for kind in (CodebookConv1d, CodebookConv2d)),
+)
+
+
+def layer_of(part: Part, place: Place) -> Stored:
+    """The module on a stored weight."""
+    assert part.bias is not None
+    assert part.scale is not None
+    assert part.codebook is not None
+    if place.linear:
+        return CodebookLinear(part.weight, part.codebook, part.scale, part.bias, part.columns)
+    kind = CodebookConv1d if place.one_d else CodebookConv2d
+    return kind(part.weight, part.codebook, part.scale, part.bias, place.kernel, place.geometry)

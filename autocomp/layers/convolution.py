@@ -102,6 +102,20 @@ def float_convolution(weight: Tensor, bias: Tensor | None, geometry: Geometry) -
     return made
 
 
+def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    module.weight = nn.Parameter(weight)
+    if bias is not None:
+        module.bias = nn.Parameter(bias)
+    return module
+
+
+def convolution_of(one_d: bool, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> nn.Module:
+    if one_d:
+        return float_convolution(weight.squeeze(2), bias, geometry.one_row())
+    return float_convolution(weight, bias, geometry)
+
+
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """``x`` [N, C, ...] convolved with ``weight`` [O, I / groups, ...]."""
     stride, padding, dilation, groups, output_padding = geometry

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autocomp.layers.convolution import Convolution, Geometry, OneRow, convolved, empty_result, plain_geometry
+from autocomp.layers.form import Form
+from autocomp.layers.part import Part, Place, Stored, along_rows
+from autocomp.records.precisions import HALF
 
 
 @torch.library.custom_op(
@@ -54,11 +57,20 @@ def _(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], w.shape[0]))
 
 
-class HalfLinear(nn.Module):
-    """A linear layer in 16 bits: float16 weight [N, K], float32 bias [N]."""
+class _Half(Stored):
+    """What 16-bit layers share."""
 
-    weight: Tensor
-    bias: Tensor
+    family = HALF
+
+    def float_weight(self) -> Tensor:
+        return self.weight.float()
+
+    def scale_rows(self, factor: Tensor) -> None:
+        self.weight.copy_(self.weight.double() * along_rows(factor, self.weight))
+
+
+class HalfLinear(_Half):
+    """A linear layer in 16 bits: float16 weight [N, K], float32 bias [N]."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
@@ -69,15 +81,11 @@ class HalfLinear(nn.Module):
         result: Tensor = linear_fp16(x, self.weight, self.bias)
         return result
 
-    def float_weight(self) -> Tensor:
-        """The weight [N, K] in float32."""
-        return self.weight.float()
-
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, fp16"
 
 
-class HalfConv2d(Convolution):
+class HalfConv2d(_Half, Convolution):
     """A convolution in 16 bits: float16 weight OIHW, float32 bias [O]. One that is not plain has no kernel, and decodes its weight."""
 
     def __init__(self, weight: Tensor, bias: Tensor, geometry: Geometry) -> None:
@@ -89,16 +97,26 @@ class HalfConv2d(Convolution):
         result: Tensor = conv2d_fp16(x, self.weight, self.bias, *self.geometry[:4])
         return result
 
-    def float_weight(self) -> Tensor:
-        """The weight OIHW in float32."""
-        return self.weight.float()
-
     def extra_repr(self) -> str:
         return f"{self.sizes(self.weight.shape[1:])}, fp16"
 
 
 class HalfConv1d(OneRow, HalfConv2d):
     """A convolution of ``[N, C, L]`` in 16 bits (weight ``[O, I, 1, K]``)."""
+
+
+FORMS = (
+    Form(HalfLinear, (), ("weight", "bias")),
+    *(Form(kind, ("geometry",), ("weight", "bias")) for kind in (HalfConv1d, HalfConv2d)),
+)
+
+
+def layer_of(part: Part, place: Place) -> Stored:
+    """The module on a stored weight."""
+    assert part.bias is not None
+    if place.linear:
+        return HalfLinear(part.weight, part.bias)
+    return (HalfConv1d if place.one_d else HalfConv2d)(part.weight, part.bias, place.geometry)
 
 
 def halved(layer: nn.Conv1d | nn.Conv2d | nn.Linear) -> HalfConv2d | HalfLinear:

@@ -21,10 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autocomp.layers.codebook import CodebookLinear
-from autocomp.layers.fp16 import HalfLinear
+from autocomp.layers.part import Stored
 from autocomp.layers.w8a8 import FLOAT32_EXACT, QuantLinear, largest_sum, quantise_centred
-from autocomp.layers.weight_only import WeightOnlyLinear
 from autocomp.records.recurrent import GATES, IN_8_BITS, Kind
 
 States = tuple[Tensor, ...]  # the hidden state [N, H], and an LSTM's cell
@@ -190,9 +188,7 @@ def weights_of(hidden: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The weight [gates * H, H] and bias that a recurrent layer's linear layer multiplies by, in float32. TypeError if it is none."""
     if isinstance(hidden, nn.Linear):
         return hidden.weight.detach(), None if hidden.bias is None else hidden.bias.detach()
-    if isinstance(hidden, QuantLinear):
-        return hidden.weight.float() * (hidden.scale * hidden.inv_xs)[:, None], hidden.bias
-    if isinstance(hidden, HalfLinear | WeightOnlyLinear | CodebookLinear):
+    if isinstance(hidden, Stored):
         return hidden.float_weight(), hidden.bias
     raise TypeError(f"a loop over time has no form with a {type(hidden).__name__}")
 

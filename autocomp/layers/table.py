@@ -3,40 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autocomp.layers.codebook import CodebookConv1d, CodebookConv2d, CodebookLinear
 from autocomp.layers.convolution import Convolutions, Geometry, Transposed
-from autocomp.layers.fp16 import HalfConv1d, HalfConv2d, HalfLinear
+from autocomp.layers.form import Form
 from autocomp.layers.narrow import Norms
 from autocomp.layers.recurrent import Recurrence
-from autocomp.layers.w8a8 import QuantConv1d, QuantConv2d, QuantLinear
-from autocomp.layers.weight_only import WeightOnlyConv1d, WeightOnlyConv2d, WeightOnlyLinear
-
-
-class Form(NamedTuple):
-    """A kind of module: ``settings`` are attributes that its constructor takes by name, ``tensors`` the buffers that it takes too.
-
-    Where there are no ``tensors``, it makes its own, empty, and the file's take their place; ``bias`` then says whether there is one.
-    ``others`` are arguments whose values do not matter, since a module of the file takes the place of what is made of them.
-    """
-
-    kind: type[nn.Module]
-    settings: tuple[str, ...]
-    tensors: tuple[str, ...] = ()
-    bias: bool = False
-    others: Mapping[str, Any] = {}
-
+from autocomp.records.precisions import FAMILIES, load
 
 _CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 _NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 _EMBEDDING = ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type")
-_QUANT = ("weight", "scale", "bias")
-_GROUPED = ("weight", "scales", "bias")
-_BOOKS = ("weight", "codebook", "scale", "bias")
 FORMS: Mapping[str, Form] = {
     form.kind.__name__: form
     for form in (
@@ -49,17 +29,7 @@ FORMS: Mapping[str, Form] = {
         Form(nn.Embedding, _EMBEDDING),
         Form(nn.Sequential, ()),
         Form(Recurrence, ("kind", "reverse", "batch_first"), others={"width": 1, "bias": False}),
-        Form(QuantLinear, ("inv_xs", "zp"), _QUANT),
-        *(Form(kind, ("inv_xs", "zp", "geometry"), _QUANT) for kind in (QuantConv1d, QuantConv2d)),
-        Form(HalfLinear, (), ("weight", "bias")),
-        *(Form(kind, ("geometry",), ("weight", "bias")) for kind in (HalfConv1d, HalfConv2d)),
-        Form(WeightOnlyLinear, ("in_features", "bits", "group"), _GROUPED),
-        *(
-            Form(kind, ("kernel", "bits", "group", "geometry"), _GROUPED)
-            for kind in (WeightOnlyConv1d, WeightOnlyConv2d)
-        ),
-        Form(CodebookLinear, ("in_features",), _BOOKS),
-        *(Form(kind, ("kernel", "geometry"), _BOOKS) for kind in (CodebookConv1d, CodebookConv2d)),
+        *(form for family in FAMILIES if family.forms for form in load(family.forms)),
     )
 }
 

@@ -15,11 +15,14 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from autocomp.errors import UsageError
 from autocomp.layers.convolution import Convolution, Geometry, OneRow, convolved, empty_result
+from autocomp.layers.form import Form
+from autocomp.layers.part import Part, Place, Stored, along_rows
+from autocomp.records.precisions import INTEGER
 
 FLOAT32_EXACT = 2**24  # integers up to here are exact in float32, in any order of summation
 INT32_LIMIT = 2**31
@@ -183,15 +186,26 @@ def _check_overflow(weight: Tensor, zp: int, name: str) -> None:
         )
 
 
-class QuantLinear(nn.Module):
-    """A linear layer in 8 bits: int8 weight [N, K], float32 scale [N] and bias [N].
+class _Quant(Stored):
+    """What 8-bit layers share: ``scale`` is weight scale times activation scale; (``inv_xs``, ``zp``) quantise the input."""
 
-    ``scale`` is weight scale times activation scale; (``inv_xs``, ``zp``) quantise the input.
-    """
-
-    weight: Tensor
+    family = INTEGER
     scale: Tensor
-    bias: Tensor
+    inv_xs: float
+    zp: int
+
+    def float_weight(self) -> Tensor:
+        return self.weight.float() * along_rows(self.scale * self.inv_xs, self.weight)
+
+    def scale_rows(self, factor: Tensor) -> None:
+        """Every scale stays positive: integers of rows whose factor is negative change their sign."""
+        sign = torch.where(factor < 0, -1, 1).to(torch.int8)
+        self.weight.mul_(along_rows(sign, self.weight))
+        self.scale.copy_(self.scale.double() * factor.abs())
+
+
+class QuantLinear(_Quant):
+    """A linear layer in 8 bits: int8 weight [N, K], float32 scale [N] and bias [N]."""
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor, inv_xs: float, zp: int) -> None:
         super().__init__()
@@ -209,13 +223,8 @@ class QuantLinear(nn.Module):
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, inv_xs={self.inv_xs:g}, zp={self.zp}"
 
 
-class QuantConv2d(Convolution):
-    """A convolution in 8 bits: int8 weight [O, I / groups, ...], float32 scale [O] and bias [O].
-
-    ``scale`` is weight scale times activation scale; (``inv_xs``, ``zp``) quantise the input.
-    """
-
-    scale: Tensor
+class QuantConv2d(_Quant, Convolution):
+    """A convolution in 8 bits: int8 weight [O, I / groups, ...], float32 scale [O] and bias [O]."""
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor, inv_xs: float, zp: int, geometry: Geometry) -> None:
         super().__init__({"weight": weight, "scale": scale, "bias": bias}, geometry)
@@ -236,3 +245,20 @@ class QuantConv2d(Convolution):
 
 class QuantConv1d(OneRow, QuantConv2d):
     """A convolution of ``[N, C, L]`` in 8 bits (weight ``[O, I, 1, K]``)."""
+
+
+_TENSORS = ("weight", "scale", "bias")
+FORMS = (
+    Form(QuantLinear, ("inv_xs", "zp"), _TENSORS),
+    *(Form(kind, ("inv_xs", "zp", "geometry"), _TENSORS) for kind in (QuantConv1d, QuantConv2d)),
+)
+
+
+def layer_of(part: Part, place: Place) -> Stored:
+    """The module on a stored weight."""
+    assert part.bias is not None
+    assert part.scale is not None
+    if place.linear:
+        return QuantLinear(part.weight, part.scale, part.bias, part.inv_xs, part.zp)
+    kind = QuantConv1d if place.one_d else QuantConv2d
+    return kind(part.weight, part.scale, part.bias, part.inv_xs, part.zp, place.geometry)

@@ -15,10 +15,13 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from autocomp.layers.convolution import Convolution, Geometry, OneRow, convolved
+from autocomp.layers.form import Form
+from autocomp.layers.part import Part, Place, Stored
+from autocomp.records.precisions import FORMATS, GROUPED, group_of
 
 BITS = (4, 8)
 LOWEST = {8: -127, 4: -8}
@@ -60,12 +63,18 @@ def unpack_levels(packed: Tensor) -> Tensor:
     return (fields ^ 8) - 8  # the sign of a four-bit two's complement
 
 
-class WeightOnlyLinear(nn.Module):
-    """A linear layer with stored levels ``weight``, float32 ``scales`` [N, G] and ``bias`` [N]."""
+class _WeightOnly(Stored):
+    """What layers of stored levels share."""
 
-    weight: Tensor
+    family = GROUPED
     scales: Tensor
-    bias: Tensor
+
+    def scale_rows(self, factor: Tensor) -> None:
+        self.scales.copy_(self.scales.double() * factor[:, None])  # a row whose factor is negative gets negative scales
+
+
+class WeightOnlyLinear(_WeightOnly):
+    """A linear layer with stored levels ``weight``, float32 ``scales`` [N, G] and ``bias`` [N]."""
 
     def __init__(self, weight: Tensor, scales: Tensor, bias: Tensor, in_features: int, bits: int, group: int) -> None:
         super().__init__()
@@ -87,13 +96,11 @@ class WeightOnlyLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group={self.group}"
 
 
-class WeightOnlyConv2d(Convolution):
+class WeightOnlyConv2d(_WeightOnly, Convolution):
     """A convolution with stored levels ``weight`` [O, K] (4 bits: uint8 [O, ceil(K/2)]), float32 ``scales`` [O, G] and ``bias`` [O].
 
     ``kernel`` is (inputs of a group, height, width), K their product.
     """
-
-    scales: Tensor
 
     def __init__(
         self,
@@ -130,3 +137,21 @@ class WeightOnlyConv2d(Convolution):
 
 class WeightOnlyConv1d(OneRow, WeightOnlyConv2d):
     """A convolution of ``[N, C, L]``."""
+
+
+_TENSORS = ("weight", "scales", "bias")
+FORMS = (
+    Form(WeightOnlyLinear, ("in_features", "bits", "group"), _TENSORS),
+    *(Form(kind, ("kernel", "bits", "group", "geometry"), _TENSORS) for kind in (WeightOnlyConv1d, WeightOnlyConv2d)),
+)
+
+
+def layer_of(part: Part, place: Place) -> Stored:
+    """The module on a stored weight."""
+    assert part.bias is not None
+    assert part.scale is not None
+    bits, group = int(FORMATS[part.precision].bits), group_of(part.precision, part.columns)
+    if place.linear:
+        return WeightOnlyLinear(part.weight, part.scale, part.bias, part.columns, bits, group)
+    kind = WeightOnlyConv1d if place.one_d else WeightOnlyConv2d
+    return kind(part.weight, part.scale, part.bias, place.kernel, bits, group, place.geometry)

@@ -6,22 +6,16 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
-# fp16: weights and activations in 16 bits. w8a8: both in 8. w8, w4: weights alone, a scale for 64 of them unless g32 or g128 says other.
-# vq, rvq: codebooks, the number being bits a weight. What each stores: autocomp/records/precisions.py.
-Precision = Literal[
-    "fp32", "fp16", "w8a8", "w8", "w8g32", "w8g128", "w4", "w4g32", "w4g128",
-    "vq8", "vq4", "vq2", "vq1", "rvq4", "rvq3", "rvq2",
-]  # fmt: skip
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+from autocomp.records.precisions import FP32, PRECISIONS, Precision
 
 
 @dataclass(frozen=True, order=True)
 class Method:
     """How one layer is computed: precision, and ranks if it is factorised (one rank for SVD, two for Tucker-2)."""
 
-    precision: Precision = "fp32"
+    precision: Precision = FP32
     ranks: tuple[int, ...] = ()
 
     def __str__(self) -> str:

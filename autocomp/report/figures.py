@@ -13,6 +13,7 @@ from autocomp.config.quantities import format_bytes
 from autocomp.front.pareto import pareto_set
 from autocomp.records.evaluation import Evaluation, as_searched
 from autocomp.records.latency import Latency
+from autocomp.records.precisions import FORMATS, INT8
 from autocomp.records.run import Run, comparable, comparable_reference, speedup
 
 Figure = dict[str, Any]
@@ -289,7 +290,9 @@ def choices_text(evaluation: Evaluation, dense: Evaluation) -> str:
     parts = []
     if sum(full.values()):
         parts.append(f"{100 * sum(widths.values()) / sum(full.values()):.0f} % of channels")
-    parts.append(f"{sum(m.precision == 'w8a8' for m in methods)} of {len(methods)} layers int8")
+    parts.append(
+        f"{sum(FORMATS[m.precision].family.arithmetic is INT8 for m in methods)} of {len(methods)} layers int8"
+    )
     if factorised := sum(bool(m.ranks) for m in methods):
         parts.append(f"{factorised} factorised")
     return " · ".join(parts)

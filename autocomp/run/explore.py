@@ -13,8 +13,9 @@ from autocomp.front.goals import Judge, family
 from autocomp.front.pareto import promising
 from autocomp.processes.pool import cores, map_in_processes
 from autocomp.progress import Stage
-from autocomp.records.candidate import Candidate, Method, Precision
+from autocomp.records.candidate import Candidate, Method
 from autocomp.records.evaluation import Evaluation
+from autocomp.records.precisions import FORMATS, FP32
 from autocomp.run.budget import BASELINES, TELLING
 from autocomp.run.found import Found, is_baseline
 from autocomp.run.prepare import Prepared
@@ -119,9 +120,10 @@ class _Explorer:
 
     def _baselines(self) -> None:
         """Tell and measure dense and the uniform compressions: they stand beside the front, and fit the latency models."""
-        precisions: list[Precision] = ["fp32"]
-        if any(Method("w8a8") in methods for methods in self.space.methods.values()):
-            precisions.append("w8a8")
+        offered = {method for methods in self.space.methods.values() for method in methods}
+        precisions = [
+            name for name, form in FORMATS.items() if form.baseline and (name == FP32 or Method(name) in offered)
+        ]
         uniform = [self.space.uniform(keep, precision) for precision in precisions for keep in UNIFORM_KEEPS]
         self.search.enqueue(self.space.dense(), "dense")
         for candidate in uniform:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from autocomp.compress.hessian import WIDE
 from autocomp.errors import UsageError, suggest
-from autocomp.records.candidate import Method, Precision
-from autocomp.records.precisions import CENTROIDS, FORMATS
-from autocomp.records.recurrent import IN_8_BITS
+from autocomp.records.candidate import Method
+from autocomp.records.precisions import FORMATS, FP32, Precision
 from autocomp.space.file import Rule, SpaceFile, load_space
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ class _Builder:
 
     def options(self, layer: str) -> Rule:
         """Merge the rules that match; without any, nothing is offered."""
-        merged: dict[str, Any] = {"keep": [1.0], "ranks": [], "spatial_ranks": [], "precisions": ["fp32"]}
+        merged: dict[str, Any] = {"keep": [1.0], "ranks": [], "spatial_ranks": [], "precisions": [FP32]}
         for rule in self.rules.rules:
             if rule.matches(layer):
                 merged |= rule.model_dump(exclude={"layers"}, exclude_none=True)
@@ -114,9 +113,9 @@ class _Builder:
     def methods(self, layer: Layer) -> tuple[Method, ...]:
         options = self.options(layer.name)
         why_dense = layer.fixed or ("it is protected" if self.protected(layer.name) else "")
-        precisions: list[Precision] = ["fp32"]
+        precisions: list[Precision] = [FP32]
         for precision in dict.fromkeys(options.precisions or ()):
-            if precision == "fp32":
+            if precision == FP32:
                 continue
             reason = why_dense or self._precision_refused(layer, precision)
             if reason:
@@ -128,21 +127,20 @@ class _Builder:
 
     def _precision_refused(self, layer: Layer, precision: Precision) -> str:
         """Say why a layer cannot or should not take a precision; empty if it may."""
-        kind = FORMATS[precision]
-        if layer.loop and kind.kind == "integer" and layer.loop not in IN_8_BITS:
+        form = FORMATS[precision]
+        if layer.loop and not form.family.decodes and layer.loop not in form.family.loops:
             return f"a {layer.loop}'s loop over time is in fp32"
         lacking = [profile.name for profile in self.profiles if not has_kernel(layer, precision, profile)]
-        if lacking and (kind.kind == "integer" or self.rules.kernels_only):
+        if lacking and (not form.family.decodes or self.rules.kernels_only):
             return f"profile {', '.join(lacking)} has no kernels for it"
         order = list(self.graph.layers)
         least = {"any": 0, "8bit": 8, "float": 16}[self.rules.ends]
-        if layer.name in (order[0], order[-1]) and kind.bits < least:
+        if layer.name in (order[0], order[-1]) and form.bits < least:
             which = "first" if layer.name == order[0] else "last"
             return f"it is the {which} layer, among the most sensitive: `ends: {self.rules.ends}` in the search space protects it"
-        if kind.kind == "codebook":
-            books, indices = kind.stages * CENTROIDS * kind.dim * 2, layer.weights * kind.bits / 8
-            if books > indices:
-                return f"its codebooks of {books} bytes outweigh their {indices:.0f} bytes of indices"
+        books, indices = form.codebook_bytes, layer.weights * form.bits / 8
+        if books > indices:
+            return f"its codebooks of {books} bytes outweigh their {indices:.0f} bytes of indices"
         return ""
 
     def _ranks(self, layer: Layer, options: Rule, why_dense: str) -> list[tuple[int, ...]]:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from autocomp.config.files import read_yaml
 from autocomp.config.shipped import shipped_files
 from autocomp.errors import UsageError, cut, shown, suggest
-from autocomp.records.candidate import Precision
+from autocomp.records.precisions import Precision
 
 Share = Annotated[float, Field(gt=0.0, le=1.0, strict=True)]
 

@@ -8,9 +8,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from autocomp.graph.shapes import factor_shapes, resized
-from autocomp.records.candidate import Candidate, Method, Precision
-from autocomp.records.precisions import FORMATS, group_of
-from autocomp.records.recurrent import IN_8_BITS
+from autocomp.records.candidate import Candidate, Method
+from autocomp.records.precisions import FORMATS, FP32, Family, Precision, group_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,7 +70,7 @@ class Space:
         widths = {name: options[0] for name, options in self.widths.items()}
         return Candidate(widths, {name: options[0] for name, options in self.methods.items()})
 
-    def uniform(self, keep: float = 1.0, precision: Precision = "fp32") -> Candidate:
+    def uniform(self, keep: float = 1.0, precision: Precision = FP32) -> Candidate:
         """Return the candidate with the width nearest to ``keep`` in every group, and one precision where offered.
 
         Approximate groups keep all units where others can be narrowed: a recipe that treats all groups alike is none for these.
@@ -158,19 +157,13 @@ class Space:
 
 
 def has_kernel(layer: Layer, precision: Precision, profile: Target) -> bool:
-    """Whether a profile computes a layer in a precision; what it does not is decoded to float32 when the model is compiled.
-
-    Linear layers in w8 and w4 have kernels on every profile, convolutions in these and codebooks nowhere; loops over time are in fp32 or, of
-    some kinds, in 8-bit integers; transposed and three-dimensional convolutions have none in fp16.
-    """
-    kind = FORMATS[precision].kind
-    if layer.loop and precision != "fp32":
-        return kind == "integer" and layer.loop in IN_8_BITS and precision in profile.precisions
-    if kind == "grouped":
-        return layer.kind == "linear"
-    if precision == "fp16" and not layer.is_plain:
-        return False
-    return precision in profile.precisions
+    """Whether a profile computes a layer in a precision; what it does not is decoded to float32 when the model is compiled."""
+    family = FORMATS[precision].family
+    if layer.loop:
+        covered = layer.loop in family.loops
+    else:
+        covered = ("linear" if layer.kind == "linear" else "plain" if layer.is_plain else "other") in family.covers
+    return covered and (family.everywhere or precision in profile.precisions)
 
 
 def same_kernels(layer: Layer, one: Method, other: Method, profiles: Sequence[Target]) -> bool:
@@ -178,10 +171,10 @@ def same_kernels(layer: Layer, one: Method, other: Method, profiles: Sequence[Ta
     if one.ranks != other.ranks:
         return False
 
-    def kernel(method: Method, profile: Target) -> tuple[str, float, int]:
-        precision = method.precision if has_kernel(layer, method.precision, profile) else "fp32"
-        kind = FORMATS[precision]
-        return kind.kind, kind.bits, group_of(precision, layer.in_channels) if kind.group else 0
+    def kernel(method: Method, profile: Target) -> tuple[Family, float, int]:
+        precision = method.precision if has_kernel(layer, method.precision, profile) else FP32
+        form = FORMATS[precision]
+        return form.family, form.bits, group_of(precision, layer.in_channels) if form.group else 0
 
     return all(kernel(one, profile) == kernel(other, profile) for profile in profiles)
 

@@ -11,12 +11,14 @@ a convolution counts as stride 1 over the channels that one output reads: the in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from autocomp.errors import AutocompError
 from autocomp.hardware.profile import Profile
+from autocomp.kernels import weight_only
+from autocomp.records.precisions import ARITHMETICS, arithmetic_of, weight_bytes_of
 from autocomp.tuning.store import KernelRecord, KernelStore
 
 if TYPE_CHECKING:
@@ -29,16 +31,17 @@ _ACCUMULATORS = 8  # independent sums: two loads a cycle, and an addition takes 
 
 @dataclass(frozen=True)
 class Roofline:
-    """A machine's measured limits: operations a second by arithmetic, and bytes a second of main memory; None if unknown."""
+    """A machine's measured limits: operations a second by the name of an arithmetic, and bytes a second of main memory; None if unknown."""
 
-    fp32: float | None = None
-    fp16: float | None = None
-    int8: float | None = None
+    peaks: Mapping[str, float] = field(default_factory=dict)
     bandwidth: float | None = None
 
     def peak(self, operator: str) -> float | None:
         """The limit of an operator's arithmetic."""
-        return {"int8": self.int8, "fp16": self.fp16}.get(operator[-4:], self.fp32)
+        return self.peaks.get(arithmetic_of(operator).name)
+
+    def to_json(self) -> dict[str, float | None]:
+        return {**{name: self.peaks.get(name) for name in ARITHMETICS}, "bandwidth": self.bandwidth}
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def roofline(records: Iterable[KernelRecord]) -> Roofline:
     rates = {name: record.flops / record.seconds for name, (_, record) in newest.items() if record.flops}
     stream = newest.get("memory")
     bandwidth = stream[1].tile["bytes"] / stream[1].seconds if stream else None
-    return Roofline(rates.get("fp32"), rates.get("fp16"), rates.get("int8"), bandwidth)
+    return Roofline({name: rates[name] for name in ARITHMETICS if name in rates}, bandwidth)
 
 
 def position(record: KernelRecord, limits: Roofline) -> Position:
@@ -91,17 +94,14 @@ def traffic(record: KernelRecord) -> float | None:
     spatial, reduction = record.spatial, record.reduction
     if not spatial or not reduction:
         return None
-    size, depth = _element(record), math.prod(reduction)
-    outputs = (2 if record.operator.endswith("fp16") else 4) * math.prod(spatial)
+    if record.operator in weight_only.TEMPLATES:
+        return weight_only.traffic(record.operator, spatial, reduction)
+    arithmetic, depth = arithmetic_of(record.operator), math.prod(reduction)
+    size, outputs = _element(record), arithmetic.result * math.prod(spatial)
     *rows, channels = spatial
-    match record.operator.removesuffix("_int8").removesuffix("_fp16"):
+    match record.operator.removesuffix(f"_{arithmetic.name}"):
         case "dense":
             return size * (math.prod(rows) * depth + depth * channels) + outputs
-        case "dense_w8" | "dense_w4":  # float inputs and outputs, one float scale for each group of weights
-            return 4 * math.prod(rows) * depth + channels * (depth * size + 4 * reduction[0]) + outputs
-        case "gemv_w8" | "gemv_w4":
-            m, groups = rows
-            return 4 * m * groups * depth + channels * groups * (depth * size + 4) + 4 * m * channels
         case "batch_matmul":
             batch, m = math.prod(rows[:-1]), rows[-1]
             return size * batch * (m * depth + depth * channels) + outputs
@@ -114,10 +114,9 @@ def traffic(record: KernelRecord) -> float | None:
 
 
 def _element(record: KernelRecord) -> float:
-    """Bytes of one weight (and, but for weight-only kernels, of one input)."""
-    if record.operator.endswith("int8"):
-        return 2 if record.reduction[-1] == 2 else 1  # products of pairs are of 16-bit integers
-    return {"w8": 1.0, "w4": 0.5, "16": 2.0}.get(record.operator[-2:], 4.0)
+    """Bytes of one weight and of one input."""
+    pairs = arithmetic_of(record.operator).dot and record.reduction[-1] == 2  # whose products are of 16-bit integers
+    return 2.0 if pairs else weight_bytes_of(record.operator)
 
 
 def measure_bandwidth(profile: Profile, store: KernelStore, timer: Timer | None = None) -> float:

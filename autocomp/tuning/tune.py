@@ -8,14 +8,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from autocomp.errors import AutocompError
 from autocomp.hardware.profile import Profile
-from autocomp.kernels import compute, fp16, packing, templates
-from autocomp.kernels.intrinsics import dot_product
-from autocomp.kernels.specs import DenseSpec
+from autocomp.kernels import templates
 from autocomp.kernels.tile import Anchor, Tile
+from autocomp.records.precisions import arithmetic_of, load
 from autocomp.tuning.store import KernelRecord, KernelStore
 from autocomp.tuning.timers import Job, LocalTimer, Timer
 
@@ -151,11 +148,11 @@ class Tuner:
             timer = self.timer if self.profile.how == "rpc" else None
             single = Tuner(replace(self.profile, cores=1), self.store, timer, budget=self.budget)
             return self.profile.cores * (single.peak(template) or 0.0)
-        arithmetic = next((kind for kind in ("int8", "fp16") if template.endswith(kind)), "fp32")
-        key = f"peak-{arithmetic}-v{templates.VERSION}"
+        arithmetic = arithmetic_of(template)
+        key = f"peak-{arithmetic.name}-v{templates.VERSION}"
         record = self.store.get(key)
         if record is None:
-            kernel = self._kernel(_reference_product(arithmetic, self.profile))
+            kernel = self._kernel(load(arithmetic.product)(self.profile))
             (found,) = self._search([kernel], stop_early=False)
             if isinstance(found, AutocompError):
                 raise found
@@ -229,25 +226,6 @@ class Tuner:
                 f"no schedule of a {anchor.template} kernel {_describe(anchor)} could be built: {failure}"
             )
         return replace(best, trials=trials)
-
-
-def _reference_product(arithmetic: str, profile: Profile) -> Any:
-    """A product small enough for the first-level cache: 24 x 256 times 256 x 64, in float32, float16 or 8-bit integers."""
-    from tvm import te
-
-    weight = np.zeros((64, 256), {"int8": "int8", "fp16": "float16"}.get(arithmetic, "float32"))
-    if arithmetic == "fp16":
-        lanes = 2 * profile.lanes
-        packed, dtype = fp16.pack_dense_weight(weight, lanes), "float16"
-    else:
-        lanes, dot = profile.lanes, dot_product(profile) if arithmetic == "int8" else None
-        packed, dtype = packing.pack_dense_weight(weight, lanes, dot), dot.activation if dot else "float32"
-    spec = DenseSpec.of((24, 256), 64, lanes)
-    data = te.placeholder((24, 256), dtype, name="data")
-    constant = te.placeholder(packed.shape, str(packed.dtype), name="weight")
-    if arithmetic == "fp16":
-        return te.create_prim_func([data, constant, fp16.dense(data, constant, spec)])
-    return te.create_prim_func([data, constant, compute.dense(data, constant, spec, dot)])
 
 
 def _describe(anchor: Anchor) -> str:

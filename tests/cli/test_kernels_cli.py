@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -382,7 +382,11 @@ def test_traffic_counts_inputs_weights_and_outputs_once(
 def test_roofline_takes_the_newest_peak_and_leaves_out_what_it_does_not_know() -> None:
     newer = KernelRecord("peak-fp32-v12", "dense", {}, 1e-5, 3_000_000, 1)
     limits = roofline.roofline([newer, *RECORDS[:2]])
-    assert (limits.fp32, limits.int8, limits.bandwidth) == (pytest.approx(3e11), pytest.approx(8e11), None)
+    assert (limits.peak("dense"), limits.peak("dense_int8"), limits.bandwidth) == (
+        pytest.approx(3e11),
+        pytest.approx(8e11),
+        None,
+    )
     place = roofline.position(RECORDS[3], limits)
     assert place.bound is None
     assert place.peak_fraction == pytest.approx(231_211_008 / 1.5e-3 / 3e11)
@@ -404,4 +408,4 @@ def test_bandwidth_is_measured_once(tmp_path: Path) -> None:
     first = roofline.measure_bandwidth(profile, store)
     assert 1e8 < first < 1e13
     assert roofline.measure_bandwidth(profile, store) == first
-    assert asdict(roofline.roofline(store.records()))["bandwidth"] == first
+    assert roofline.roofline(store.records()).to_json()["bandwidth"] == first

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from wholes import quantise_all
 
-from autocomp.compiler.verify import CHAOTIC, TOLERANCES, compare, precision_of, reference_outputs
+from autocomp.compiler.verify import CHAOTIC, coarsest, compare, reference_outputs
 from autocomp.errors import MismatchError
+from autocomp.layers.fp16 import halved
+from autocomp.records.precisions import ARITHMETICS, FLOAT32, INT8
 
 torch.set_num_threads(1)
 
@@ -194,9 +196,9 @@ def test_a_model_whose_own_output_is_no_number_proves_nothing() -> None:
 
 def test_each_precision_has_its_row() -> None:
     x = torch.randn(1, 3, 8, 8)
-    assert precision_of(Dense()) == "fp32"
-    assert precision_of(quantised(Dense(), x)) == "int8"
-    fp32, fp16, int8 = (TOLERANCES[name] for name in ("fp32", "fp16", "int8"))
+    assert coarsest(Dense()) is FLOAT32
+    assert coarsest(nn.Sequential(quantised(Dense(), x), halved(nn.Linear(4, 4)))) is INT8
+    fp32, fp16, int8 = (arithmetic.tolerance for arithmetic in ARITHMETICS.values())
     assert fp32.within(fp16)
     assert fp16.within(int8)
     assert int8.within(CHAOTIC)

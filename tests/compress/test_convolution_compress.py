@@ -26,7 +26,8 @@ from autocomp.graph.program import CanonicalModel
 from autocomp.layers.convolution import Layers, outputs_first
 from autocomp.layers.decode import decoded
 from autocomp.layers.narrow import take
-from autocomp.records.candidate import Candidate, Method, Precision
+from autocomp.records.candidate import Candidate, Method
+from autocomp.records.precisions import Precision
 from autocomp.space.build import build_space
 from autocomp.space.file import Rule, SpaceFile
 from autocomp.space.space import Space

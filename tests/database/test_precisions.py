@@ -17,8 +17,9 @@ from torch import nn
 from autocomp.database.stitch import stitch
 from autocomp.export.onnx import export_onnx, onnx_session, run_session
 from autocomp.graph.fold import fold_batchnorm
-from autocomp.layers.decode import Stored, decoded, float_module
+from autocomp.layers.decode import decoded, float_module
 from autocomp.layers.fp16 import halved
+from autocomp.layers.part import Stored
 from autocomp.records.candidate import Candidate, Method
 from autocomp.space.build import build_space
 

@@ -21,7 +21,8 @@ from autocomp.hardware.profile import Profile, load_profile
 from autocomp.kernels import compute, fp16, packing, rows, templates, weight_only
 from autocomp.kernels.intrinsics import dot_product
 from autocomp.layers.fp16 import HalfConv2d, HalfLinear, halved
-from autocomp.records.candidate import Method, Precision
+from autocomp.records.candidate import Method
+from autocomp.records.precisions import Precision
 
 torch.set_num_threads(1)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autocomp.layers.fp16 import HalfConv1d, conv2d_fp16, halved, linear_fp16
-from autocomp.records.candidate import PRECISIONS, Method
-from autocomp.records.precisions import FORMATS, group_of
+from autocomp.records.candidate import Method
+from autocomp.records.precisions import CODEBOOK, FORMATS, PRECISIONS, Precision, group_of
 
 torch.set_num_threads(1)
 
@@ -22,10 +24,10 @@ def test_methods_are_read_back_as_written(precision, ranks):
 
 
 def test_every_precision_has_a_format():
-    assert set(FORMATS) == set(PRECISIONS)
-    for precision, kind in FORMATS.items():
-        if kind.kind == "codebook":
-            assert kind.bits == 8 * kind.stages / kind.dim == int(precision[-1])
+    assert tuple(FORMATS) == get_args(Precision)
+    for precision, form in FORMATS.items():
+        if form.family is CODEBOOK:
+            assert form.bits == 8 * form.stages / form.dim == int(precision[-1])
     assert (group_of("w4", 30), group_of("w4", 33), group_of("w4g128", 33), group_of("w4g32", 500)) == (32, 64, 64, 32)
 
 
