@@ -141,6 +141,8 @@ def search(
         click.echo((place / FRONT).read_text(encoding="utf-8"), nl=False)
     else:
         terminal.show_front(result.run)
+        if settings.family:
+            terminal.show_family(result.run, settings)
         click.echo(f"\nreport: {place / 'report.html'}")
 
 

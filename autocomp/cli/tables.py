@@ -8,7 +8,9 @@ from decimal import Decimal  # candidates outnumber what a float holds
 from typing import TYPE_CHECKING, Any
 
 from autocomp.config.quantities import format_bytes, format_milliseconds
+from autocomp.config.settings import Settings
 from autocomp.errors import UsageError
+from autocomp.front.goals import Judge, family
 from autocomp.hardware.profile import list_profiles, load_profile
 from autocomp.records.evaluation import Sensitivity
 from autocomp.records.latency import Latency
@@ -46,6 +48,20 @@ def show_table(headings: Sequence[str], rows: Iterable[Sequence[str]], title: st
 def _figure(value: float, sign: str = "") -> str:
     """Four places of a value about 1, as many digits of one that is very large or small."""
     return f"{value:{sign}.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:{sign}.4g}"
+
+
+def show_family(run: Run, settings: Settings) -> None:
+    """Print the member of each speed-up that was asked for, and which have none."""
+    task, dense = run.task, run.dense.evaluation
+    judge = Judge(dense, settings.goals, task.objective, task.higher_is_better)
+    rows = []
+    for name, member in family(judge, [p.evaluation for p in run.front], settings.speedups, list(run.profiles)).items():
+        if member is None:
+            rows.append([name, "no point of the front reaches it", "", ""])
+        else:
+            value, lost = member.metrics[task.objective], judge.drop(member)
+            rows.append([name, member.candidate.id, _figure(value), _figure(lost, "+")])
+    show_table(["\nfamily", "point", f">{task.objective}", ">drop"], rows)
 
 
 def show_front(run: Run) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from autocomp.cache import write_atomically
 from autocomp.config.files import read_json, read_yaml, validated
-from autocomp.config.quantities import format_bytes
+from autocomp.config.quantities import format_bytes, parse_factor
 from autocomp.config.settings import Goals
 from autocomp.errors import CorruptError, InfeasibleError, UsageError, shown
 from autocomp.front.goals import Judge
@@ -30,6 +33,7 @@ from autocomp.records.run import (
 from autocomp.report import figures
 from autocomp.report.curves import sensitivity_figures
 from autocomp.report.figures import Metric, milliseconds
+from autocomp.report.goals import family_rows, goal_rows
 from autocomp.report.targets import knee_of, targets
 
 REPORT = "report.html"
@@ -66,7 +70,6 @@ def render(
 ) -> str:
     """The page as text. With a ``folder``, only files that exist in it are linked."""
     from jinja2 import Environment, FileSystemLoader
-    from plotly.offline import get_plotlyjs
 
     here = Path(__file__).parent
     environment = Environment(loader=FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -77,6 +80,14 @@ def render(
         run=run,
         metric=page.metric,
         cards=page.cards(),
+        goals=goal_rows(page.judge, page.recommended.evaluation if page.recommended else None, page.metric),
+        family=family_rows(
+            page.judge,
+            [p.evaluation for p in run.front],
+            _speedups((config or {}).get("family")),
+            page.profiles,
+            page.metric,
+        ),
         rows=[page.row(run.dense), *(page.row(point) for point in run.front if not page.is_dense(point))],
         others=[page.other(item) for item in page.comparisons()],
         figures=drawn,
@@ -90,7 +101,7 @@ def render(
         created=str((provenance or {}).get("written", ""))[:16].replace("T", " "),
         style=(here / "report.css").read_text(encoding="utf-8"),
         script=(here / "report.js").read_text(encoding="utf-8"),
-        plotly=get_plotlyjs().replace("</script", "<\\/script"),
+        plotly=_packed_plotly(),
         milliseconds=milliseconds,
         size=format_bytes,
     )
@@ -337,6 +348,13 @@ def _goals(data: Any) -> Goals:
         raise TypeError(str(error)) from error
 
 
+def _speedups(data: Any) -> list[float]:
+    """The family of a run's config. TypeError if it is none."""
+    if not isinstance(data or [], list):
+        raise TypeError(f"family is {shown(data)}")
+    return [parse_factor(str(text)) for text in data or ()]
+
+
 def _figures(
     run: Run, evaluations: Sequence[Evaluation], page: _Page
 ) -> dict[str, tuple[figures.Figure, dict[str, Any]]]:
@@ -364,7 +382,6 @@ def _figures(
 def render_sensitivity(task: str, rows: Sequence[Sensitivity]) -> str:
     """The page of `autocomp sensitivity`: the curves and a table, with everything embedded."""
     from jinja2 import Environment, FileSystemLoader
-    from plotly.offline import get_plotlyjs
 
     here = Path(__file__).parent
     environment = Environment(loader=FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -376,8 +393,16 @@ def render_sensitivity(task: str, rows: Sequence[Sensitivity]) -> str:
         figure_json=_embedded(drawn),
         style=(here / "report.css").read_text(encoding="utf-8"),
         script=(here / "report.js").read_text(encoding="utf-8"),
-        plotly=get_plotlyjs().replace("</script", "<\\/script"),
+        plotly=_packed_plotly(),
     )
+
+
+@cache
+def _packed_plotly() -> str:
+    """Plotly's script, deflated: it is nearly all of a page, and the browser unpacks it faster than a page is read."""
+    from plotly.offline import get_plotlyjs
+
+    return base64.b64encode(zlib.compress(get_plotlyjs().encode(), 9)).decode()
 
 
 def _embedded(data: Any) -> str:
