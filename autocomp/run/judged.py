@@ -10,8 +10,9 @@ from autocomp.records.evaluation import Evaluation
 
 Metrics = Mapping[str, float]
 
-SAME = 1e-3  # of a metric's value: what it may differ by between two readings of the same data
-# Compressed models that answer so far from the uncompressed one (nats), and are judged exactly as it is: they make one doubt the judge.
+SAME = 1e-3  # of a metric's value: what it may differ by between two readings of the same data; chosen by hand, not measured
+# Compressed models that answer so far from the uncompressed one (nats), and are judged exactly as it is: they make one doubt the judge. Chosen
+# by hand, not measured.
 ENOUGH_TO_DOUBT, DOUBT = 2, 0.05
 
 

@@ -17,6 +17,7 @@ from autocomp.errors import UsageError, cut, shown
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
 
+# Chosen by hand, not measured: longer than a process that works leaves out its sign (one told trial or measurement), shorter than a night.
 SILENT = 1800.0  # seconds without a sign of life after which a process on another machine counts as gone
 _SIGN = 60.0  # seconds between two signs
 _OWNER = "owner"

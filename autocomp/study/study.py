@@ -27,7 +27,12 @@ if TYPE_CHECKING:
     from optuna.storages import RDBStorage
     from optuna.trial import FrozenTrial
 
-TPE_EVERY = 10  # one proposal in ten is TPE's: in simulation no worse than none, and it looks where the model would not
+# One proposal in ten is TPE's: in the simulation that `propose.py` describes no worse than none, and it looks where the model would not. That
+# it is ten was chosen by hand, not measured.
+TPE_EVERY = 10
+# Candidates of a space that is walked through whole, so that none is missed; and rows drawn at random in a larger one before it counts as
+# exhausted. Both chosen by hand, not measured.
+SMALL, DRAWN = 20_000, 1000
 _UPDATE = "evaluation:"  # study attribute by trial number: Optuna lets no finished trial's own attributes change
 
 
@@ -356,10 +361,10 @@ class Search:
                 yield self._tpe.sample(levels, values, int(rng.integers(2**31))), "optuna"
             for row in propose(levels, values, self._sizes, rng, self._estimate if self._problem else None):
                 yield row, "mutation"
-        if np.prod(self._sizes, dtype=np.float64) <= 20_000:  # a small space is walked through, so that none is missed
+        if np.prod(self._sizes, dtype=np.float64) <= SMALL:
             yield from ((row, "mutation") for row in itertools.product(*map(range, self._sizes)))
         else:
-            yield from ((rng.integers(self._sizes), "mutation") for _ in range(1000))
+            yield from ((rng.integers(self._sizes), "mutation") for _ in range(DRAWN))
 
     def _estimate(self, rows: Levels) -> Floats:
         """Additive (error, seconds) of rows of levels, ``[n, 2]``."""
