@@ -147,7 +147,7 @@ def rebuild_report(run: str | Path) -> Path:
     Examples:
         >>> rebuild_report("runs/nothing")
         Traceback (most recent call last):
-        autocomp.errors.UsageError: runs/nothing holds no front.json: it is no run folder, or its search has not finished (--resume)
+        autocomp.errors.UsageError: runs/nothing holds no front.json: it is no run folder, or ...
     """
     from autocomp.report.build import build_report
 

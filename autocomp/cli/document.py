@@ -128,7 +128,7 @@ def _value(given: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
         return f"`{given['const']}`"
     kind = given.get("type")
     if kind == "array":
-        return f"a list: {_value(given['items'], whole)}"
+        return f"a list, each {_value(given['items'], whole)}"
     if kind == "object":
         names = given.get("propertyNames", {}).get("enum", ())
         return f"a mapping of {', '.join(f'`{one}`' for one in names)}" if names else "a mapping"
@@ -143,7 +143,10 @@ def _bounds(given: Mapping[str, Any]) -> str:
 
 
 def _number(value: float) -> str:
-    return f"2^{math.log2(value):g}" if value > 1024 and math.log2(value).is_integer() else f"{value:g}"
+    for base, power in ((2, math.log2), (10, math.log10)):
+        if value > 1024 and power(value).is_integer():
+            return f"{base}^{power(value):g}"
+    return f"{value:g}"
 
 
 def _yaml(value: Any) -> str:
