@@ -10,7 +10,7 @@ DEVELOPED := 2.13
 TORCH ?= 2.15
 TORCH_VENV := .venv-torch-$(TORCH)
 
-.PHONY: demo test test-slow test-browser test-board test-corpus test-sweep test-torch corpus coverage pretrained lint clean
+.PHONY: demo test test-slow test-browser test-board test-corpus test-sweep test-torch corpus coverage pretrained docs lint clean
 
 demo: $(VENV)/.ready
 	rm -rf $(OUT)
@@ -59,6 +59,14 @@ pretrained: $(VENV)/.ready
 	rm -rf runs/pretrained
 	$(BIN)/python benchmarks/pretrained.py
 
+# the pages as a site, links checked; open site/index.html
+docs: $(VENV)/.ready-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.ready-docs: pyproject.toml $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --editable '.[docs]' 'torch==$(DEVELOPED).*'
+	touch $@
+
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -85,4 +93,4 @@ $(VENV)/.ready-dev: pyproject.toml $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-torch-* runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-torch-* runs site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -58,10 +58,28 @@ def search(
 ) -> SearchResult:
     """Search the compressions of a task's model, measure the promising ones, and write the run folder.
 
-    ``task`` is a Task or a name (``digits``, ``package.module:function``); ``options`` are the other keys of the settings (``space``,
-    ``measure``, ``minutes``, ``goals``, …). ``sampler`` proposes candidates: a name (``tpe``, ``nsgaii``, …) or any sampler of Optuna's.
-    UsageError for bad input, before anything is lost; InfeasibleError, with the report written, if
-    nothing measured meets the goals; Interrupted on Ctrl-C: the same call with ``resume=True`` continues.
+    ``task`` is a `Task` or a name (``digits``, ``package.module:function``); ``profiles`` are names or YAML files of targets, ``trials`` the
+    candidates told to the study, ``out`` the run folder, ``options`` the other keys of the settings (``space``, ``measure``, ``minutes``,
+    ``goals``, … as `Settings` has them: seconds, bytes, units of the metric). In the place of all of these, ``settings`` gives them resolved;
+    a `Task` may stand beside it. ``sampler`` proposes candidates: a name (``tpe``, ``nsgaii``, …) or any sampler of Optuna's. One search at a
+    time in a process.
+
+    Raises:
+        UsageError: Bad input; said before anything is lost.
+        InfeasibleError: Nothing measured meets the goals; front and report are written.
+        Interrupted: Ctrl-C or a signal; the same call with ``resume=True`` goes on.
+        ExportError: The model cannot be exported, or uses an operation that is not compiled.
+
+    Examples:
+        >>> import autocomp
+        >>> result = autocomp.search("digits", trials=300, out="runs/digits", max_drop=0.01)  # doctest: +SKIP
+        >>> result.best(max_drop=0.01).latency["x86-host"].seconds  # doctest: +SKIP
+
+        What is wrong is said before a model is trained or a folder made:
+
+        >>> autocomp.search("digits", trials=0)
+        Traceback (most recent call last):
+        autocomp.errors.UsageError: trials: must be greater than or equal to 1, got 0
     """
     progress = progress or Progress()
     given = None if sampler is None or isinstance(sampler, str) else sampler
@@ -147,7 +165,17 @@ def _where(error: OSError, folder: Path) -> str:
 
 
 def rebuild_report(run: str | Path) -> Path:
-    """Write ``report.html`` again from the records of a run folder; neither torch nor TVM is needed."""
+    """Write ``report.html`` again from the records of a run folder, and return its path; neither torch nor TVM is needed.
+
+    Raises:
+        UsageError: The folder holds no finished run, or one that a newer autocomp wrote.
+        CorruptError: A record does not read back as it was written.
+
+    Examples:
+        >>> rebuild_report("runs/nothing")
+        Traceback (most recent call last):
+        autocomp.errors.UsageError: runs/nothing holds no front.json: it is no run folder, or ...
+    """
     from autocomp.report.build import build_report
 
     return build_report(Path(run))
@@ -183,10 +211,23 @@ def measure(
 ) -> Latency:
     """Compile a model with tuned kernels, compare it with torch, and measure one inference on a profile.
 
-    ``.seconds`` is the median, ``.spread`` its relative interquartile range, ``.how`` how it was obtained, ``.kernels`` each
-    kernel's own time.
-    ExportError if the model cannot be compiled (also: it is random, it keeps a state), MismatchError if it computes something else than
-    torch, on the example inputs, on others like them, or on a second call. Warns of a model whose outputs depend on no input.
+    ``example_inputs`` is what the model is called with, a tuple of tensors; the time is for their shapes. ``profile`` is a name, the path of a
+    YAML file, or a `Profile`. Of what is returned, ``.seconds`` is the median, ``.spread`` its relative interquartile range, ``.how`` how it
+    was obtained, ``.kernels`` each kernel's own time. The first call tunes kernels, seconds for each new one; they are kept in the cache.
+    Warns (ModelWarning) of a model whose outputs depend on no input.
+
+    Raises:
+        ExportError: The model cannot be compiled; also where it is random, or keeps a state.
+        MismatchError: It computes something else than torch: on the example inputs, on others like them, or on a second call.
+        UsageError: The profile or the inputs cannot be used.
+        BoardError: The profile's board did not answer.
+
+    Examples:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+        >>> latency = measure(model, (torch.zeros(1, 16),))  # doctest: +SKIP
+        >>> latency.how, len(latency.kernels)  # doctest: +SKIP
+        ('measured', 2)
     """
     device, compiled = _compiled(model, example_inputs, profile)
     with caught(None):
@@ -197,7 +238,18 @@ def measure(
 def compile(
     model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...], profile: str | Profile = "x86-host"
 ) -> Compiled:
-    """Compile a model for a profile: ``.run(*tensors)``, ``.save(path)``. Errors as ``measure``."""
+    """Compile a model for a profile, compared with torch: ``.run(*tensors)`` computes, ``.save(path)`` writes a shared library.
+
+    ``example_inputs``, ``profile``, warnings and errors are those of `measure`. The module takes tensors of the shapes given, and of these
+    alone.
+
+    Examples:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+        >>> compiled = compile(model, (torch.zeros(1, 16),))  # doctest: +SKIP
+        >>> compiled.run(torch.zeros(1, 16)).shape  # doctest: +SKIP
+        torch.Size([1, 4])
+    """
     result: Compiled = _compiled(model, example_inputs, profile)[1]
     return result
 
@@ -205,7 +257,18 @@ def compile(
 def check(settings: Settings, progress: Progress | None = None) -> dict[str, Any]:
     """Say what a search would do: outputs compared, layers, groups, the choices offered, and what is not offered and why.
 
-    Nothing is measured.
+    Nothing is measured. The keys of what is returned are those of ``autocomp check --json``: ``task``, ``converted``, ``profiles``,
+    ``candidates`` (how many there are), ``outputs``, ``groups`` (``width`` in channels), ``layers`` (``macs``: multiply-accumulates of one
+    inference at the example's shapes), ``refused``.
+
+    Raises:
+        UsageError: The settings name no task, or one that cannot be used; or its function does not return within 15 minutes.
+        ExportError: The model cannot be exported, or uses an operation that is not compiled.
+
+    Examples:
+        >>> from autocomp.config.settings import load_settings
+        >>> found = check(load_settings(overrides={"task": "digits"}))  # doctest: +SKIP
+        >>> [layer["layer"] for layer in found["layers"]]  # doctest: +SKIP
     """
     from autocomp.graph.analyse import analyse
     from autocomp.space.build import build_space
@@ -263,8 +326,17 @@ def sensitivity(
 ) -> tuple[str, list[Sensitivity]]:
     """Return a task's name and what each option of each of its layers and groups costs alone; nothing is compiled or measured.
 
-    With ``masked``, also what masks of single weights (unstructured, N:M) would cost and save; no candidate has any. The curves are also drawn
-    into an HTML page at ``out``, if one is given. UsageError as ``search``.
+    Each row is a `Sensitivity`: the error in nats a sample, the share of the bytes that is kept. With ``masked``, also what masks of single
+    weights (unstructured, N:M) would cost and save; no candidate has any. The curves are also drawn into an HTML page at ``out``, if one is
+    given.
+
+    Raises:
+        UsageError: As `search`; or the page cannot be written.
+
+    Examples:
+        >>> from autocomp.config.settings import load_settings
+        >>> name, rows = sensitivity(load_settings(overrides={"task": "digits"}))  # doctest: +SKIP
+        >>> min(rows, key=lambda row: row.error).subject  # doctest: +SKIP
     """
     import tempfile
 

@@ -55,6 +55,10 @@ def shown(value: object, limit: int = 200) -> str:
     """A value as a message echoes it, of any size and nesting: at most about ``limit`` characters, on one line.
 
     Texts are quoted; what an exception says stands as it is.
+
+    Examples:
+        >>> shown("digits"), shown(list(range(1000)))
+        ("'digits'", '[0, 1, 2, 3, 4, 5, ...]')
     """
     if isinstance(value, BaseException):
         text = " ".join(str(value).split())
@@ -81,7 +85,12 @@ class ModelWarning(UserWarning):
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the nearest known name, or an empty string."""
+    """Return ``" Did you mean 'x'?"`` for the nearest known name, or an empty string.
+
+    Examples:
+        >>> suggest("digit", ["digits", "tokens"])
+        " Did you mean 'digits'?"
+    """
     near = difflib.get_close_matches(name[:200], list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
 

@@ -209,7 +209,7 @@ def main() -> None:
     ]
     dense = ", ".join(f"{name} {found['dense']:.4f}" for name, found in data.items())
     notes = [f"Dense: {dense}. Means over the candidates concerned."]
-    publish("ablation", headings, rows, {"tasks": data}, load_profile("x86-host"), notes, write=not options.quick)
+    publish("ablation", headings, rows, {"tasks": data}, load_profile("x86-host"), notes, not options.quick, "tasks")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from revision import revision
 
 from autocomp.compiler.build import describe_device
 from autocomp.hardware.profile import Profile
@@ -33,6 +34,7 @@ def geometric_mean(values: Iterable[float]) -> float:
 def machine(profile: Profile) -> dict[str, Any]:
     return {
         "when": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": revision(),
         "device": describe_device(profile),
         "cpus": os.cpu_count(),
         "load_average": os.getloadavg()[0],
@@ -47,6 +49,29 @@ def earlier(name: str, key: str) -> dict[str, Any]:
     return dict(json.loads(path.read_text()).get(key, {})) if path.exists() else {}
 
 
+def kept(name: str, key: str, data: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """What under a key of ``data`` stands in ``NAME.json`` already, word for word, and when, at which commit and on what that was measured.
+
+    A task that was measured again in part has a line for each part that was not: ``digits: joint``.
+    """
+    path = REPORTS / f"{name}.json"
+    if not path.exists():
+        return {}
+    stored = json.loads(path.read_text())
+    made = {label: stored["machine"].get(label, "unknown") for label in ("when", "commit", "device")}
+    earlier_still, before, found = stored.get("kept", {}), stored.get(key, {}), {}
+    for entry, value in json.loads(json.dumps(data[key])).items():
+        old = before.get(entry)
+        if value == old:
+            found[entry] = earlier_still.get(entry, made)
+            found |= {part: at for part, at in earlier_still.items() if part.startswith(f"{entry}: ")}
+        elif isinstance(value, dict) and isinstance(old, dict):
+            parts = [part for part, inner in value.items() if isinstance(inner, dict) and inner == old.get(part)]
+            by_part = {f"{entry}: {part}": earlier_still.get(entry, made) for part in parts}
+            found |= {part: earlier_still.get(part, at) for part, at in by_part.items()}
+    return found
+
+
 def publish(
     name: str,
     headings: Sequence[str],
@@ -55,8 +80,13 @@ def publish(
     profile: Profile,
     notes: Sequence[str] = (),
     write: bool = True,
+    parts: str | None = None,
 ) -> None:
-    """Print a table, and write ``reports/benchmarks/NAME.md`` and ``NAME.json`` (``write=False``: a smoke test, only print)."""
+    """Print a table, and write ``reports/benchmarks/NAME.md`` and ``NAME.json`` (``write=False``: a smoke test, only print).
+
+    Both say on which processor, on which day and at which commit (`revision`); where ``parts`` is the key of ``data`` that `earlier` gave, also
+    what of it is older.
+    """
     from autocomp.cli.tables import show_table
 
     show_table(headings, rows, title=name)
@@ -66,11 +96,16 @@ def publish(
         return
     REPORTS.mkdir(parents=True, exist_ok=True)
     info = machine(profile)
-    (REPORTS / f"{name}.json").write_text(json.dumps({"machine": info, **data}, indent=1) + "\n")
+    older = kept(name, parts, data) if parts else {}
+    stamp = {"machine": info} | ({"kept": older} if older else {})
+    (REPORTS / f"{name}.json").write_text(json.dumps(stamp | dict(data), indent=1) + "\n")
     plain = [heading.removeprefix(">") for heading in headings]
     align = ["---:" if heading.startswith(">") else "---" for heading in headings]
     lines = [f"| {' | '.join(cells)} |" for cells in (plain, align, *rows)]
-    text = (
-        f"# {name}\n\n`python benchmarks/{name}.py` on {info['device']}, {info['when']}.\n\n" + "\n".join(lines) + "\n"
-    )
-    (REPORTS / f"{name}.md").write_text(text + "".join(f"\n{note}\n" for note in notes))
+    made = f"{info['device']}, {info['when']}, commit {info['commit']}"
+    text = f"# {name}\n\n`python benchmarks/{name}.py` on {made}.\n\n" + "\n".join(lines) + "\n"
+    old = [
+        f"Not measured again: {what} ({at['device']}, {at['when']}, commit {at['commit']})."
+        for what, at in older.items()
+    ]
+    (REPORTS / f"{name}.md").write_text(text + "".join(f"\n{note}\n" for note in (*notes, *old)))

@@ -127,7 +127,7 @@ def main() -> None:
     ]  # fmt: skip
     notes = ["Calibration samples: " + ", ".join(f"{m[2]} {m[3]}" for m in MODELS.values()) + "."]
     rows = [row(name, found) for name, found in data.items()]
-    publish("cost", headings, rows, {"models": data}, load_profile("x86-host"), notes, write=not options.quick)
+    publish("cost", headings, rows, {"models": data}, load_profile("x86-host"), notes, not options.quick, "models")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def main() -> None:
         for name, found in data.items()
         for low, high in [found["proxies"]["metric_range"]]
     ]
-    publish("fidelity", headings, rows, {"tasks": data}, load_profile("x86-host"), notes, write=not options.quick)
+    publish("fidelity", headings, rows, {"tasks": data}, load_profile("x86-host"), notes, not options.quick, "tasks")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def main() -> None:
         for name, one in data.items()
     ]
     rows = [row(name, one) for name, one in data.items()]
-    publish("memory", headings, rows, {"models": data}, load_profile("x86-host"), notes, write=whole)
+    publish("memory", headings, rows, {"models": data}, load_profile("x86-host"), notes, whole, "models")
 
 
 if __name__ == "__main__":

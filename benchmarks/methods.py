@@ -157,7 +157,7 @@ def main() -> None:
         "task", "method", *(f">at {speed:.0f}x" for speed in SPEEDUPS), ">within 1 point", ">hypervolume", ">of joint's",
     ]  # fmt: skip
     notes = ["In brackets: change of the objective against dense, in points. A dash: no measured point is that fast."]
-    publish("methods", headings, rows, {"tasks": data}, load_profile("x86-host"), notes, write=not options.quick)
+    publish("methods", headings, rows, {"tasks": data}, load_profile("x86-host"), notes, not options.quick, "tasks")
 
 
 if __name__ == "__main__":

@@ -12,14 +12,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
-import functools
 import importlib
 import json
 import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -35,6 +33,7 @@ from corpus import CORPUS, LIBRARIES  # noqa: E402
 from corpus.entry import Entry  # noqa: E402
 from corpus.stages import STAGES, Budget  # noqa: E402
 from model_coverage_table import HEADINGS, goals, good, row, summary  # noqa: E402
+from revision import revision  # noqa: E402
 
 NEEDS = {
     "build": "",
@@ -57,15 +56,6 @@ _LAZY = (
     "sklearn",
 )
 ALONE = {"time", "search"}  # take times: nothing may run beside them
-
-
-@functools.cache
-def revision() -> str:
-    """Which state of the sources is asked: a result that is kept says what it is of."""
-    done = subprocess.run(
-        ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
 
 
 def run_stage(entry: Entry, stage: str, budget: Budget, folder: Path) -> dict[str, Any]:

@@ -145,6 +145,7 @@ def main() -> None:
         {"tasks": results},
         load_profile(PROFILE),
         notes,
+        parts="tasks",
     )
 
 

@@ -16,12 +16,25 @@ _NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?)\s*([a-zµ%]*)\s*", 
 
 
 def parse_seconds(text: str) -> float:
-    """Read a duration with its unit (``s``, ``ms``, ``us``, ``ns``) in seconds; ValueError says what is wrong."""
+    """Read a duration with its unit (``s``, ``ms``, ``us``, ``ns``) in seconds; ValueError says what is wrong.
+
+    Examples:
+        >>> parse_seconds("0.5ms"), parse_seconds("90s")
+        (0.0005, 90.0)
+        >>> parse_seconds("90")
+        Traceback (most recent call last):
+        ValueError: must be a duration with its unit, such as 0.5ms or 300us; got '90'
+    """
     return _parse(text, SECONDS, "a duration with its unit, such as 0.5ms or 300us")
 
 
 def parse_bytes(text: str) -> int:
-    """Read a size with its unit in bytes: ``KB`` is 1000 bytes, ``KiB`` 1024; ValueError says what is wrong."""
+    """Read a size with its unit in bytes: ``KB`` is 1000 bytes, ``KiB`` 1024; ValueError says what is wrong.
+
+    Examples:
+        >>> parse_bytes("500KB"), parse_bytes("1.5MiB")
+        (500000, 1572864)
+    """
     return math.floor(_parse(text, BYTES, "a size with its unit, such as 500KB or 1.5MiB"))
 
 
@@ -70,7 +83,12 @@ def _parse(text: str, units: dict[str, float] | dict[str, int], wanted: str) -> 
 
 
 def format_bytes(count: float) -> str:
-    """Write a size for people: ``1.60 MB``, ``401 kB``."""
+    """Write a size in bytes for people, three digits.
+
+    Examples:
+        >>> format_bytes(1_604_000), format_bytes(400_640), format_bytes(12)
+        ('1.6 MB', '401 kB', '12 B')
+    """
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
@@ -78,5 +96,10 @@ def format_bytes(count: float) -> str:
 
 
 def format_milliseconds(seconds: float) -> str:
-    """Write seconds as milliseconds for people, three digits: ``0.284 ms``."""
+    """Write seconds as milliseconds for people, three digits.
+
+    Examples:
+        >>> format_milliseconds(0.000284)
+        '0.284 ms'
+    """
     return f"{seconds * 1e3:.3g} ms"

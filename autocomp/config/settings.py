@@ -186,8 +186,18 @@ SETTING_NAMES = (set(Settings.model_fields) - {"goals"}) | set(Goals.model_field
 def load_settings(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
     """Resolve settings: ``overrides`` (flags, keywords; None: not given) over environment over file over defaults.
 
-    The file is YAML or TOML by its ending. Goals may be overridden under their own names (``max_drop``). UsageError
-    names the file or variable, the key, the rule and the value received.
+    The file is YAML or TOML by its ending. Goals may be overridden under their own names (``max_drop``).
+
+    Raises:
+        UsageError: It names the file or variable, the key, the rule and the value received.
+
+    Examples:
+        >>> settings = load_settings(overrides={"task": "digits", "max_latency": "0.5ms"})
+        >>> settings.out, settings.goals.max_latency
+        ('runs/digits', 0.0005)
+        >>> load_settings(overrides={"trails": 100})
+        Traceback (most recent call last):
+        autocomp.errors.UsageError: trails: there is no such key. Did you mean 'trials'? Known keys: ...
     """
     merged: dict[str, Any] = {}
     if path is not None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from autocomp.graph.graph import Graph, Layer
     from autocomp.tasks.task import Task
 
+# Chosen by hand, not measured. What they leave of memory, `benchmarks/memory.py` holds against a limit.
 ROWS = 8192  # positions a layer at most whose inputs enter H
 SAMPLE = 512  # of them kept as they are, for the ranges of activations
 DRAWS = 4  # answers drawn for each sample's Fisher gradients

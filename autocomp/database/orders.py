@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from autocomp.space.space import Space
 
 ORDERINGS = ("l1", "l2", "map", "obs")
+# Both chosen by hand, not measured.
 STEPS = 128  # removals a group at most; wider groups lose several channels between two updates of H^-1
 SHRUNK = 0.75  # share of the columns that are left when the state of OBS is copied into smaller tensors
 

@@ -13,6 +13,10 @@ def pareto_set(points: npt.ArrayLike) -> Indices:
     """Indices of the points ``[n, axes]`` that no other dominates, ascending by the last axis.
 
     Of equal points the first belongs to it. Points with a value that is not finite never belong to it.
+
+    Examples:
+        >>> pareto_set([(0.1, 5.0), (0.3, 2.0), (0.4, 3.0)]).tolist()
+        [1, 0]
     """
     rows = _rows(points)
     finite = np.flatnonzero(np.isfinite(rows).all(axis=1))
@@ -29,7 +33,12 @@ def pareto_set(points: npt.ArrayLike) -> Indices:
 
 
 def ranks(points: npt.ArrayLike) -> Indices:
-    """Front number of every point: 0 for the Pareto set, 1 for that of the rest, and so on; -1 where not finite."""
+    """Front number of every point ``[n, axes]``: 0 for the Pareto set, 1 for that of the rest, and so on; -1 where not finite.
+
+    Examples:
+        >>> ranks([(0.1, 5.0), (0.3, 2.0), (0.4, 3.0), (float("nan"), 1.0)]).tolist()
+        [0, 0, 1, -1]
+    """
     rows = _rows(points)
     result = np.full(len(rows), -1, dtype=np.intp)
     left = np.flatnonzero(np.isfinite(rows).all(axis=1))
@@ -106,6 +115,10 @@ def knee(points: npt.ArrayLike) -> int | None:
 
     Axes are scaled to the front's own extent, so the answer does not depend on units. With fewer than three points, or
     none below the chord, it is the point nearest to the ideal corner.
+
+    Examples:
+        >>> knee([(0.0, 10.0), (0.1, 2.0), (1.0, 1.0)])
+        1
     """
     rows = _rows(points)
     front = pareto_set(rows)
@@ -120,7 +133,12 @@ def knee(points: npt.ArrayLike) -> int | None:
 
 
 def hypervolume(points: npt.ArrayLike, reference: tuple[float, float]) -> float:
-    """Area that the points ``[n, 2]`` dominate up to the reference corner; exact. Points beyond it add nothing."""
+    """Area that the points ``[n, 2]`` dominate up to the reference corner; exact. Points beyond it add nothing.
+
+    Examples:
+        >>> hypervolume([(0.0, 0.5), (0.5, 0.0), (2.0, 2.0)], reference=(1.0, 1.0))
+        0.75
+    """
     rows = _rows(points)
     area, best = 0.0, reference[0]
     for k in pareto_set(rows):  # ascending by the second axis

@@ -139,8 +139,8 @@ class PowerFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
-    idle: float | None = Field(None, gt=0, le=1000)
-    load: float | None = Field(None, gt=0, le=1000, description="every core busy")
+    idle: float | None = Field(None, gt=0, le=1000, description="watts with nothing to do")
+    load: float | None = Field(None, gt=0, le=1000, description="watts with every core busy")
 
 
 class BandwidthFile(BaseModel):
@@ -158,19 +158,19 @@ class ProfileFile(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     format_version: Literal[1]
-    name: str = Field(min_length=1, max_length=100)
-    description: str = Field("", max_length=1000)
-    how: Reach
+    name: str = Field(min_length=1, max_length=100, description="by which reports and files call it")
+    description: str = Field("", max_length=1000, description="a line for `autocomp profiles`")
+    how: Reach = Field(description="timed on this machine, on a board, or by a model of the core")
     target: Any = Field(description="`detect` (this machine), or TVM's target as keys and values")
     lanes: int | None = Field(None, ge=1, le=64, description="float32 lanes of a vector register")
-    vector_registers: int | None = Field(None, ge=8, le=64)
+    vector_registers: int | None = Field(None, ge=8, le=64, description="vector registers of a core")
     precisions: list[Precision] | None = Field(None, min_length=1, description="precisions with kernels")
     int8: Int8 | None = Field(None, description="byte dot-product instruction; none: widened products")
     cores: int = Field(1, ge=1, le=1024, description="threads one inference uses")
     clock_hz: float | None = Field(None, ge=1e6, le=1e11, description="in Hz: 2.4e+9")
     caches: dict[CacheLevel, int] = Field(default_factory=dict, description="bytes by level: l1d, l1i, l2, l3")
     cache_ways: dict[CacheLevel, int] = Field(default_factory=dict, description="associativity by level")
-    memory_bytes: int | None = Field(None, gt=0, le=2**50)
+    memory_bytes: int | None = Field(None, gt=0, le=2**50, description="main memory, in bytes")
     memory_bandwidth: BandwidthFile | None = Field(None, description="bytes a second of one core: read, copy")
     power: PowerFile | None = Field(None, description="watts of the whole board: idle, load")
     core: str | None = Field(None, min_length=1, description="core model of an estimate")
@@ -263,15 +263,26 @@ class ProfileFile(BaseModel):
 
 
 def list_profiles() -> list[str]:
-    """Return the names of the profiles that come with autocomp."""
+    """Return the names of the profiles that come with autocomp.
+
+    Examples:
+        >>> list_profiles()
+        ['cortex-a76', 'rk3588', 'x86-64-v3', 'x86-host']
+    """
     return list(shipped_files("hardware_profiles"))
 
 
 def load_profile(name_or_path: str | Path) -> Profile:
     """Load a profile by name, or from a YAML file given by its path, and complete it with what this machine tells.
 
-    UsageError if there is no such profile, its file is wrong (file, key, rule, value), or it is local and this machine
-    lacks an instruction set that code for it would use.
+    Raises:
+        UsageError: There is no such profile; its file is wrong (file, key, rule, value); or it is local, and this machine lacks an instruction
+            set that code for it would use.
+
+    Examples:
+        >>> profile = load_profile("cortex-a76")
+        >>> profile.how, profile.lanes, profile.clock_hz
+        ('estimate', 4, 2400000000.0)
     """
     text = str(name_or_path)
     if not text.isprintable() or len(text) > LONGEST:

@@ -13,6 +13,7 @@ How = Literal["measured", "estimated"]
 class KernelTime:
     """One fused function of a compiled module: what it is and what it costs alone.
 
+    ``seconds`` and ``flops`` (operations: a multiply-add is two) are of one call; ``key`` is its place in the store of tuned kernels.
     ``peak_fraction`` is achieved over peak arithmetic rate of the profile (None where no arithmetic peak applies).
     """
 
@@ -29,9 +30,14 @@ class KernelTime:
 class Latency:
     """Seconds of one inference on a profile, and how they were obtained.
 
-    ``seconds`` is the median, ``spread`` the interquartile range over the median, ``error`` the known relative error of an
-    estimate (None when measured), ``samples`` the raw repeats in seconds. ``noisy``: other work on the machine disturbed it, and went on
-    when it was measured again.
+    ``seconds`` is the median, ``spread`` the interquartile range over the median, ``how`` is ``measured`` or ``estimated``, ``device`` what it
+    was taken on, ``error`` the known relative error of an estimate (None when measured), ``samples`` the raw repeats in seconds, ``kernels``
+    the calls of one inference, in order. ``noisy``: other work on the machine disturbed it, and went on when it was measured again.
+
+    Examples:
+        >>> latency = Latency(seconds=2e-4, spread=0.01, how="measured", profile="x86-host")
+        >>> f"{latency.seconds * 1e3} ms, {latency.how}"
+        '0.2 ms, measured'
     """
 
     seconds: float
@@ -46,6 +52,7 @@ class Latency:
 
 
 def latency_to_json(latency: Latency) -> dict[str, Any]:
+    """Return what JSON can hold, by the names of the fields; `latency_from_json` reads it back."""
     data = dict(latency.__dict__)
     data["samples"] = list(latency.samples)
     data["kernels"] = [dict(kernel.__dict__) for kernel in latency.kernels]
@@ -55,6 +62,7 @@ def latency_to_json(latency: Latency) -> dict[str, Any]:
 
 
 def latency_from_json(data: Mapping[str, Any]) -> Latency:
+    """Read what `latency_to_json` returned; KeyError or TypeError where it is something else."""
     fields = dict(data)
     fields["samples"] = tuple(data["samples"])
     fields["kernels"] = tuple(KernelTime(**kernel) for kernel in data["kernels"])

@@ -9,7 +9,8 @@ from autocomp.tasks.judged import otherwise
 
 Metrics = Mapping[str, float]
 
-# Compressed models that answer so far from the uncompressed one (nats), and are judged exactly as it is: they make one doubt the judge.
+# Compressed models that answer so far from the uncompressed one (nats), and are judged exactly as it is: they make one doubt the judge. Chosen
+# by hand, not measured.
 ENOUGH_TO_DOUBT, DOUBT = 2, 0.05
 
 

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 class Point:
     """A point of the front: what was chosen, how it does, and where its files are.
 
-    ``metrics`` are of the validation split, ``test_metrics`` of the held-out one; ``latency`` is by profile name, ``bytes`` the size of
-    the weights.
+    ``record`` is its entry of ``front.json``, ``folder`` the run folder, in which ``models/ID`` has its files.
     """
 
     record: FrontPoint
@@ -34,28 +33,34 @@ class Point:
 
     @property
     def candidate(self) -> Candidate:
+        """The widths and methods chosen; its ``id`` is the name of the point."""
         return self.record.evaluation.candidate
 
     @property
     def metrics(self) -> Mapping[str, float]:
+        """The task's metrics on the validation split, which the search read; the objective first."""
         return self.record.evaluation.metrics
 
     @property
     def test_metrics(self) -> Mapping[str, float]:
+        """The same on the test split, read once at the end; empty where the task has none."""
         return self.record.test_metrics
 
     @property
     def latency(self) -> Mapping[str, Latency]:
+        """The latency of the whole compiled module by profile."""
         return self.record.evaluation.latency
 
     @property
     def bytes(self) -> int:
+        """Size of the stored weights."""
         return self.record.evaluation.bytes
 
     def load(self) -> torch.nn.Module:
         """The compressed torch model, in evaluation mode; nothing in its file is run.
 
-        UsageError if it is not there, not readable, or not the file that the run wrote.
+        Raises:
+            UsageError: It is not there, not readable, or not the file that the run wrote.
         """
         from autocomp.export.files import load_model, refuse_foreign
 
@@ -65,7 +70,18 @@ class Point:
 
 
 class SearchResult:
-    """What a search found, read from its run folder."""
+    """What a search found, read from its run folder: ``front`` (fast to slow), ``dense`` for comparison, ``run`` with all else.
+
+    It can be iterated, and has a length: the points of the front.
+
+    Raises:
+        UsageError: The folder holds no finished run, or one that a newer autocomp wrote.
+        CorruptError: A record does not read back as it was written.
+
+    Examples:
+        >>> result = SearchResult("runs/digits")  # doctest: +SKIP
+        >>> [point.latency["x86-host"].seconds for point in result]  # doctest: +SKIP
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -75,6 +91,7 @@ class SearchResult:
 
     @property
     def report(self) -> Path:
+        """The path of the HTML page."""
         return self.folder / "report.html"
 
     def __iter__(self) -> Iterator[Point]:
@@ -113,8 +130,11 @@ class SearchResult:
         """The point to take: the fastest within ``max_drop``, else the most accurate within the other limits.
 
         ``max_drop`` in units of the objective, or text (``1%`` of the uncompressed model's value, ``0.5pt``), or by metric; ``max_latency`` in
-        seconds, or text (``0.5ms``, ``2x`` as fast), or by profile; ``max_bytes`` in bytes, or text (``500KB``, ``5x`` smaller).
-        InfeasibleError if no point meets the limits.
+        seconds, or text (``0.5ms``, ``2x`` as fast), or by profile; ``max_bytes`` of stored weights, or text (``500KB``, ``5x`` smaller).
+        Without any, the knee of the front. A point whose latency is noisy is taken only where all are.
+
+        Raises:
+            InfeasibleError: No point meets the limits; it says what the nearest one misses.
         """
         limits = validated(Goals, {"max_drop": max_drop, "max_latency": max_latency, "max_bytes": max_bytes}, "")
         return self._point(self._judge(limits).best(self._evaluations()))

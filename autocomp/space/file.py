@@ -17,18 +17,21 @@ Share = Annotated[float, Field(gt=0.0, le=1.0, strict=True)]
 
 
 class Rule(BaseModel):
-    """Options of the layers named; ``keep`` and the ranks are shares in (0, 1]; a missing key says nothing.
-
-    ``ranks`` are those of SVD and Tucker-2, ``spatial_ranks`` those of a column and a row kernel in place of a square one.
-    """
+    """Options of the layers named; a missing key says nothing."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layers: str | list[str]
-    keep: list[Share] | None = None
-    ranks: list[Share] | None = None
-    spatial_ranks: list[Share] | None = None
-    precisions: list[Precision] | None = None
+    layers: str | list[str] = Field(
+        description="names of layers, `*` for any part of one, as `autocomp check` shows them"
+    )
+    keep: list[Share] | None = Field(
+        None, description="shares of a channel group that may be kept, rounded to whole vectors"
+    )
+    ranks: list[Share] | None = Field(None, description="shares of a layer's full rank, of SVD and Tucker-2")
+    spatial_ranks: list[Share] | None = Field(
+        None, description="the same of a column and a row kernel in place of a square one"
+    )
+    precisions: list[Precision] | None = Field(None, description="what weights and activations may be stored in")
 
     @field_validator("keep", "ranks", "spatial_ranks", mode="before")
     @classmethod
@@ -49,30 +52,39 @@ class Rule(BaseModel):
 
 
 class SpaceFile(BaseModel):
-    """A search-space file: ``rules`` in order, later ones override earlier ones by key; ``protect`` beats them all.
+    """A search-space file: what may be done to which layers.
 
-    ``ends`` is the least that the first and the last layer, which are the most sensitive, may be stored and computed in: ``float``
-    (fp16), ``8bit``, or ``any`` to leave them to the rules. ``kernels_only`` offers only precisions that every profile computes in:
-    without it the others are offered for their size. ``observer`` chooses the ranges of 8-bit activations, ``equalise`` first brings the
-    channels between layers to like ranges, which leaves the function as it is (``compress.equalise``); so does ``rotate``, which turns residual
-    streams to their principal directions, so that they can be narrowed at less cost (``compress.rotate``).
-    ``approximate`` offers widths of approximate groups (``groups.Group``) beside exact ones; where a model has no others, or with ``rotate``,
-    they are offered anyway. Norms, softmax and everything
-    else that is no convolution or linear layer stays in fp32 whatever the file says.
+    Equalising (``compress.equalise``) and turning (``compress.rotate``) leave the function as it is. Approximate groups are those of
+    ``groups.Group``. Norms, softmax and everything else that is no convolution or linear layer stays in fp32 whatever the file says.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format_version: Literal[1]
-    description: str = ""
-    rules: list[Rule]
-    protect: list[str] = []
-    ends: Literal["any", "8bit", "float"] = "8bit"
-    kernels_only: bool = False
-    observer: Literal["minmax", "percentile", "mse"] = "mse"
-    equalise: bool = False
-    rotate: bool = False
-    approximate: bool = False
+    description: str = Field("", description="a line for `autocomp spaces`")
+    rules: list[Rule] = Field(description="in order: later ones override earlier ones, key by key")
+    protect: list[str] = Field(
+        [], description="layers that stay in fp32 at full rank and keep all their output channels"
+    )
+    ends: Literal["any", "8bit", "float"] = Field(
+        "8bit",
+        description="the least that the first and the last layer, the most sensitive, may be stored and computed in; float: fp16; any: no limit",
+    )
+    kernels_only: bool = Field(
+        False, description="offer only precisions that every profile computes in; else the others too, for their size"
+    )
+    observer: Literal["minmax", "percentile", "mse"] = Field(
+        "mse", description="how the ranges of 8-bit activations are chosen"
+    )
+    equalise: bool = Field(False, description="first bring the channels between layers to like ranges")
+    rotate: bool = Field(
+        False,
+        description="first turn residual streams to their principal directions, so that they can be narrowed at less cost",
+    )
+    approximate: bool = Field(
+        False,
+        description="offer widths of approximate groups beside exact ones; where there are no others, or with rotate, they are offered anyway",
+    )
 
 
 def list_spaces() -> list[str]:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from autocomp.graph.graph import Graph, Layer
 
-BREAK_EVEN = 0.7  # a factorised layer must cost at most this share of the dense one: two kernels cost more than one
+# A factorised layer must cost at most this share of the dense one: two kernels cost more than one. Chosen by hand, not measured.
+BREAK_EVEN = 0.7
 
 
 class Target(Protocol):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage, RDBStorage
 
 JOURNAL = "journal:///"
+# Chosen by hand, not measured: longer than a process that works leaves out its sign (one told trial or measurement), shorter than a night.
 SILENT = 1800.0  # seconds without a sign of life after which a process on another machine counts as gone
 _SIGN = 60.0  # seconds between two signs
 _OWNER = "owner"

@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 _CONSTRAINT = "constraints:"  # how Optuna names those of a trial
-TRIES = 50  # proposals of a sampler that were all tried before, after which any that was not is taken
-SMALL = 20_000  # candidates: a space up to that is walked through, so that none is missed
+TRIES = 50  # proposals of a sampler that were all tried before, after which any that was not is taken; chosen by hand, not measured
+# Candidates of a space that is walked through whole, so that none is missed; and rows drawn at random in a larger one before it counts as
+# exhausted. Both chosen by hand, not measured.
+SMALL, DRAWN = 20_000, 1000
 
 
 class Asked(NamedTuple):
@@ -328,14 +330,10 @@ class Search:
         """What the sampler proposes, some times, and then whatever there is."""
         from autocomp.study.sampler import AutocompSampler
 
-        if isinstance(
-            self._sampler, AutocompSampler
-        ):  # as a whole: asking Optuna for each parameter takes longer than to find them
-            yield (
-                self._candidate(self._sampler.proposal(self._mirror, self._parameters.distributions)),
-                self._sampler.source,
-                None,
-            )
+        sampler = self._sampler
+        if isinstance(sampler, AutocompSampler):
+            # as a whole: asking Optuna for each parameter takes longer than to find them all
+            yield self._candidate(sampler.proposal(self._mirror, self._parameters.distributions)), sampler.source, None
         else:
             for _ in range(TRIES):
                 with quiet_optuna():
@@ -352,7 +350,7 @@ class Search:
         if np.prod(sizes, dtype=np.float64) <= SMALL:
             return itertools.product(*map(range, sizes.tolist()))
         rng = np.random.default_rng([self.engine.seed, len(self._seen)])
-        return (rng.integers(sizes) for _ in range(1000))
+        return (rng.integers(sizes) for _ in range(DRAWN))
 
     def _mirror_told(self, evaluation: Evaluation, attrs: Mapping[str, Any], trial: Trial | None = None) -> None:
         from optuna.trial import create_trial

@@ -30,11 +30,11 @@ Evaluate = Callable[["nn.Module"], Mapping[str, float]]
 
 @dataclass
 class Task:
-    """A model to compress and how to judge what comes out. UsageError if a part cannot be used, saying which and why.
+    """A model to compress and how to judge what comes out.
 
     ``example_inputs`` is one batch as ``model(*example_inputs)`` takes it; its shapes are what latency is measured at.
-    ``calibration`` is a sequence of such batches from training data (any batch size). ``evaluate`` reads the validation
-    split and returns metrics by name, the objective first (or the one named by ``objective``); metrics of slices are
+    ``calibration`` is a sequence of such batches from training data (any batch size; about 256 samples in all). ``evaluate`` reads the
+    validation split and returns metrics by name, the objective first (or the one named by ``objective``); metrics of slices are
     named ``metric/slice``. ``test`` does the same on data nothing else has seen: the final report calls it once for
     each front point. ``train`` yields ``(inputs, target)`` pairs, ``inputs`` a tuple of tensors, afresh each time it is
     iterated; ``loss(output, target)`` is the scalar to minimise. ``unit`` is how the objective is shown: ``"%"`` says that it is a share
@@ -47,6 +47,31 @@ class Task:
 
     ``model`` then is the canonical form of the model given (`graph.canonical`): it computes the same, holds its weights under their names,
     and can be called, but has none of the methods of its class. The model given is left alone.
+
+    Raises:
+        UsageError: A part cannot be used; it says which and why.
+        ExportError: The model cannot be exported.
+
+    Examples:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> inputs, targets = torch.zeros(64, 4), torch.zeros(64)
+        >>> task = Task(
+        ...     model=model.eval(),
+        ...     example_inputs=(inputs[:1],),
+        ...     calibration=[(inputs,)],
+        ...     evaluate=lambda model: {"accuracy": float((model(inputs).argmax(1) == targets).float().mean())},
+        ...     unit="%",
+        ...     outputs="classes@1",
+        ... )
+        >>> task.batch_axes
+        (0,)
+
+        A part that cannot be used is named:
+
+        >>> Task(model=model, example_inputs=inputs, calibration=[(inputs,)], evaluate=len)
+        Traceback (most recent call last):
+        autocomp.errors.UsageError: Task.example_inputs must be a tuple of tensors, one for each input; got one tensor: write (tensor,)
     """
 
     model: nn.Module
@@ -69,7 +94,7 @@ class Task:
         self.validate()
 
     def validate(self) -> None:
-        """Check every part that can be checked without running the model; UsageError names the part that is wrong."""
+        """Check every part, and bring the model into its canonical form; UsageError names the part that is wrong."""
         from torch import nn
 
         from autocomp.graph.canonical import canonical
@@ -148,9 +173,15 @@ class Task:
 def load_task(spec: str, progress: Progress | None = None) -> Task:
     """Load a task: a built-in name (``digits``), or ``package.module:function``, a function without arguments.
 
-    The working folder is searched for modules too. UsageError if there is no such task, the module does not import, the
-    function fails, or it returns anything but a `Task`. Built-in tasks may train their model first and show it in
-    ``progress``.
+    The working folder is searched for modules too. Built-in tasks may train their model first and show it in ``progress``.
+
+    Raises:
+        UsageError: There is no such task, the module does not import, the function fails, or it returns anything but a `Task`.
+
+    Examples:
+        >>> load_task("digit")
+        Traceback (most recent call last):
+        autocomp.errors.UsageError: unknown task 'digit'. Did you mean 'digits'? Built in: digits, digits-mobile, tokens; ...
     """
     if ":" not in spec:
         if spec not in BUILT_IN:

@@ -301,10 +301,9 @@ def line(process: subprocess.Popen[str]) -> str:
 
 def test_a_writer_killed_in_mid_append_costs_its_own_line_only(tmp_path: Path) -> None:
     KernelStore(tmp_path, IDENTITY).add(record("before"))
-    process = start(tmp_path, _STOPS_IN_MID_APPEND)
-    assert line(process) == "written"  # half a line is in the file, and the writer holds the lock
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with start(tmp_path, _STOPS_IN_MID_APPEND) as process:
+        assert line(process) == "written"  # half a line is in the file, and the writer holds the lock
+        process.send_signal(signal.SIGKILL)
     store = KernelStore(tmp_path, IDENTITY)  # the lock died with its holder
     assert store.corrupt == 1
     assert [found.key for found in store.records()] == ["before"]
@@ -317,13 +316,12 @@ def test_a_writer_killed_in_mid_append_costs_its_own_line_only(tmp_path: Path) -
 
 
 def test_what_a_killed_writer_said_it_wrote_is_there(tmp_path: Path) -> None:
-    process = start(tmp_path, _APPENDS, start=0, stop=100_000)
-    while int(line(process)) < 20:
-        pass
-    process.send_signal(signal.SIGKILL)
-    assert process.stdout is not None
-    told = [int(text) for text in process.stdout.read().split()]
-    process.wait()
+    with start(tmp_path, _APPENDS, start=0, stop=100_000) as process:
+        while int(line(process)) < 20:
+            pass
+        process.send_signal(signal.SIGKILL)
+        assert process.stdout is not None
+        told = [int(text) for text in process.stdout.read().split()]
     found = KernelStore(tmp_path, IDENTITY)
     assert all(found.get(f"k{index}") for index in range(max(told, default=20) + 1))
 

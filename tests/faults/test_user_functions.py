@@ -195,6 +195,7 @@ def test_calibration_of_another_width_is_refused(small: Callable[..., SearchResu
         small(replace(task, calibration=[(torch.randn(8, 3, 8, 8),)]))
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # torch, of the layer that this is about
 def test_a_layer_of_no_outputs_is_no_obstacle(small: Callable[..., SearchResult]) -> None:
     class Empty(tiny_task.TinyNet):
         def __init__(self) -> None:

@@ -296,19 +296,19 @@ def test_kill_minus_nine_loses_nothing(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     kills = 0
     while True:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert child.stdout is not None
         stop_after = int(rng.integers(8, 20)) if kills < 4 else 1000
         lines = 0
-        while line := child.stdout.readline():
-            lines += 1
-            reported.append(line.strip())
-            if lines >= stop_after:
-                time.sleep(float(rng.uniform(0, 0.03)))  # anywhere within a trial
-                os.kill(child.pid, signal.SIGKILL)
-                reported += child.stdout.read().split()
-                break
-        if child.wait() == 0:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            while line := child.stdout.readline():
+                lines += 1
+                reported.append(line.strip())
+                if lines >= stop_after:
+                    time.sleep(float(rng.uniform(0, 0.03)))  # anywhere within a trial
+                    os.kill(child.pid, signal.SIGKILL)
+                    reported += child.stdout.read().split()
+                    break
+        if child.returncode == 0:
             break
         kills += 1
         assert child.returncode == -signal.SIGKILL
