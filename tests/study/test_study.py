@@ -182,6 +182,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["journal", "database"])
+@pytest.mark.filterwarnings("ignore:PedAnova")
 def test_a_study_is_one_that_optuna_reads(tmp_path: Path, kind: str) -> None:
     """Its own classes, none of ours: parameters by name, values, constraints, the front, importances; and it goes on with it."""
     import optuna
