@@ -147,10 +147,17 @@ class EstimatedModel:
 
     def reload(self, path: str | Path) -> EstimatedModel:
         """The same steps with the code of a saved library. UsageError if it is none."""
+        from autocomp.errors import ObjectError
+        from autocomp.estimate.libraries import Library
+
         try:
-            return EstimatedModel(self._scheduled, self.profile, self._target, Path(path).read_bytes())
+            data = Path(path).read_bytes()
+            Library(data)
         except OSError as error:
             raise UsageError(f"{path} is not a compiled model: {error.strerror}") from error
+        except ObjectError as error:
+            raise UsageError(f"{path} is not a compiled model: {error}") from error
+        return EstimatedModel(self._scheduled, self.profile, self._target, data)
 
     def _runner(self) -> Callable[[str, list[np.ndarray]], list[np.ndarray]]:
         from autocomp.estimate import run_kernel

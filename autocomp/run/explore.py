@@ -26,6 +26,7 @@ from autocomp.study.solver import solve_front
 from autocomp.study.study import Asked
 from autocomp.study.useful import UNKNOWN, useful_divergence
 
+# What steers a search. Where nothing else is said, chosen by hand, not measured.
 UNIFORM_KEEPS = (1.0, 0.75, 0.5, 0.25)  # the baselines: one ratio for every group, in fp32 and in int8
 SOLVER_SEEDS = 40
 SEEDS_AGAIN = 12  # at most, after each round of measurement

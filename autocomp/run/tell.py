@@ -17,7 +17,9 @@ from autocomp.run.found import Found, is_baseline
 from autocomp.study.study import Asked
 
 AHEAD = 8  # trials drawn before the first of them is told, in a deterministic run: as many on a machine of any number of cores
-DOMINATED = 1.25  # times the divergence of a told candidate thought to be faster: on 64 samples, reason enough to look at no more of them
+# Times the divergence of a told candidate thought to be faster: on 64 samples, reason enough to look at no more of them. Chosen by hand, so that
+# the error of so few samples decides nothing.
+DOMINATED = 1.25
 
 _Work = tuple[Candidate, float]  # and the divergence above which it is not looked at any closer
 _Scored = tuple[float | None, str, float]  # divergence, or None and why; seconds
