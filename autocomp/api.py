@@ -112,7 +112,7 @@ def _search(
     settings: Settings, task: Task | str | None, resume: bool, progress: Progress, sampler: BaseSampler | None
 ) -> SearchResult:
     folder = Path(settings.out).absolute()  # a task may change the working folder
-    check_run_folder(settings, resume)
+    check_run_folder(settings, resume, folder)
     _check_names(settings)
     probe(cache_dir(), "cache", "set AUTOCOMP_CACHE to a folder of yours with room")
     probe(
@@ -135,7 +135,7 @@ def _search(
         folder.mkdir(parents=True, exist_ok=True)
         with interrupt.remembered(), FileLock(folder / ".lock", timeout=0):
             # under the lock: a search that is refused leaves the settings as they are
-            known = open_run_folder(settings, resume)
+            known = open_run_folder(settings, resume, folder)
             with caught(folder / LOG, progress.console):
                 return _run(settings, task, folder, known, progress, sampler)
     except Timeout as error:

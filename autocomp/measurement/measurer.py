@@ -17,6 +17,7 @@ from autocomp.processes.pool import cores
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation
 from autocomp.records.latency import Latency
+from autocomp.tasks.reading import Metrics
 from autocomp.tasks.task import Task, evaluate_task
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Measurer:
         self.task, self.devices, self.inputs, self.stitch = task, devices, inputs, stitch
         self.names: tuple[str, ...] | None = None  # of dense's metrics, once they are known: no model may have others
         self.rehearsed: Rehearsed | None = None  # dense, where it was compiled and judged before
+        self.dense_metrics: Metrics | None = None  # as last read: what a candidate lost is told sample by sample
         self.here = any(d.profile.how == "local" and d.profile.cores > 1 for d in devices.values())
         self.together = 1 if self.here else min(cores(), TOGETHER)
 
@@ -55,10 +57,20 @@ class Measurer:
             model = self.stitch(evaluation.candidate)
             compiled, metrics = self._compile(model), evaluate_task(self.task, model)
         else:
-            compiled, metrics = dict(self.rehearsed.compiled), dict(self.rehearsed.metrics)
+            compiled, metrics = dict(self.rehearsed.compiled), self.rehearsed.metrics
         latency = {name: device.time(compiled[name], self.inputs[0]) for name, device in self.devices.items()}
         spent = evaluation.seconds_spent + time.perf_counter() - start
-        return replace(evaluation, state="measured", latency=latency, metrics=metrics, seconds_spent=spent)
+        self.dense_metrics = metrics
+        return self._measured(evaluation, latency, metrics, spent)
+
+    def _measured(
+        self, evaluation: Evaluation, latency: Mapping[str, Latency], metrics: Metrics, spent: float
+    ) -> Evaluation:
+        errors, drop_errors = metrics.errors(), metrics.drop_errors(self.dense_metrics)
+        return replace(
+            evaluation, state="measured", latency=latency, metrics=metrics, seconds_spent=spent, errors=errors,
+            drop_errors=drop_errors if evaluation.source != "dense" else {},
+        )  # fmt: skip
 
     def dense_module(self, name: str) -> Compiled:
         """The uncompressed model compiled for a profile."""
@@ -71,7 +83,7 @@ class Measurer:
         if self.here:
             return [self._tried(evaluation) for evaluation in evaluations]
         start = time.perf_counter()
-        metrics: list[Mapping[str, float] | str] = []
+        metrics: list[Metrics | str] = []
 
         def read_metrics() -> None:  # here, not in the forked processes: what evaluates may not bear that
             metrics.extend(self._metrics(evaluation.candidate) for evaluation in evaluations)
@@ -85,7 +97,7 @@ class Measurer:
             if latency is None or isinstance(read, str):
                 done.append(replace(evaluation, state="failed", failure=failure or str(read)))
             else:
-                done.append(replace(evaluation, state="measured", latency=latency, metrics=read))
+                done.append(self._measured(evaluation, latency, read, evaluation.seconds_spent))
         return done
 
     def _tried(self, evaluation: Evaluation) -> Evaluation:
@@ -95,10 +107,9 @@ class Measurer:
             metrics = evaluate_task(self.task, self.stitch(evaluation.candidate), names=self.names)
         except Exception as error:
             return replace(evaluation, state="failed", failure=reason_of(error))
-        spent = evaluation.seconds_spent + time.perf_counter() - start
-        return replace(evaluation, state="measured", latency=latency, metrics=metrics, seconds_spent=spent)
+        return self._measured(evaluation, latency, metrics, evaluation.seconds_spent + time.perf_counter() - start)
 
-    def _metrics(self, candidate: Candidate) -> Mapping[str, float] | str:
+    def _metrics(self, candidate: Candidate) -> Metrics | str:
         try:
             return evaluate_task(self.task, self.stitch(candidate), names=self.names)
         except Exception as error:

@@ -18,7 +18,7 @@ from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation
 from autocomp.records.latency import Latency
 from autocomp.records.run import FrontPoint, Run, Summary, TaskInfo, Verified, write_evaluations, write_front
-from autocomp.tasks.judged import otherwise
+from autocomp.tasks.reading import Metrics, otherwise
 from autocomp.tasks.task import Task, evaluate_task
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Rehearsed:
     """The uncompressed model as a front point would be: its modules by profile, its metrics, and the seconds that its files took."""
 
     compiled: Mapping[str, Compiled]
-    metrics: Mapping[str, float]
+    metrics: Metrics
     seconds: float
 
 

@@ -24,6 +24,8 @@ class Evaluation:
     what is as bad: `tasks.divergence`), ``metrics`` the task's own on the validation split (tier 2), ``predicted`` the
     kernel-sum model's seconds by profile, ``latency`` whole compiled modules by profile, ``bytes`` the size of the stored weights.
     ``earlier`` has the latencies taken while searching, of profiles where ``latency`` was taken again, beside dense and the front.
+    ``errors`` has the standard error of each metric that is a mean over samples, ``drop_errors`` that of its difference from dense's, sample by
+    sample.
     """
 
     trial: int
@@ -39,6 +41,8 @@ class Evaluation:
     failure: str | None = None
     seconds_spent: float = 0.0
     earlier: Mapping[str, Latency] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
+    drop_errors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def tier(self) -> int:
@@ -92,8 +96,10 @@ def evaluation_to_json(evaluation: Evaluation) -> dict[str, Any]:
     data["metrics"] = dict(evaluation.metrics)
     data["latency"] = {name: latency_to_json(value) for name, value in evaluation.latency.items()}
     data["earlier"] = {name: latency_to_json(value) for name, value in evaluation.earlier.items()}
-    if not data["earlier"]:  # which files of before do not say
-        del data["earlier"]
+    for name in ("earlier", "errors", "drop_errors"):  # which files of before do not say
+        data[name] = dict(data[name])
+        if not data[name]:
+            del data[name]
     return data
 
 
@@ -109,6 +115,7 @@ def sound(evaluation: Evaluation, trial: int, candidate: Candidate) -> Evaluatio
     """The evaluation, if it can be that of this trial; ValueError for values that no search writes."""
     numbers = [evaluation.error, evaluation.seconds_spent, *evaluation.predicted.values(), *evaluation.metrics.values()]
     numbers += [] if evaluation.kl is None else [evaluation.kl]
+    numbers += [*evaluation.errors.values(), *evaluation.drop_errors.values()]
     times = [latency.seconds for latency in (*evaluation.latency.values(), *evaluation.earlier.values())]
     good = (
         evaluation.trial == trial and evaluation.candidate == candidate

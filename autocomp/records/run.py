@@ -72,13 +72,16 @@ class Verified:
 class FrontPoint:
     """One point of the measured front: metrics on the held-out split, checks by kind of file (``so``, ``onnx``), files.
 
-    ``files`` are paths relative to the run folder by kind (``so``, ``onnx``, ``manifest``, ``weights``).
+    ``files`` are paths relative to the run folder by kind (``so``, ``onnx``, ``manifest``, ``weights``). ``test_errors`` and
+    ``test_drop_errors`` are standard errors, as an `Evaluation` has them of the validation split.
     """
 
     evaluation: Evaluation
     test_metrics: Mapping[str, float] = field(default_factory=dict)
     verified: Mapping[str, Verified] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    test_errors: Mapping[str, float] = field(default_factory=dict)
+    test_drop_errors: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -268,6 +271,8 @@ _COLUMN_ORDER = [
     "error",
     "kl",
     "metric",
+    "metric_error",
+    "drop_error",
     "predicted_ms",
     "latency_ms",
     "latency_how",
@@ -294,6 +299,8 @@ def _row(evaluation: Evaluation) -> dict[str, Any]:
         "error": evaluation.error,
         "kl": evaluation.kl,
         **{f"metric:{name}": value for name, value in evaluation.metrics.items()},
+        **{f"metric_error:{name}": value for name, value in evaluation.errors.items()},
+        **{f"drop_error:{name}": value for name, value in evaluation.drop_errors.items()},
         **{f"predicted_ms:{profile}": _milliseconds(seconds) for profile, seconds in evaluation.predicted.items()},
     }
     for profile, latency in evaluation.latency.items():
@@ -334,6 +341,8 @@ def _evaluation(row: Mapping[str, Any]) -> Evaluation:
         predicted={profile: ms * 1e-3 for profile, ms in part("predicted_ms").items()},
         kl=float(row["kl"]) if "kl" in row else None,
         metrics=part("metric"),
+        errors=part("metric_error"),
+        drop_errors=part("drop_error"),
         latency=latency,
         earlier=earlier,
         failure=row.get("failure"),
@@ -350,11 +359,13 @@ def _missing(value: Any) -> bool:
 
 
 def _point_to_json(point: FrontPoint) -> dict[str, Any]:
+    later = {"test_errors": dict(point.test_errors), "test_drop_errors": dict(point.test_drop_errors)}
     return {
         "evaluation": evaluation_to_json(point.evaluation),
         "test_metrics": dict(point.test_metrics),
         "verified": {kind: _check_to_json(check) for kind, check in point.verified.items()},
         "files": dict(point.files),
+        **{name: values for name, values in later.items() if values},
     }
 
 
@@ -367,4 +378,5 @@ def _check_to_json(check: Verified) -> dict[str, Any]:
 
 def _point_from_json(data: Mapping[str, Any]) -> FrontPoint:
     verified = {kind: Verified(**check) for kind, check in data["verified"].items()}
-    return FrontPoint(evaluation_from_json(data["evaluation"]), data["test_metrics"], verified, data["files"])
+    errors = data.get("test_errors", {}), data.get("test_drop_errors", {})
+    return FrontPoint(evaluation_from_json(data["evaluation"]), data["test_metrics"], verified, data["files"], *errors)

@@ -148,6 +148,7 @@ class _Page:
         split = "test" if test is not None else "validation"
         now = test if test is not None else evaluation.metrics.get(self.metric.name)
         then = dense_test if test is not None else self.dense.metrics.get(self.metric.name)
+        error = (chosen.test_drop_errors if test is not None else evaluation.drop_errors).get(self.metric.name)
         cards = []
         if profile in evaluation.latency and profile in self.dense.latency:
             here, there = evaluation.latency[profile], self.dense.latency[profile]
@@ -184,10 +185,23 @@ class _Page:
             {
                 "title": f"{self.metric.name} against dense",
                 "value": self.metric.change(now, then),
-                "note": f"{self.metric.text(then)} → {self.metric.text(now)}, {split} split",
+                "note": f"{self.metric.error(error)} (standard error); " * (error is not None)
+                + f"{self.metric.text(then)} → {self.metric.text(now)}, {split} split",
             }
         )
         return cards
+
+    def _cells(self, metrics: Mapping[str, float], errors: Mapping[str, float]) -> list[dict[str, str]]:
+        """The objective and its slices, each with its standard error where that is known."""
+        return [
+            {"value": self.metric.bare(metrics.get(key)), "error": self.metric.error(errors.get(key))}
+            for key in (self.metric.name, *self.slices)
+        ]
+
+    def _within_noise(self, evaluation: Evaluation) -> bool:
+        """Whether an evaluation differs from dense by less than two standard errors of the difference."""
+        name, error = self.metric.name, evaluation.drop_errors.get(self.metric.name)
+        return error is not None and abs(evaluation.metrics[name] - self.dense.metrics[name]) < 2 * error
 
     def row(self, point: FrontPoint) -> dict[str, Any]:
         """One point of the table."""
@@ -200,9 +214,11 @@ class _Page:
             "uniform": e.source == "uniform",
             "knee": e.candidate.id == self.knee,
             "recommended": self.recommended is not None and e.candidate.id == self.recommended.evaluation.candidate.id,
-            "validation": [self.metric.bare(e.metrics.get(key)) for key in (name, *self.slices)],
-            "test": [self.metric.bare(point.test_metrics.get(key)) for key in (name, *self.slices)],
+            "validation": self._cells(e.metrics, e.errors),
+            "test": self._cells(point.test_metrics, point.test_errors),
             "change": self.metric.change(e.metrics.get(name), self.dense.metrics.get(name)),
+            "change_error": self.metric.error(e.drop_errors.get(name)),
+            "noise": self._within_noise(e),
             "latency": [self.time(profile, e) for profile in self.profiles],
             "size": format_bytes(e.bytes),
             "smaller": f"{self.dense.bytes / e.bytes:.1f}×" if e.bytes else "–",
@@ -244,7 +260,7 @@ class _Page:
         return {
             "title": title,
             "note": note,
-            "validation": [self.metric.bare(item.metrics.get(key)) for key in (self.metric.name, *self.slices)],
+            "validation": self._cells(item.metrics, item.errors if isinstance(item, Evaluation) else {}),
             "change": self.metric.change(value, self.dense.metrics.get(self.metric.name)),
             "latency": [self.time(profile, item) for profile in self.profiles],
             "size": format_bytes(item.bytes),

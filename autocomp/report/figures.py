@@ -49,6 +49,12 @@ class Metric:
         """How much worse than dense, in the metric's units; negative: better."""
         return dense - value if self.higher_is_better else value - dense
 
+    def error(self, error: float | None) -> str:
+        """``± 0.9`` or three digits of a standard error; nothing where it is not known."""
+        if error is None:
+            return ""
+        return f"± {error * 100:.1f}" if self.percent else f"± {error:.2g}"
+
     def change(self, value: float | None, dense: float | None) -> str:
         """Signed change against dense: ``−0.4 pt`` (percentage points) or four digits."""
         if value is None or dense is None:

@@ -15,17 +15,16 @@ from autocomp.errors import AutocompError, InfeasibleError
 from autocomp.export.files import renew_manifest
 from autocomp.front.goals import Judge, choose_front
 from autocomp.measurement.boards import remeasured
-from autocomp.measurement.measurer import reason_of
 from autocomp.records.evaluation import Evaluation, as_searched
 from autocomp.records.run import FrontPoint, LayerInfo, Run, Summary, TaskInfo, write_evaluations, write_front
 from autocomp.run.folder import CONFIG
 from autocomp.run.found import Found
-from autocomp.run.judged import judged_otherwise
+from autocomp.run.held_out import HeldOut
 from autocomp.run.points import timed_in_turn, write_points
 from autocomp.run.prepare import Prepared
 from autocomp.run.provenance import profile_line, write_provenance
 from autocomp.run.references import references
-from autocomp.tasks.task import evaluate_task, objective_of
+from autocomp.tasks.task import objective_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,11 +68,9 @@ def _make_run(prepared: Prepared, found: Found) -> Run:
     objective = objective_of(task, found.dense().metrics)
     dense, points = _verified_front(prepared, found, objective)
     dense, points = _timed_again(prepared, found, objective, dense, points)
-    _check_test_data(prepared, found, dense)
-    points = [replace(point, test_metrics=_test(prepared, found, point.evaluation)) for point in points]
-    dense_point = next((p for p in points if p.evaluation.trial == dense.trial), None) or FrontPoint(
-        dense, _test(prepared, found, dense)
-    )
+    held_out = HeldOut(prepared, found, dense)
+    dense_point = held_out.read(next((p for p in points if p.evaluation.trial == dense.trial), FrontPoint(dense)))
+    points = [dense_point if p.evaluation.trial == dense.trial else held_out.read(p) for p in points]
     parameters = sum(parameter.numel() for parameter in task.model.parameters())
     return Run(
         task=TaskInfo(
@@ -141,53 +138,6 @@ def _timed_again(
         else:
             shutil.rmtree(place, ignore_errors=True)
     return dense, kept
-
-
-def _check_test_data(prepared: Prepared, found: Found, dense: Evaluation) -> None:
-    """Where a run goes on, read the test split once more. What was kept of other data counts no longer."""
-    if prepared.task.test is None:
-        return
-
-    def kept(evaluation: Evaluation) -> dict[str, float] | None:
-        stored: dict[str, float] | None = found.search.get_attr(_test_key(found, evaluation))
-        return stored
-
-    try:
-        said = judged_otherwise(
-            found.told,
-            dense,
-            kept,
-            lambda e: evaluate_task(prepared.task, prepared.stitch(e.candidate), split="test"),
-        )
-    except Exception as error:
-        prepared.progress.warn(f"Task.test failed: {reason_of(error)}; what it said before is shown")
-        return
-    if said:
-        prepared.progress.warn(
-            f"Task.test judges {said} than before: it draws at random, or its data changed; all points are judged again on what it reads now"
-        )
-        found.search.set_attr("test data", found.search.get_attr("test data", 0) + 1)
-
-
-def _test_key(found: Found, evaluation: Evaluation) -> str:
-    """Under which the study keeps a point's test metrics; those of test data that changed since have another number."""
-    return f"test:{found.search.get_attr('test data', 0)}:{evaluation.candidate.id}"
-
-
-def _test(prepared: Prepared, found: Found, evaluation: Evaluation) -> dict[str, float]:
-    """The metrics on the held-out split, read once for each point and then kept in the study; none, and a warning, where that fails."""
-    if prepared.task.test is None:
-        return {}
-    key = _test_key(found, evaluation)
-    stored = found.search.get_attr(key)
-    if stored is None:
-        try:
-            stored = evaluate_task(prepared.task, prepared.stitch(evaluation.candidate), split="test")
-        except Exception as error:
-            prepared.progress.warn(f"candidate {evaluation.candidate.id} has no test metrics: {reason_of(error)}")
-            return {}
-        found.search.set_attr(key, stored)
-    return dict(stored)
 
 
 def _summary(prepared: Prepared, found: Found, objective: str) -> Summary:

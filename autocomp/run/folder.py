@@ -15,6 +15,7 @@ from autocomp.records.run import read_evaluations
 from autocomp.study.storage import JOURNAL, Recorded, masked, read_study
 
 CONFIG = "config.yaml"
+PROVENANCE = "provenance.json"
 STUDY = "study.journal"  # where no other storage is asked for
 OLD_STUDY = "study.db"  # where version 0.1 kept it
 _NAME = "run.json"
@@ -23,13 +24,13 @@ _RESULTS = ("front.json", "report.html", "evaluations.csv")
 _PROBE_BYTES = 1 << 20
 
 
-def check_run_folder(settings: Settings, resume: bool) -> Path:
-    """Check, before any work, that a run may start (or resume) in ``settings.out``; return the folder.
+def check_run_folder(settings: Settings, resume: bool, folder: Path | None = None) -> Path:
+    """Check, before any work, that a run may start (or resume) in ``folder``, by default ``settings.out``; return the folder.
 
     UsageError if it cannot be written or is full, holds a run and ``resume`` is not set, holds none and it is, or the
     run in it had other settings (each that differs is named).
     """
-    folder = Path(settings.out)
+    folder = folder or Path(settings.out)
     probe(folder)
     config = folder / CONFIG
     if not config.exists():
@@ -59,13 +60,13 @@ def no_run(folder: Path) -> UsageError:
     )
 
 
-def open_run_folder(settings: Settings, resume: bool) -> dict[str, Any] | None:
+def open_run_folder(settings: Settings, resume: bool, folder: Path | None = None) -> dict[str, Any] | None:
     """Check the run folder, create it, and write the resolved settings into it; UsageError as `check_run_folder`.
 
     Returns what the study of a run that is resumed has recorded of it, None for a new run. UsageError also if that study is lost, damaged,
     or being searched in by another process.
     """
-    folder = check_run_folder(settings, resume)
+    folder = check_run_folder(settings, resume, folder)
     known = _recorded(settings, folder) if resume else None
     folder.mkdir(parents=True, exist_ok=True)
     for place in (folder, folder / "layers", *folder.glob("models/*")):
@@ -118,16 +119,30 @@ def _recorded(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def _refuse_older(found: Recorded, folder: Path) -> None:
-    """UsageError if the results know of more trials than the study: it was cut, or is a copy of an earlier time."""
+    """UsageError if the results know of more than the study holds: it was cut, or is a copy of an earlier time."""
     try:
         told = len(read_evaluations(folder))
     except AutocompError:  # there are none, or they are damaged: they are written anew
-        return
-    if told > found.finished:
+        told = 0
+    if told > found.finished or study_bytes(folder) < _bytes_then(folder):
         raise UsageError(
-            f"the study of the run in {folder} has {found.finished} trials, its results have {told}: the study was cut, or is a copy of an "
-            "earlier time. Nothing was touched: put the whole study back, or choose another --out for a new run"
+            f"the study of the run in {folder} holds less than its results say: it was cut, or is a copy of an earlier time. Nothing was "
+            "touched: put the whole study back, or choose another --out for a new run"
         )
+
+
+def study_bytes(folder: Path) -> int:
+    """The size of a run's journal, which only grows; 0 where it has none."""
+    file = folder / STUDY
+    return file.stat().st_size if file.exists() else 0
+
+
+def _bytes_then(folder: Path) -> int:
+    """That size when the results were written; 0 where they do not say."""
+    try:
+        return int(json.loads((folder / PROVENANCE).read_text())["study_bytes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def probe(

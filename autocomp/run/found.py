@@ -110,14 +110,12 @@ class Found:
         rehearsed = measurer.rehearsed
 
         def now(evaluation: Evaluation) -> Mapping[str, float]:
-            if (
-                not later
-                and rehearsed is not None
-                and not evaluation.kl
-                and set(rehearsed.metrics) == set(evaluation.metrics)
-            ):
-                return rehearsed.metrics
-            return evaluate_task(task, self.prepared.stitch(evaluation.candidate), names=measurer.names)
+            known = None if later or evaluation.kl or rehearsed is None else rehearsed.metrics
+            if known is None or set(known) != set(evaluation.metrics):
+                known = evaluate_task(task, self.prepared.stitch(evaluation.candidate), names=measurer.names)
+            if evaluation.source == "dense":
+                measurer.dense_metrics = known
+            return known
 
         if said := judged_otherwise(self.told, self.dense(), lambda e: e.metrics or None, now):
             self._warn(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from autocomp.records.evaluation import Evaluation
-from autocomp.tasks.judged import otherwise
+from autocomp.tasks.reading import otherwise
 
 Metrics = Mapping[str, float]
 

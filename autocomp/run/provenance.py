@@ -14,6 +14,7 @@ from typing import Any
 
 from autocomp.cache import write_atomically
 from autocomp.records.evaluation import FORMAT_VERSION
+from autocomp.run.folder import PROVENANCE, study_bytes
 from autocomp.run.prepare import Prepared
 
 PACKAGES = ("autocomp", "torch", "apache-tvm", "apache-tvm-ffi", "onnxruntime", "optuna", "numpy")
@@ -35,6 +36,7 @@ def write_provenance(prepared: Prepared) -> Path:
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "unknown",
         "load_average": os.getloadavg()[0],
         "seed": prepared.settings.seed,
+        "study_bytes": study_bytes(prepared.folder),
         "git": _git(),
         "space_size": str(prepared.space.size),
         "kernels": {
@@ -49,7 +51,7 @@ def write_provenance(prepared: Prepared) -> Path:
             for name, device in prepared.devices.items()
         },
     }
-    path = prepared.folder / "provenance.json"
+    path = prepared.folder / PROVENANCE
     write_atomically(path, (json.dumps(data, indent=2) + "\n").encode())
     return path
 

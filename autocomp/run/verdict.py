@@ -20,7 +20,7 @@ from autocomp.progress import Progress
 from autocomp.records.run import speedup
 from autocomp.run.folder import CONFIG
 from autocomp.run.result import Point, SearchResult
-from autocomp.tasks.judged import otherwise
+from autocomp.tasks.reading import otherwise
 
 if TYPE_CHECKING:
     import torch

@@ -126,19 +126,21 @@ def rotate(images: Tensor, degrees: Tensor, shift: Tensor) -> Tensor:
     return functional.grid_sample(images, grid, align_corners=False)
 
 
-def accuracy(model: nn.Module, slices: Mapping[str, Split]) -> dict[str, float]:
-    """Return the share of right answers over all slices together, then by slice; the model's mode is left as it was."""
+def accuracy(model: nn.Module, slices: Mapping[str, Split]) -> dict[str, Tensor]:
+    """Return which images are answered right, over all slices together, then by slice; the model's mode is left as it was.
+
+    An image stands in every slice, so over all slices its share of right answers is one sample.
+    """
     was_training = model.training
     model.eval()
     right = {}
     with torch.inference_mode():
         for name, split in slices.items():
             answers = torch.cat([model(images).argmax(1) for images in split.images.split(200)])
-            right[name] = int((answers == split.targets).sum())
+            right[name] = (answers == split.targets).double()
     model.train(was_training)
-    total = sum(len(split.targets) for split in slices.values())
-    by_slice = {f"accuracy/{name}": count / len(slices[name].targets) for name, count in right.items()}
-    return {"accuracy": sum(right.values()) / total, **by_slice}
+    by_slice = {f"accuracy/{name}": answered for name, answered in right.items()}
+    return {"accuracy": torch.stack(list(right.values())).mean(0), **by_slice}
 
 
 def calibration_batches(training: Split, seed: int) -> list[tuple[Tensor, ...]]:

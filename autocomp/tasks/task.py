@@ -20,12 +20,13 @@ from autocomp.graph.batches import count
 from autocomp.processes import interrupt
 from autocomp.progress import Progress
 from autocomp.tasks import BUILT_IN
+from autocomp.tasks.reading import Metrics, Samples, values_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 LONGEST_UNIT = 20
-Evaluate = Callable[["nn.Module"], Mapping[str, float]]
+Evaluate = Callable[["nn.Module"], Mapping[str, Any]]
 
 
 @dataclass
@@ -35,7 +36,8 @@ class Task:
     ``example_inputs`` is one batch as ``model(*example_inputs)`` takes it; its shapes are what latency is measured at.
     ``calibration`` is a sequence of such batches from training data (any batch size; about 256 samples in all). ``evaluate`` reads the
     validation split and returns metrics by name, the objective first (or the one named by ``objective``); metrics of slices are
-    named ``metric/slice``. ``test`` does the same on data nothing else has seen: the final report calls it once for
+    named ``metric/slice``. A metric may be a number, or the values of samples of which it is the mean (a tensor, array or list: right or wrong
+    for each image), and then its standard error is known. ``test`` does the same on data nothing else has seen: the final report calls it once for
     each front point. ``train`` yields ``(inputs, target)`` pairs, ``inputs`` a tuple of tensors, afresh each time it is
     iterated; ``loss(output, target)`` is the scalar to minimise. ``unit`` is how the objective is shown: ``"%"`` says that it is a share
     between 0 and 1, shown in percent and points, anything else (``"dB"``) stands behind its values as they are.
@@ -209,8 +211,10 @@ def load_task(spec: str, progress: Progress | None = None) -> Task:
 
 def evaluate_task(
     task: Task, model: nn.Module, split: str = "validation", names: Iterable[str] | None = None
-) -> dict[str, float]:
+) -> Metrics:
     """Return the task's metrics of ``model`` on a split (``validation`` or ``test``), objective first, all finite.
+
+    One that is given as the values of samples is their mean, and its standard error is known.
 
     The function is given a copy, with which it may do what it likes. UsageError if it raises anything, writes to the task's own data, or
     returns no mapping of names to numbers, a metric that is not finite, no objective, or other metrics than ``names`` (None: whatever it
@@ -238,13 +242,18 @@ def evaluate_task(
     if not isinstance(returned, Mapping) or not returned:
         raise UsageError(f"{where} must return a mapping {{metric: value}} with an entry, got {_kind(returned)}")
     metrics: dict[str, float] = {}
+    samples: dict[str, Samples] = {}
     for name, value in returned.items():
         if not isinstance(name, str):
             raise UsageError(f"{where} must name its metrics by text, got the key {name!r}")
         try:
+            if (values := values_of(value)) is not None:
+                samples[name], value = values, values.mean()
             number = float(value)
         except (TypeError, ValueError, RuntimeError):
-            raise UsageError(f"{where} must return numbers, but {name!r} is {_kind(value)}") from None
+            raise UsageError(
+                f"{where} must return numbers, or values of samples of which the metric is the mean, but {name!r} is {_kind(value)}"
+            ) from None
         if not math.isfinite(number):
             raise UsageError(f"{where} must return finite metrics, but {name!r} is {number}")
         metrics[name] = number
@@ -253,7 +262,7 @@ def evaluate_task(
         raise UsageError(
             f"{where} must return the metrics of the uncompressed model ({', '.join(names)}), got {', '.join(metrics)}"
         )
-    return {objective: metrics.pop(objective), **metrics}
+    return Metrics({objective: metrics.pop(objective), **metrics}, samples)
 
 
 def within(task: Task, seconds: float) -> Task:
@@ -261,7 +270,7 @@ def within(task: Task, seconds: float) -> Task:
 
     def hurried(function: Evaluate) -> Evaluate:
         @functools.wraps(function)
-        def hurry(model: nn.Module) -> Mapping[str, float]:
+        def hurry(model: nn.Module) -> Mapping[str, Any]:
             with interrupt.limited(seconds):
                 return function(model)
 

@@ -72,8 +72,11 @@ def held_out(text: Text) -> tuple[Tensor, Tensor]:
     return text.windows(text.starts[order[:HELD_OUT]])
 
 
-def accuracy(model: nn.Module, windows: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """Return the share of tokens whose role is told right, then by slice; the model's mode is left as it was."""
+def accuracy(model: nn.Module, windows: tuple[Tensor, Tensor]) -> dict[str, Tensor | float]:
+    """Return the share of tokens whose role is told right, for each window, then by slice; the model's mode is left as it was.
+
+    Tokens of one window stand or fall together, so it is the windows that are samples; slices go through them, and are plain numbers.
+    """
     was_training = model.training
     model.eval()
     tokens, roles = windows
@@ -83,7 +86,7 @@ def accuracy(model: nn.Module, windows: tuple[Tensor, Tensor]) -> dict[str, floa
     prose, names = (torch.isin(roles, torch.tensor([ROLES.index(role) for role in some])) for some in (PROSE, NAMES))
     slices = {"prose": right[prose], "code": right[~prose], "names": right[names]}
     by_slice = {f"accuracy/{name}": float(share.float().mean()) for name, share in slices.items()}
-    return {"accuracy": float(right.float().mean()), **by_slice}
+    return {"accuracy": right.double().mean(1), **by_slice}
 
 
 def tagging_loss(output: Tensor, target: Tensor) -> Tensor:

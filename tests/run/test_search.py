@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import shutil
@@ -344,7 +345,7 @@ def test_damaged_files_are_rebuilt_and_said_so(
     assert main(["search", "--resume", "--out", str(another), "--trials", str(TRIALS + 1)]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "2 damaged records of the kernel store" in said
-    assert f"{damaged.name} is damaged; it was rebuilt" in said
+    assert f"{damaged.name} is damaged, or another's content; it was rebuilt" in said
     result = SearchResult(another)
     assert sum("damaged" in warning for warning in result.run.warnings) == 2
     assert result.run.summary.told == TRIALS + 1
@@ -360,22 +361,25 @@ def test_resume_with_other_settings_is_refused(another: Path, capsys: pytest.Cap
     assert (another / "config.yaml").read_text() == before
 
 
-def test_study_that_cannot_grow_keeps_what_was_told(another: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from sqlalchemy import event
-    from sqlalchemy.engine import Engine
+def test_study_that_cannot_grow_keeps_what_was_told(
+    another: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from autocomp.study.journal import StudyFile
 
-    def no_more_pages(connection: Any, _record: object) -> None:
-        connection.execute("PRAGMA max_page_count=1")  # SQLite takes the present size for the least
+    real, room = StudyFile.append_logs, iter(range(20))
+
+    def full_after_a_while(self: StudyFile, logs: list[dict[str, Any]]) -> None:
+        if next(room, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+        real(self, logs)
 
     before = told(another)
     more = ["search", "--resume", "--out", str(another), "--trials", str(TRIALS + 20)]
-    event.listen(Engine, "connect", no_more_pages)
-    try:
-        assert main(more) == 2
-    finally:
-        event.remove(Engine, "connect", no_more_pages)
+    monkeypatch.setattr(StudyFile, "append_logs", full_after_a_while)
+    assert main(more) == 2
+    monkeypatch.undo()
     said = " ".join(capsys.readouterr().err.split())
-    assert "database or disk is full; what was told before is kept" in said
+    assert "cannot be written: the disk is full; what was told before is kept" in said
     assert {number: evaluation for number, evaluation in told(another).items() if number in before} == before
 
 

@@ -87,7 +87,7 @@ def test_lists_become_tuples() -> None:
         ({}, "with an entry, got an empty dict"),
         (0.5, "must return a mapping"),
         ({"accuracy": "high"}, "'accuracy' is a value of type str"),
-        ({"accuracy": torch.ones(2)}, "'accuracy' is a value of type Tensor"),
+        ({"accuracy": torch.ones(2, 2)}, "'accuracy' is a value of type Tensor"),
         ({3: 0.5}, "the key 3"),
     ],
 )
