@@ -50,6 +50,11 @@ def _figure(value: float, sign: str = "") -> str:
     return f"{value:{sign}.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:{sign}.4g}"
 
 
+def _error(error: float | None) -> str:
+    """A standard error behind a value; nothing where it is not known."""
+    return "" if error is None else f" ± {error:.2g}"
+
+
 def show_family(run: Run, settings: Settings) -> None:
     """Print the member of each speed-up that was asked for, and which have none."""
     task, dense = run.task, run.dense.evaluation
@@ -81,7 +86,7 @@ def show_front(run: Run) -> None:
         row = [
             "dense" if is_dense else evaluation.candidate.id,
             _figure(evaluation.metrics[objective]),
-            "" if is_dense else _figure(drop, "+"),
+            "" if is_dense else _figure(drop, "+") + _error(evaluation.drop_errors.get(objective)),
         ]
         for profile in run.profiles:
             latency = evaluation.latency[profile]

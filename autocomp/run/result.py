@@ -101,7 +101,8 @@ class SearchResult:
         return len(self.front)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each front point, fast to slow: metrics, seconds and speed-up by profile, bytes, drop of the objective.
+        """One row for each front point, fast to slow: metrics, seconds and speed-up by profile, bytes, drop of the objective
+        and its standard error.
 
         A metric whose name another column has is called ``metric:NAME``.
         """
@@ -118,6 +119,7 @@ class SearchResult:
                 row[f"speedup:{profile}"] = speedup(point.record.evaluation, self.run.dense.evaluation, profile)
             row["bytes"] = point.bytes
             row["drop"] = self._judge(Goals()).drop(point.record.evaluation)
+            row["drop_error"] = point.record.evaluation.drop_errors.get(self.run.task.objective)
             rows.append(row)
         return pd.DataFrame(rows)
 
@@ -163,7 +165,7 @@ class SearchResult:
 
 def _is_column(metric: str) -> bool:
     """Whether a column of `SearchResult.to_frame` has the name of a metric already."""
-    return metric in ("id", "bytes", "drop") or metric.partition(":")[0] in (
+    return metric in ("id", "bytes", "drop", "drop_error") or metric.partition(":")[0] in (
         "seconds",
         "how",
         "speedup",
