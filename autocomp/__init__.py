@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autocomp.api import check, compile, gate, measure, rebuild_report, search, sensitivity
+    from autocomp.api import check, compile, gate, measure, plan, rebuild_report, search, sensitivity
     from autocomp.errors import (
         AutocompError,
         BoardError,
@@ -48,6 +48,7 @@ __all__ = [
     "list_profiles",
     "load_task",
     "measure",
+    "plan",
     "rebuild_report",
     "search",
     "sensitivity",
@@ -75,6 +76,7 @@ _HOMES = {
     "list_profiles": "autocomp.hardware.profile",
     "load_task": "autocomp.tasks.task",
     "measure": "autocomp.api",
+    "plan": "autocomp.api",
     "rebuild_report": "autocomp.api",
     "search": "autocomp.api",
     "sensitivity": "autocomp.api",

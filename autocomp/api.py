@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
     from autocomp.devices.device import Compiled
+    from autocomp.run.forecast import Plan
     from autocomp.run.verdict import Gated
 
 
@@ -319,6 +320,28 @@ def check(settings: Settings, progress: Progress | None = None) -> dict[str, Any
         ],
         "refused": [{"subject": r.subject, "option": r.option, "reason": r.reason} for r in space.refused],
     }
+
+
+def plan(settings: Settings, progress: Progress | None = None) -> Plan:
+    """Say what a search is expected to find and to take, before it is paid for; nothing is compiled or measured.
+
+    ``.points`` is the predicted front (times faster and smaller, divergence in nats by the layer tables, for some as read), ``.layers`` what
+    decides it, ``.kept`` what is not offered and how much of the time that leaves untouched, ``.errors`` how far the latency models are off.
+
+    Raises:
+        UsageError, ExportError: As `search` raises them at its start.
+    """
+    from autocomp.run.forecast import forecast
+    from autocomp.tasks.training import one_thread
+    from autocomp.tasks.untouched import in_float32
+
+    if settings.task is None:
+        raise UsageError("no task: name one, such as `autocomp plan digits`")
+    _check_names(settings)
+    progress = progress or Progress()
+    task = load_task(settings.task, progress)
+    with one_thread(), in_float32(), caught(None, progress.console):
+        return forecast(settings, task, progress)
 
 
 def sensitivity(

@@ -68,6 +68,38 @@ def _settings_options(command: F) -> F:
     return command
 
 
+def _goal_options(command: F) -> F:
+    """Options that limit what is accepted, shared by `search` and `plan`."""
+    options = [
+        click.option(
+            "--max-drop",
+            multiple=True,
+            type=LimitType("drop", one_drop),
+            help="Largest loss of the objective: in its units, in points (0.5pt) or of its value (1%); NAME=LIMIT for a metric or slice.",
+        ),
+        click.option(
+            "--max-latency",
+            multiple=True,
+            type=LimitType("duration", one_latency),
+            help="Largest latency, such as 0.5ms, or how many times faster, such as 2x; PROFILE=LIMIT for one profile.",
+        ),
+        click.option(
+            "--max-size",
+            "max_bytes",
+            type=Quantity("size", one_size),
+            help="Largest size, such as 500KB, or how many times smaller, such as 5x.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _goals_together(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with limits that may be repeated as one setting each."""
+    return options | {name: together(options[name]) for name in ("max_drop", "max_latency")}
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="autocomp")
 def cli() -> None:
@@ -89,24 +121,7 @@ def cli() -> None:
 @click.option(
     "--deterministic", is_flag=True, default=None, help="Same seed, settings and stored kernel times: same trials."
 )
-@click.option(
-    "--max-drop",
-    multiple=True,
-    type=LimitType("drop", one_drop),
-    help="Largest loss of the objective: in its units, in points (0.5pt) or of its value (1%); NAME=LIMIT for a metric or slice.",
-)
-@click.option(
-    "--max-latency",
-    multiple=True,
-    type=LimitType("duration", one_latency),
-    help="Largest latency, such as 0.5ms, or how many times faster, such as 2x; PROFILE=LIMIT for one profile.",
-)
-@click.option(
-    "--max-size",
-    "max_bytes",
-    type=Quantity("size", one_size),
-    help="Largest size, such as 500KB, or how many times smaller, such as 5x.",
-)
+@_goal_options
 @click.option("--sampler", help="What proposes candidates: autocomp, tpe, nsgaii, nsgaiii, gp or random.")
 @click.option(
     "--storage",
@@ -129,8 +144,7 @@ def search(
         if options["out"] and not stored.exists():
             raise no_run(Path(options["out"]))
         config = stored if options["out"] else None
-    options |= {name: together(options[name]) for name in ("max_drop", "max_latency")}
-    settings = _resolve(task_name, task_option, config, options)
+    settings = _resolve(task_name, task_option, config, _goals_together(options))
     folder = check_run_folder(settings, resume)  # before torch is even imported
 
     from autocomp import api
@@ -230,6 +244,24 @@ def check(task_name: str | None, config: Path | None, task_option: str | None, a
         click.echo(json.dumps(found))
     else:
         terminal.show_check(found)
+
+
+@cli.command()
+@_settings_options
+@click.option("--trials", type=int, help="Candidates that would be told.")
+@_goal_options
+@common_options
+def plan(task_name: str | None, config: Path | None, task_option: str | None, as_json: bool, **options: Any) -> None:
+    """Say what a search of TASK is expected to find and to take: a predicted front, which layers decide it, what is kept."""
+    settings = _resolve(task_name, task_option, config, _goals_together(options))
+
+    from autocomp import api
+
+    found = api.plan(settings, _progress())
+    if as_json:
+        click.echo(json.dumps(found.to_json()))
+    else:
+        terminal.show_plan(found)
 
 
 @cli.command()

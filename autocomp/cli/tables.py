@@ -19,8 +19,11 @@ from autocomp.records.run import FrontPoint, Run, speedup
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from autocomp.run.forecast import Plan
+
 # Wide enough for a table where no terminal says how wide it is (a file, a pipe).
 FILE_WIDTH = 140
+SMALL_SHARE = 0.01  # of the time: what is kept of less is not worth a line
 
 
 def output() -> Console:
@@ -53,6 +56,31 @@ def _figure(value: float, sign: str = "") -> str:
 def _error(error: float | None) -> str:
     """A standard error behind a value; nothing where it is not known."""
     return "" if error is None else f" ± {error:.2g}"
+
+
+def show_plan(plan: Plan) -> None:
+    """Print a plan: the predicted front, the layers that decide it, what is kept, and what a search takes."""
+    profiles = list(plan.errors)
+    rows = [
+        [
+            *(f"{point.speedup[profile]:.2f}x" for profile in profiles),
+            f"{point.smaller:.1f}x",
+            f"{point.divergence:.3g}",
+            "" if point.read is None else f"{point.read:.3g}",
+            "" if point.meets else "misses the goals",
+        ]
+        for point in plan.points
+    ]
+    headings = [*(f">faster on {profile}" for profile in profiles), ">smaller", ">divergence (nats)", ">as read", ""]
+    show_table(headings, rows, "predicted front, estimated")
+    layers = [[row.layer, f"{row.share:.0%}", f"{row.saves:.0%}", f"{row.divergence:.3g}"] for row in plan.layers]
+    show_table(["layer", ">share of time", ">its cheapest option saves", ">nats"], layers, "\nwhat decides it")
+    if kept := [row for row in plan.kept if row.share >= SMALL_SHARE]:
+        rows = [[row.subject, row.option, f"{row.share:.0%}", row.reason] for row in kept]
+        show_table(["kept", "not offered", ">share of time", "because"], rows, "\nwhat is not offered")
+    show_table(["", ">seconds"], [[name, f"{value:.3g}"] for name, value in plan.seconds.items()], "\nwhat it takes")
+    for note in plan.notes:
+        output().print(f"[dim]{note}[/dim]", soft_wrap=True)
 
 
 def show_family(run: Run, settings: Settings) -> None:
