@@ -35,7 +35,7 @@ from autocomp.run.explore import SOLVER_SEEDS, UNIFORM_KEEPS
 from autocomp.study.costs import Costs
 from autocomp.study.samplers import OURS
 from autocomp.study.solver import Problem, neighbours, solve_front
-from autocomp.study.study import Engine, Space, open_search
+from autocomp.study.study import Choices, Engine, open_search
 
 SAMPLERS = (OURS, "tpe", "nsgaii", "nsgaiii", "gp", "random")
 GREEDY = "greedy ladder"
@@ -88,7 +88,7 @@ def searched(bench: Bench, sampler: str, seed: int, trials: int) -> list[Told]:
     space, told, spent = bench.prepared.space, [], 0.0
     with tempfile.TemporaryDirectory() as folder:
         engine = Engine(sampler, seed, bench.costs.problem, space.normalise)
-        levels = Space(space.widths, space.methods)
+        levels = Choices(space.widths, space.methods)
         search = open_search(f"journal:///{folder}/study.journal", "run", levels, engine, profiles=["x86-host"])
         search.enqueue(space.dense(), "dense")
         for keep in UNIFORM_KEEPS:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import settings
 
+from autocomp.processes.outcome import Outcome
+
 if TYPE_CHECKING:
     import autocomp
     from autocomp.api import SearchResult
@@ -44,20 +46,20 @@ def no_pauses() -> Iterator[None]:
         yield
 
 
-def reckoned(jobs: Sequence[Any]) -> list[tuple[float | None, str]]:
+def reckoned(jobs: Sequence[Any]) -> list[Outcome[float]]:
     """What a timer answers, reckoned from the arithmetic: every kernel is scheduled, none is compiled and timed by itself.
 
     Half of the time of a test that compiles modules would go into that; modules are compiled whole, run and timed all the same.
     """
     from autocomp.kernels import templates
 
-    results: list[tuple[float | None, str]] = []
+    results: list[Outcome[float]] = []
     for job in jobs:
         try:
             job.build()
-            results.append((1e-6 + templates.describe(job.function).flops / 1e11, ""))
+            results.append(Outcome(1e-6 + templates.describe(job.function).flops / 1e11))
         except Exception as error:
-            results.append((None, str(error)))
+            results.append(Outcome(None, str(error)))
     return results
 
 

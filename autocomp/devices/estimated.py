@@ -12,6 +12,7 @@ from autocomp.devices.device import Compiled, latency_model
 from autocomp.devices.local import check_compiled
 from autocomp.errors import UsageError
 from autocomp.hardware.profile import Profile
+from autocomp.processes.outcome import Outcome
 from autocomp.processes.shared import attempt_shared
 from autocomp.records.latency import How, Latency
 from autocomp.tuning.store import KernelStore
@@ -48,7 +49,7 @@ class EstimateTimer:
         self.target = Target(dict(profile.target))
         self._ready = False
 
-    def attempt(self, jobs: Sequence[Job]) -> list[tuple[float | None, str]]:
+    def attempt(self, jobs: Sequence[Job]) -> list[Outcome[float]]:
         from autocomp.estimate import compile_object, estimate_kernel
 
         self._make_ready()

@@ -14,6 +14,7 @@ from autocomp.devices.local import check_compiled
 from autocomp.errors import BoardError, UsageError, last_line
 from autocomp.hardware.profile import Profile, Rpc
 from autocomp.hardware.timing import median_and_spread
+from autocomp.processes.outcome import Outcome
 from autocomp.processes.shared import attempt_shared
 from autocomp.records.latency import How, KernelTime, Latency
 from autocomp.tuning.store import KernelStore
@@ -43,7 +44,7 @@ class RpcTimer:
         self.rpc = rpc_of(profile)
         self.limits = limits or Limits()
 
-    def attempt(self, jobs: Sequence[Job]) -> list[tuple[float | None, str]]:
+    def attempt(self, jobs: Sequence[Job]) -> list[Outcome[float]]:
         try:
             boards = len(boards_of(self.rpc))
         except UsageError:
@@ -258,11 +259,12 @@ def board_of(profile: Profile, limits: Limits | None = None) -> RpcDevice | None
 def on_a_board(rpc: Rpc, job: Callable[[Session], R], limits: Limits, threads: int = 1) -> R:
     """Run a job on a free board, in a child process with a time limit; another try if that board is lost. BoardError."""
     lent = _Lent(rpc, limits.module, limits.wait, threads)
-    ((result, failure),) = attempt_shared([job], lent.use, 1, limits.module + limits.wait)
-    if failure:
-        raise BoardError(failure)
-    found: R = result
-    return found
+    (outcome,) = attempt_shared([job], lent.use, 1, limits.module + limits.wait)
+    if outcome.failure:
+        raise BoardError(outcome.failure)
+    found: Any = outcome.value
+    result: R = found
+    return result
 
 
 def rpc_of(profile: Profile) -> Rpc:

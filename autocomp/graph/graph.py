@@ -126,7 +126,7 @@ class Slab(NamedTuple):
     units: tuple[int, ...]
 
 
-class Attention(NamedTuple):
+class HeadProducts(NamedTuple):
     """A product of activations: for each unit of the group ``batch`` products of m x k by k x n."""
 
     batch: float
@@ -161,7 +161,7 @@ class Group:
     slabs: tuple[Slab, ...] = ()
     counts: tuple[Count, ...] = ()
     segments: tuple[int, ...] = ()
-    attention: tuple[Attention, ...] = ()
+    attention: tuple[HeadProducts, ...] = ()
     approximate: str = ""
 
     def rows_kept(self, name: str, kept: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from autocomp.graph.graph import Attention, Count, Group, Slab, balanced
+from autocomp.graph.graph import Count, Group, HeadProducts, Slab, balanced
 from autocomp.graph.removal import masked, removed, reordered, swapped
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _group(
     for product in ties.products:
         mine = sum(c in member for c in product.atoms.tolist())
         if mine:
-            attention.append(Attention(product.batch / mine, product.m, product.k, product.n))
+            attention.append(HeadProducts(product.batch / mine, product.m, product.k, product.n))
     return Group(
         makers[0], len(number), tuple(makers), tuple(consumers), tuple(sorted(norms)), not reason, reason,
         rows, columns, tuple(dict.fromkeys(slabs)), tuple(_counts(ties, number)), segments, tuple(attention),

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from autocomp.errors import AutocompError, last_line
 from autocomp.processes.child import Child, receive, send
+from autocomp.processes.outcome import Outcome
 from autocomp.tuning.tune import Tuner
 
 Item = TypeVar("Item")
@@ -27,14 +28,14 @@ def side_by_side(
     work: Callable[[Item, Callable[[], None]], Result],
     tuners: Mapping[str, Tuner],
     meanwhile: Callable[[], object],
-) -> list[tuple[Result | None, str]]:
+) -> list[Outcome[Result]]:
     """Call ``work(item, alone)`` in a forked process for each item; return its result and "", or None and why there is none.
 
     Once ``work`` has called ``alone`` it has the machine for itself until it returns. What ``tuners`` must tune is tuned by those of this
     process, for all items at once. ``meanwhile`` is called here while the others start.
     """
     children = [Child.start(partial(_serve, item, work, tuners)) for item in items]
-    results: dict[int, tuple[Result | None, str]] = {}
+    results: dict[int, Outcome[Result]] = {}
     waiting: dict[int, tuple[str, Sequence[Any]]] = {}  # the tuner's name and functions to tune; "" asks to be alone
     try:
         meanwhile()
@@ -43,7 +44,7 @@ def side_by_side(
                 if index not in results and index not in waiting:
                     said = receive(child.answers, _PATIENCE)
                     if said is None:
-                        results[index] = (None, child.end())
+                        results[index] = Outcome(None, child.end())
                     elif "asked" in said:
                         waiting[index] = said["asked"]
                     else:
@@ -92,12 +93,12 @@ def _serve(
     for name, tuner in tuners.items():
         tuner.elsewhere = partial(ask, name)
     try:
-        done: tuple[Result | None, str] = (work(item, ask), "")
+        done: Outcome[Result] = Outcome(work(item, ask))
     except AutocompError as error:
-        done = (None, str(error))
+        done = Outcome(None, str(error))
     except Exception as error:
-        done = (None, f"{type(error).__name__}: {last_line(error)}")
+        done = Outcome(None, f"{type(error).__name__}: {last_line(error)}")
     try:
         send(answers, {"done": done})
     except Exception as error:
-        send(answers, {"done": (None, f"its result cannot be sent: {last_line(error)}")})
+        send(answers, {"done": Outcome(None, f"its result cannot be sent: {last_line(error)}")})

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from autocomp.errors import last_line
 from autocomp.processes.child import Child, answer_each, reap, receive, send
+from autocomp.processes.outcome import Outcome
 
 T = TypeVar("T")
 P = TypeVar("P")
@@ -19,7 +20,7 @@ def attempt_alone(
     measure: Callable[[T, P], Any],
     workers: int = 1,
     timeout: float = 60.0,
-) -> list[tuple[Any, str]]:
+) -> list[Outcome[Any]]:
     """Return ``(result, failure)`` of each item: ``measure(item, prepare(item))``, in forked children.
 
     All that is prepared is prepared first, by so many children at once; then one item after the other is measured, with nothing else
@@ -27,7 +28,7 @@ def attempt_alone(
     and new children do what the lost one had left.
     """
     reap()
-    results: dict[int, tuple[Any, str]] = {}
+    results: dict[int, Outcome[Any]] = {}
     while left := [index for index in range(len(items)) if index not in results]:
         shares = [left[k::workers] for k in range(min(workers, len(left)))]
         children: list[Child] = []
@@ -44,23 +45,23 @@ def attempt_alone(
                     continue
                 child.ask(index)
                 answer = receive(child.answers, timeout)
-                results[index] = (None, child.end()) if answer is None else answer
+                results[index] = Outcome(None, child.end()) if answer is None else answer
         finally:
             for child in children:
                 child.leave()
     return [results[index] for index in range(len(items))]
 
 
-def _prepared(child: Child, share: list[int], results: dict[int, tuple[Any, str]], timeout: float) -> list[int]:
+def _prepared(child: Child, share: list[int], results: dict[int, Outcome[Any]], timeout: float) -> list[int]:
     """Wait until a child has prepared its share; note what failed, return what can be measured."""
     ready = []
     for index in share:
         failure = receive(child.answers, timeout)
         if failure is None:
-            results[index] = (None, child.end())
+            results[index] = Outcome(None, child.end())
             return []
         if failure:
-            results[index] = (None, failure)
+            results[index] = Outcome(None, failure)
         else:
             ready.append(index)
     return ready
@@ -84,10 +85,10 @@ def _serve(
             failure = last_line(error)
         send(answers, failure)
 
-    def answer(index: int) -> tuple[Any, str]:
+    def answer(index: int) -> Outcome[Any]:
         try:
-            return measure(items[index], prepared.pop(index)), ""
+            return Outcome(measure(items[index], prepared.pop(index)))
         except Exception as error:
-            return None, last_line(error)
+            return Outcome(None, last_line(error))
 
     answer_each(commands, answers, answer)

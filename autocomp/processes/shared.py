@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from autocomp.errors import BoardError, last_line
 from autocomp.processes.child import Child, answer_each, reap, receive
+from autocomp.processes.outcome import Outcome
 
 T = TypeVar("T")
 
@@ -25,7 +26,7 @@ class _Worker:
     deadline: float = 0.0  # of the item in hand
 
 
-def attempt_shared(items: Sequence[T], work: Callable[[T], Any], workers: int, timeout: float) -> list[tuple[Any, str]]:
+def attempt_shared(items: Sequence[T], work: Callable[[T], Any], workers: int, timeout: float) -> list[Outcome[Any]]:
     """Return ``(result, failure)`` of ``work(item)`` for each item, with up to ``workers`` children at work.
 
     Each child keeps what ``work`` opens (a session) from item to item. An exception becomes its last line in ``failure``. A
@@ -33,7 +34,7 @@ def attempt_shared(items: Sequence[T], work: Callable[[T], Any], workers: int, t
     """
     reap()
     waiting, tries = deque(range(len(items))), [0] * len(items)
-    done: dict[int, tuple[Any, str]] = {}
+    done: dict[int, Outcome[Any]] = {}
     crew: list[_Worker] = []
 
     def settle(index: int, result: Any, failure: str, lost: bool) -> None:
@@ -41,7 +42,7 @@ def attempt_shared(items: Sequence[T], work: Callable[[T], Any], workers: int, t
         if lost and tries[index] < _TRIES:
             waiting.appendleft(index)
         else:
-            done[index] = (result, failure)
+            done[index] = Outcome(result, failure)
 
     try:
         while len(done) < len(items):

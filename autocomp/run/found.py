@@ -21,7 +21,7 @@ from autocomp.run.judged import ignores_its_model, judged_otherwise
 from autocomp.run.prepare import Prepared
 from autocomp.study.aims import thought_misses
 from autocomp.study.costs import Costs
-from autocomp.study.study import Engine, Search, Space, open_search
+from autocomp.study.study import Choices, Engine, Search, open_search
 from autocomp.tasks.task import evaluate_task, objective_of
 
 
@@ -39,7 +39,7 @@ class Found:
         self.search: Search = open_search(
             url,
             name,
-            Space(space.widths, space.methods),
+            Choices(space.widths, space.methods),
             engine,
             prepared.known is not None,
             {"identity": prepared.identity},

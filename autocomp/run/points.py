@@ -11,6 +11,7 @@ from autocomp.export.files import export_point, files_of, library_of
 from autocomp.hardware.timing import steady
 from autocomp.measurement.measurer import reason_of
 from autocomp.measurement.side_by_side import side_by_side
+from autocomp.processes.outcome import Outcome
 from autocomp.records.evaluation import Evaluation
 from autocomp.records.run import FrontPoint, Verified
 
@@ -85,15 +86,15 @@ def _again(prepared: Prepared, name: str, device: Device, evaluations: list[Eval
     return [renewed(evaluation) for evaluation in evaluations]
 
 
-def _written(prepared: Prepared, evaluations: Sequence[Evaluation]) -> list[tuple[dict[str, Verified] | None, str]]:
+def _written(prepared: Prepared, evaluations: Sequence[Evaluation]) -> list[Outcome[dict[str, Verified]]]:
     """What was found of each point's files, or None and why they could not be written."""
     if prepared.measurer.here:
-        found: list[tuple[dict[str, Verified] | None, str]] = []
+        found: list[Outcome[dict[str, Verified]]] = []
         for evaluation in evaluations:
             try:
-                found.append((_write(prepared, evaluation), ""))
+                found.append(Outcome(_write(prepared, evaluation)))
             except Exception as error:
-                found.append((None, reason_of(error)))
+                found.append(Outcome(None, reason_of(error)))
         return found
 
     def work(evaluation: Evaluation, _alone: Callable[[], None]) -> dict[str, Verified]:

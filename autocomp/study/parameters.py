@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Levels = npt.NDArray[np.int64]
 
 
-class Space(NamedTuple):
+class Choices(NamedTuple):
     """The levels of a search: descending widths by group, methods by layer; the first of each is dense."""
 
     widths: Mapping[str, tuple[int, ...]]
@@ -49,7 +49,7 @@ class Space(NamedTuple):
 class Parameters:
     """The parameters of a space: their names, distributions, and how candidates are written in them."""
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: Choices) -> None:
         self.space = space
         widths = {f"width/{group}": levels for group, levels in space.widths.items()}
         methods = {f"method/{layer}": tuple(map(str, levels)) for layer, levels in space.methods.items()}

@@ -19,8 +19,8 @@ from autocomp.errors import UsageError
 from autocomp.front.pareto import Floats, hypervolume_history, pareto_set
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation, Source
+from autocomp.study.parameters import Choices as Choices
 from autocomp.study.parameters import Levels, Parameters
-from autocomp.study.parameters import Space as Space
 from autocomp.study.propose import quiet_optuna
 from autocomp.study.rows import Row, Rows
 from autocomp.study.samplers import OURS, make_sampler
@@ -75,7 +75,7 @@ def objectives(evaluation: Evaluation, yardstick: Evaluation) -> tuple[float, ..
 def open_search(
     storage_url: str,
     name: str,
-    space: Space,
+    space: Choices,
     engine: Engine | None = None,
     resume: bool = False,
     records: Mapping[str, Any] | None = None,
@@ -400,7 +400,7 @@ def _minimised(count: int) -> list[StudyDirection]:
     return [StudyDirection.MINIMIZE] * count
 
 
-def _problem_columns(problem: Problem, space: Space) -> list[int]:
+def _problem_columns(problem: Problem, space: Choices) -> list[int]:
     """For every column of the problem the column of the space. ValueError where the two differ in levels."""
     pairs: list[tuple[str, object, object]] = []
     pairs += [(g, w, tuple(space.widths.get(g, ()))) for g, w in zip(problem.groups, problem.widths, strict=True)]

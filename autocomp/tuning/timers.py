@@ -12,6 +12,7 @@ from autocomp.errors import last_line
 from autocomp.hardware.profile import Profile
 from autocomp.hardware.timing import quiet_core
 from autocomp.processes.alone import attempt_alone
+from autocomp.processes.outcome import Outcome
 from autocomp.processes.pool import cores
 from autocomp.records.latency import How
 
@@ -28,7 +29,7 @@ class Timer(Protocol):
 
     how: How
 
-    def attempt(self, jobs: Sequence[Job]) -> list[tuple[float | None, str]]:
+    def attempt(self, jobs: Sequence[Job]) -> list[Outcome[float]]:
         """Return (seconds, "") of each job, or (None, why it failed).
 
         A failure of one job, a crash or a hang included, must not touch the others. What is measured is alone on its device; schedules may
@@ -48,7 +49,7 @@ class LocalTimer:
         self.threads = profile.cores
         self.target = Target(dict(profile.target))
 
-    def attempt(self, jobs: Sequence[Job]) -> list[tuple[float | None, str]]:
+    def attempt(self, jobs: Sequence[Job]) -> list[Outcome[float]]:
         def compiled(job: Job) -> Any:
             executable = compile_function(job.build(), self.target)
             executable.jit()["main"]  # asking for it makes its machine code, here, while others build too
@@ -60,12 +61,12 @@ class LocalTimer:
         if self.threads == 1:
             return attempt_alone(jobs, compiled, measure, cores())
         # TVM's thread pool does not live through a fork: several threads are timed here, and a crash is everybody's
-        results: list[tuple[float | None, str]] = []
+        results: list[Outcome[float]] = []
         for job in jobs:
             try:
-                results.append((measure(job, compiled(job)), ""))
+                results.append(Outcome(measure(job, compiled(job))))
             except Exception as error:
-                results.append((None, last_line(error)))
+                results.append(Outcome(None, last_line(error)))
         return results
 
 

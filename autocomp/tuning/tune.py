@@ -12,6 +12,7 @@ from autocomp.errors import AutocompError
 from autocomp.hardware.profile import Profile
 from autocomp.kernels import templates
 from autocomp.kernels.tile import Anchor, Tile
+from autocomp.processes.outcome import Outcome
 from autocomp.records.precisions import arithmetic_of, load
 from autocomp.tuning.store import KernelRecord, KernelStore
 from autocomp.tuning.timers import Job, LocalTimer, Timer
@@ -177,7 +178,7 @@ class Tuner:
         """Try tiles of all kernels in rounds, one of each that is not done yet; what each kernel's search ends with."""
         searches = [self._tries(kernel, stop_early) for kernel in kernels]
         ended: dict[int, _Found | AutocompError] = {}
-        answers: dict[int, tuple[float | None, str] | None] = dict.fromkeys(range(len(kernels)))
+        answers: dict[int, Outcome[float] | None] = dict.fromkeys(range(len(kernels)))
         while answers:
             wanted: dict[int, Tile] = {}
             for index, answer in answers.items():
@@ -197,7 +198,7 @@ class Tuner:
 
     def _tries(
         self, kernel: _Kernel, stop_early: bool
-    ) -> Generator[Tile, tuple[float | None, str] | None, _Found | AutocompError]:
+    ) -> Generator[Tile, Outcome[float] | None, _Found | AutocompError]:
         """One kernel's search: yields the tile to try next, is sent (seconds, "") or (None, why not), and returns what it found."""
         anchor = kernel.anchor
         peak = self.peak(anchor.template) if stop_early else None

@@ -29,7 +29,7 @@ from autocomp.run import found as found_module
 from autocomp.run import judged as judged_module
 from autocomp.run.identity import identity_of, source_of
 from autocomp.study.storage import Claim, masked, open_storage, read_study
-from autocomp.study.study import Space, open_search
+from autocomp.study.study import Choices, open_search
 
 pytestmark = pytest.mark.usefixtures("short_tuning", "without_exports")
 OPTIONS = {"trials": 4, "measure": 1, "references": False}
@@ -273,7 +273,7 @@ def test_what_another_compiler_measured_is_measured_again(
 
 
 def test_deleted_trials_are_noticed(tmp_path: Path) -> None:
-    url, space = f"sqlite:///{tmp_path / 'study.db'}", Space({"g": (4, 3, 2, 1)}, {})
+    url, space = f"sqlite:///{tmp_path / 'study.db'}", Choices({"g": (4, 3, 2, 1)}, {})
     search = open_search(url, "run", space)
     for _ in range(3):
         search.ask()
@@ -442,7 +442,7 @@ def test_two_runs_of_one_name_share_a_database(tmp_path: Path, spaces: dict[str,
 def holder(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A study that another process searches in, and that process."""
     url = f"sqlite:///{tmp_path / 'held.db'}"
-    open_search(url, "run", Space({"g": (2, 1)}, {})).close()
+    open_search(url, "run", Choices({"g": (2, 1)}, {})).close()
     code = (
         "import time; from autocomp.study.storage import Claim, open_storage\n"
         f"storage = open_storage({url!r}); claim = Claim(storage, storage.get_study_id_from_name('run'), {url!r})\n"
@@ -458,7 +458,7 @@ def holder(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
 
 def test_a_study_at_work_is_refused_until_its_process_is_gone(holder: tuple[str, subprocess.Popen[str]]) -> None:
     url, child = holder
-    space = Space({"g": (2, 1)}, {})
+    space = Choices({"g": (2, 1)}, {})
     for attempt in (lambda: read_study(url, "run"), lambda: open_search(url, "run", space, resume=True)):
         with pytest.raises(UsageError, match=f"another process \\({child.pid} on .*wait for it"):
             attempt()
@@ -472,7 +472,7 @@ def test_a_study_at_work_is_refused_until_its_process_is_gone(holder: tuple[str,
 
 def test_a_process_of_another_machine_counts_as_gone_after_a_while(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'far.db'}"
-    open_search(url, "run", Space({"g": (2, 1)}, {})).close()
+    open_search(url, "run", Choices({"g": (2, 1)}, {})).close()
     storage = open_storage(url)
     study = storage.get_study_id_from_name("run")
     far = {"token": "t", "host": "elsewhere ? ?", "pid": 1, "started": "1"}

@@ -16,7 +16,7 @@ from autocomp.kernels.tile import Tile
 from autocomp.records.candidate import Candidate, Method
 from autocomp.records.evaluation import Evaluation, evaluation_to_json
 from autocomp.study.storage import open_storage
-from autocomp.study.study import Space, open_search
+from autocomp.study.study import Choices, open_search
 from autocomp.tuning.store import KernelRecord, KernelStore, RecordFields, read_lines
 
 RECORD: dict[str, Any] = {
@@ -55,7 +55,7 @@ def test_a_record_may_have_all_that_a_tile_has() -> None:
     )
 
 
-SPACE = Space({"g": (4, 2)}, {"a": (Method(), Method("w8a8"))})
+SPACE = Choices({"g": (4, 2)}, {"a": (Method(), Method("w8a8"))})
 
 
 def change(evaluation: dict[str, Any], **fields: Any) -> dict[str, Any]:

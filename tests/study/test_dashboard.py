@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from autocomp.records.evaluation import Evaluation
-from autocomp.study.study import Engine, Space, open_search
+from autocomp.study.study import Choices, Engine, open_search
 
 pytestmark = pytest.mark.browser
 
@@ -24,7 +24,7 @@ def dashboard(tmp_path: Path) -> Iterator[str]:
     """The address of a dashboard on a study of twenty trials."""
     from autocomp.records.candidate import Method
 
-    space = Space({"stages.0.conv1": (64, 48, 32, 16)}, {"head": (Method(), Method("w8a8"), Method("fp32", (16,)))})
+    space = Choices({"stages.0.conv1": (64, 48, 32, 16)}, {"head": (Method(), Method("w8a8"), Method("fp32", (16,)))})
     engine = Engine(constraints=lambda e: {"max_bytes": e.bytes / 50 - 1})
     search = open_search(f"journal:///{tmp_path / 'study.journal'}", "autocomp", space, engine, profiles=["x86-host"])
     while (asked := search.ask()) is not None:

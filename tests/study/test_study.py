@@ -27,10 +27,10 @@ from autocomp.records.latency import Latency
 from autocomp.study.propose import quiet_optuna
 from autocomp.study.solver import solve_front
 from autocomp.study.storage import close_storage, open_storage
-from autocomp.study.study import Engine, Search, Space, open_search
+from autocomp.study.study import Choices, Engine, Search, open_search
 
 PROBLEM = random_problem(1, layers=8)
-SPACE = Space(dict(zip(PROBLEM.groups, PROBLEM.widths, strict=True)), {f.layer: f.methods for f in PROBLEM.factors})
+SPACE = Choices(dict(zip(PROBLEM.groups, PROBLEM.widths, strict=True)), {f.layer: f.methods for f in PROBLEM.factors})
 DENSE = PROBLEM.decode(np.zeros(len(PROBLEM.sizes), dtype=int))
 
 
@@ -140,7 +140,7 @@ def test_no_solver_problem_is_needed(tmp_path: Path) -> None:
 
 
 def test_a_small_space_is_exhausted_not_repeated(tmp_path: Path) -> None:
-    space = Space({"g": (32, 16)}, {"a": (Method(), Method("w8a8"))})
+    space = Choices({"g": (32, 16)}, {"a": (Method(), Method("w8a8"))})
     search = open_search(url(tmp_path), "run", space)
     told = 0
     while (asked := search.ask()) is not None:
@@ -150,7 +150,7 @@ def test_a_small_space_is_exhausted_not_repeated(tmp_path: Path) -> None:
 
 
 def test_normalised_candidates_are_what_is_asked(tmp_path: Path) -> None:
-    space = Space({}, {"a": (Method(), Method("fp32", (32,)), Method("w8a8"))})
+    space = Choices({}, {"a": (Method(), Method("fp32", (32,)), Method("w8a8"))})
 
     def normalise(candidate: Candidate) -> Candidate:  # a rank above break-even falls back to the full one
         return Candidate({}, {"a": Method(candidate.methods["a"].precision)})
@@ -169,7 +169,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     search.close()
     with pytest.raises(UsageError, match=r"holds a study 'run' already: continue it with --resume"):
         start(tmp_path)
-    other = Space({**SPACE.widths, "s0": (64, 32)}, SPACE.methods)
+    other = Choices({**SPACE.widths, "s0": (64, 32)}, SPACE.methods)
     with pytest.raises(UsageError, match=r"of another search space \(it differs in s0\)"):
         open_search(url(tmp_path), "run", other, resume=True)
     (tmp_path / "text.db").write_text("this is not a database, and long enough to be taken for one " * 20)
