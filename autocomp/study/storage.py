@@ -226,5 +226,5 @@ def storage_errors(url: str, what: str) -> Iterator[None]:
         reason = (reason.splitlines() or [type(error).__name__])[0]
         raise UsageError(
             f"the study's storage {masked(url)} cannot {what}: {cut(reason, 500)}; what was told before is kept. "
-            "Check the path and the free space, or name another: storage: in a config file, or AUTOCOMP_STORAGE"
+            "Check the path and the free space, or name another with --storage"
         ) from error

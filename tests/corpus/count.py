@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,8 @@ def count(model: nn.Module, inputs: tuple[Tensor, ...]) -> Count:
     """
     parameters, buffers = (sum(t.numel() for t in held) for held in (model.parameters(), model.buffers()))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch, of the flat weights of recurrent layers
             exported = torch.export.export(_Tensors(model), inputs).run_decompositions()
     except Exception:
         return Count(0, 0, parameters, buffers)

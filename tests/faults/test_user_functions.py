@@ -56,7 +56,7 @@ JUDGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "None": (lambda _: None, "must return a mapping"),
     "a list": (lambda _: [1.0], "must return a mapping"),
     "nothing in it": (lambda _: {}, "must return a mapping"),
-    "a tensor of two": (lambda _: {"a": torch.ones(2)}, "must return numbers"),
+    "a tensor of two axes": (lambda _: {"a": torch.ones(2, 2)}, "must return numbers"),
     "names that are numbers": (lambda _: {1: 2.0}, "must name its metrics by text"),
     "infinite": (lambda _: {"a": float("inf")}, "must return finite metrics"),
     "complex": (lambda _: {"a": 1j}, "must return numbers"),
