@@ -262,6 +262,10 @@ class _Page:
             "note": note,
             "validation": self._cells(item.metrics, item.errors if isinstance(item, Evaluation) else {}),
             "change": self.metric.change(value, self.dense.metrics.get(self.metric.name)),
+            "change_error": self.metric.error(item.drop_errors.get(self.metric.name))
+            if isinstance(item, Evaluation)
+            else "",
+            "noise": self._within_noise(item) if isinstance(item, Evaluation) else False,
             "latency": [self.time(profile, item) for profile in self.profiles],
             "size": format_bytes(item.bytes),
             "smaller": f"{self.dense.bytes / item.bytes:.1f}×" if item.bytes else "–",

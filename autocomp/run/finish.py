@@ -177,6 +177,10 @@ def _warnings(found: Found, points: Sequence[FrontPoint]) -> list[str]:
     from autocomp.hardware.timing import UNSTABLE
 
     warnings = found.warnings()
+    steady = any(not point.evaluation.noisy for point in points)
+    instead = (
+        "A steadier point is recommended in its place" if steady else "No point of the front is steadier: run it again"
+    )
     for point in points:
         for kind, check in point.verified.items():
             if not check.ok:
@@ -187,6 +191,6 @@ def _warnings(found: Found, points: Sequence[FrontPoint]) -> list[str]:
             if latency.noisy or latency.spread > UNSTABLE:
                 warnings.append(
                     f"{point.evaluation.candidate.id} on {name} is noisy: its latency varied by {latency.spread:.0%} between repeats, and did "
-                    "when it was repeated; other work on the machine disturbs measurements. A steadier point is recommended in its place"
+                    f"when it was repeated; other work on the machine disturbs measurements. {instead}"
                 )
     return list(dict.fromkeys(warnings))
