@@ -226,7 +226,7 @@ def test_estimates_say_so() -> None:
 
     front = tuple(replace(point, evaluation=change(point.evaluation)) for point in run.front)
     text = " ".join(page(replace(run, front=front), told).text.split())
-    assert "± 8.0 % estimated" in text
+    assert "estimated ± 8.0 %" in text
     assert "Some points here are estimated" in text
     figure = front_figure(replace(run, front=front), told, "x86-host", None, {})
     assert "estimated or measured" in figure["layout"]["xaxis"]["title"]["text"]
