@@ -77,7 +77,8 @@ class Goals(BaseModel):
         """The limits on what metrics may lose, by metric."""
         if not isinstance(self.max_drop, dict):
             return {} if self.max_drop is None else {objective: self.max_drop}
-        return {objective if name == ALL else name: limit for name, limit in self.max_drop.items()}
+        others = {objective: self.max_drop[ALL]} if ALL in self.max_drop else {}
+        return others | {name: limit for name, limit in self.max_drop.items() if name != ALL}  # a name wins over ``*``
 
     @property
     def any(self) -> bool:

@@ -122,11 +122,14 @@ def refuse_foreign(folder: Path) -> None:
     """UsageError if the torch model of a point is not the file that its manifest was written for."""
     path = folder / WEIGHTS
     try:
-        said = json.loads((folder / MANIFEST).read_text())["sha256"].get(WEIGHTS)
+        manifest = json.loads((folder / MANIFEST).read_text())
+        said, whose = manifest["sha256"].get(WEIGHTS), manifest.get("id", folder.name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{folder / MANIFEST} is missing or damaged, so nobody knows what {WEIGHTS} is: {last_line(error)}"
         ) from error
+    if whose != folder.name:
+        raise UsageError(f"{folder} holds the files of another point, {whose}: write them again with --resume")
     if said is not None and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != said:
         raise UsageError(
             f"{path} is not the file that the run wrote: its checksum is not that of {MANIFEST}. Write it again with --resume"

@@ -170,6 +170,25 @@ def undisturbed(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
     return [e for e in evaluations if not e.noisy] or list(evaluations)
 
 
+def delivered(
+    measured: Sequence[Evaluation], judge: Judge, factors: Sequence[float], profiles: Sequence[str]
+) -> list[Evaluation]:
+    """What a run hands over: the front, and what the goals ask for that is not on it.
+
+    A front knows the objective and latencies alone; a goal on size, on a slice or on several targets may be met by a dominated one only.
+    """
+    front = choose_front(measured, judge.objective, judge.higher_is_better)
+    wanted = [member for member in family(judge, measured, factors, profiles).values() if member is not None]
+    if judge.goals.any and any(judge.feasible(e) for e in measured):
+        wanted.append(judge.best(measured))
+    known = {e.trial for e in front}
+    for evaluation in wanted:
+        if evaluation.trial not in known:
+            known.add(evaluation.trial)
+            front.append(evaluation)
+    return sorted(front, key=lambda e: next(iter(e.latency.values())).seconds)
+
+
 def choose_front(measured: Sequence[Evaluation], objective: str, higher_is_better: bool) -> list[Evaluation]:
     """Measured evaluations that no other dominates in (objective, latency) on at least one profile, fast to slow."""
     sign = -1.0 if higher_is_better else 1.0

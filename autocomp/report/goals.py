@@ -19,7 +19,8 @@ def goal_rows(judge: Judge, evaluation: Evaluation | None, metric: Metric) -> li
     rows = []
     for name, limit in judge.max_drops.items():
         lost = judge.drop(evaluation, name)
-        unit = (lambda value: f"{value * 100:.2g} pt") if metric.percent else (lambda value: f"{value:.3g}")
+        share = metric.percent and (name == metric.name or name.startswith(f"{metric.name}/"))
+        unit = (lambda value: f"{value * 100:.2g} pt") if share else (lambda value: f"{value:.3g}")
         rows.append(_row(f"drop of {name}", f"at most {unit(limit)}", unit(lost), lost <= limit + 1e-12))
     for profile in evaluation.latency:
         if (most := judge.max_latency(profile)) is not None:

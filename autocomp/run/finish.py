@@ -13,7 +13,7 @@ from autocomp.accuracy.sensitivity import curves
 from autocomp.config.settings import Settings
 from autocomp.errors import AutocompError, InfeasibleError
 from autocomp.export.files import renew_manifest
-from autocomp.front.goals import Judge, choose_front
+from autocomp.front.goals import Judge, delivered
 from autocomp.measurement.boards import remeasured
 from autocomp.records.evaluation import Evaluation, as_searched
 from autocomp.records.run import FrontPoint, LayerInfo, Run, Summary, TaskInfo, write_evaluations, write_front
@@ -66,8 +66,8 @@ def refuse_infeasible(settings: Settings, run: Run, folder: Path) -> None:
 def _make_run(prepared: Prepared, found: Found) -> Run:
     task = prepared.task
     objective = objective_of(task, found.dense().metrics)
-    dense, points = _verified_front(prepared, found, objective)
-    dense, points = _timed_again(prepared, found, objective, dense, points)
+    dense, points = _verified_front(prepared, found)
+    dense, points = _timed_again(prepared, found, dense, points)
     held_out = HeldOut(prepared, found, dense)
     dense_point = held_out.read(next((p for p in points if p.evaluation.trial == dense.trial), FrontPoint(dense)))
     points = [dense_point if p.evaluation.trial == dense.trial else held_out.read(p) for p in points]
@@ -92,17 +92,17 @@ def _make_run(prepared: Prepared, found: Found) -> Run:
     )
 
 
-def _verified_front(prepared: Prepared, found: Found, objective: str) -> tuple[Evaluation, list[FrontPoint]]:
+def _verified_front(prepared: Prepared, found: Found) -> tuple[Evaluation, list[FrontPoint]]:
     """Dense, and the front with its files written and read back. A point whose module computes something else is no point.
 
     What it dominated takes its place. The front is chosen by the times that were taken while searching.
     """
-    higher_is_better = prepared.task.higher_is_better
     measured = [as_searched(e) for e in found.told if e.state == "measured"]
     dense = remeasured(prepared.measurer, [found.dense()], found.search.update, prepared.progress)[0]
     written: dict[int, FrontPoint] = {}
     while True:
-        front = choose_front(measured, objective, higher_is_better)
+        judge = replace(found.judge(), dense=as_searched(dense))
+        front = delivered(measured, judge, prepared.settings.speedups, list(prepared.devices))
         if not (new := [e for e in front if e.trial not in written]):
             return dense, [written[e.trial] for e in front]
         others = remeasured(
@@ -125,12 +125,13 @@ def _decides(kind: str) -> bool:
 
 
 def _timed_again(
-    prepared: Prepared, found: Found, objective: str, dense: Evaluation, points: list[FrontPoint]
+    prepared: Prepared, found: Found, dense: Evaluation, points: list[FrontPoint]
 ) -> tuple[Evaluation, list[FrontPoint]]:
     """Dense and the front with times taken in turn, and without the points that are dominated by these times."""
     dense, *again = timed_in_turn(prepared, found, dense, [point.evaluation for point in points])
     by_trial = {e.trial: replace(point, evaluation=e) for point, e in zip(points, again, strict=True)}
-    kept = [by_trial[e.trial] for e in choose_front(again, objective, prepared.task.higher_is_better)]
+    judge = replace(found.judge(), dense=dense)
+    kept = [by_trial[e.trial] for e in delivered(again, judge, prepared.settings.speedups, list(prepared.devices))]
     for point in by_trial.values():
         place = prepared.folder / "models" / point.evaluation.candidate.id
         if point in kept:

@@ -127,7 +127,13 @@ def prepare(
 
 def _refuse_unknown(settings: Settings, metrics: Mapping[str, float]) -> None:
     """UsageError if a goal names a metric that the task does not have."""
-    for name in settings.goals.drops(next(iter(metrics))):
+    objective = next(iter(metrics))
+    for name in settings.goals.drops(objective):
+        if name in metrics and name != objective and not name.startswith(f"{objective}/"):
+            raise UsageError(
+                f"goals.max_drop names {shown(name)}, of which nobody says whether higher is better: name the objective {shown(objective)} "
+                f"or a slice of it ('{objective}/…')"
+            )
         if name not in metrics:
             raise UsageError(
                 f"goals.max_drop names {shown(name)}, which Task.evaluate does not return: it returns {', '.join(metrics)}."

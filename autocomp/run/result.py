@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocomp.config.files import validated
+from autocomp.config.limits import ALL
 from autocomp.config.quantities import parse_factor
 from autocomp.config.settings import Goals
+from autocomp.errors import UsageError, shown, suggest
 from autocomp.front.goals import Judge, family
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation
@@ -139,6 +141,7 @@ class SearchResult:
             InfeasibleError: No point meets the limits; it says what the nearest one misses.
         """
         limits = validated(Goals, {"max_drop": max_drop, "max_latency": max_latency, "max_bytes": max_bytes}, "")
+        self._refuse_unknown(limits)
         return self._point(self._judge(limits).best(self._evaluations()))
 
     def family(
@@ -151,6 +154,16 @@ class SearchResult:
         judge = self._judge(validated(Goals, {"max_drop": max_drop}, ""))
         found = family(judge, self._evaluations(), [parse_factor(text) for text in speedups], list(self.run.profiles))
         return {name: self._point(member) for name, member in found.items() if member is not None}
+
+    def _refuse_unknown(self, goals: Goals) -> None:
+        """UsageError if a limit is of a metric or profile that the run does not have."""
+        known = {"max_drop": self.run.dense.evaluation.metrics, "max_latency": self.run.profiles}
+        for key, limits in (("max_drop", goals.max_drop), ("max_latency", goals.max_latency)):
+            for name in limits if isinstance(limits, dict) else ():
+                if name != ALL and name not in known[key]:
+                    raise UsageError(
+                        f"{key} names {shown(name)}; the run has {', '.join(known[key])}.{suggest(name, known[key])}"
+                    )
 
     def _judge(self, goals: Goals) -> Judge:
         task = self.run.task

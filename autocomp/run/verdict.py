@@ -6,6 +6,8 @@ uncompressed model's, on this machine. Each check ends in a verdict of its own, 
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -112,24 +114,45 @@ class _Checks:
 
     def all(self, task: Task | None) -> list[Check]:
         from autocomp.run.prepare_task import checked_inputs
-        from autocomp.tasks.task import load_task
+        from autocomp.tasks.task import load_task, within
 
-        checks = [self._tried("size", self._size)]
+        checks = [self._tried("files", self._files), self._tried("size", self._size)]
         try:
             with self.progress.stage("loading the task"):
                 task = task or load_task(self.settings.task or "", self.progress)
+                if self.settings.evaluate_timeout is not None:
+                    task = within(task, self.settings.evaluate_timeout)
                 model = self.point.load()
                 inputs = checked_inputs(task)
         except AutocompError as error:
-            return [*checks, _check("files", Verdict.CANNOT_RUN, str(error))]
+            return [*checks, _check("task", Verdict.CANNOT_RUN, str(error))]
         with self.progress.stage("metric"):
             checks.append(self._tried("metric", lambda: self._metric(task, model)))
-        with self.progress.stage("outputs of model.onnx"):
-            checks.append(self._tried("onnx", lambda: self._onnx(model, inputs)))
+        if "onnx" in self.point.record.files:
+            with self.progress.stage("outputs of model.onnx"):
+                checks.append(self._tried("onnx", lambda: self._onnx(model, inputs)))
         for profile in self.found.run.profiles:
             with self.progress.stage(f"outputs and latency on {profile}"):
                 checks += self._on(profile, task, model, inputs)
         return checks
+
+    def _files(self) -> Check:
+        """Whether every file is the one that the run wrote."""
+        manifest = read_json(self.place / "manifest.json")
+        said = dict(manifest["sha256"])
+        wrong = [
+            name
+            for name, checksum in said.items()
+            if (self.place / name).is_file() and _checksum(self.place / name) != checksum
+        ]
+        gone = [name for name in said if not (self.place / name).is_file()]
+        if manifest.get("id", self.place.name) != self.place.name:
+            return _check("files", Verdict.REGRESSION, f"the manifest is of another point, {manifest['id']}")
+        if wrong:
+            return _check("files", Verdict.REGRESSION, f"not as the run wrote them: {', '.join(wrong)}")
+        if gone or not said:
+            return _check("files", Verdict.CANNOT_RUN, f"not there: {', '.join(gone) or 'any'}")
+        return _check("files", Verdict.ACCEPT, f"{len(said)} files as the run wrote them")
 
     def _size(self) -> Check:
         was = self.point.bytes
@@ -144,18 +167,22 @@ class _Checks:
         run = self.found.run
         now, then = evaluate_task(task, model), self.point.metrics
         name = run.task.objective
-        sign = 1.0 if run.task.higher_is_better else -1.0
         said = f"{name} {now[name]:.4g}, {then[name]:.4g} in the run"
         numbers = {"now": now[name], "run": then[name]}
-        if not (changed := otherwise(then, now)):
-            return _check("metric", Verdict.ACCEPT, said, **numbers)
         dense = evaluate_task(task, task.model)
+        changed, other = otherwise(then, now), otherwise(run.dense.evaluation.metrics, dense)
+        if not changed and not other:
+            return _check("metric", Verdict.ACCEPT, said, **numbers)
+        was = Judge(run.dense.evaluation, self.settings.goals, name, run.task.higher_is_better)
         judge = Judge(_renewed(run.dense.evaluation, dense), self.settings.goals, name, run.task.higher_is_better)
-        lost = judge.drop(_renewed(self.point.record.evaluation, now))
-        before = sign * (run.dense.evaluation.metrics[name] - then[name])
-        worse = lost > max(before, judge.max_drops.get(name, before)) + abs(before) * 0.1 + 1e-9
-        said = f"{said} ({changed}); against the uncompressed model it loses {lost:.4g} now, {before:.4g} in the run"
-        return _check("metric", Verdict.REGRESSION if worse else Verdict.INCONCLUSIVE, said, **numbers)
+        point = self.point.record.evaluation
+        for metric in dict.fromkeys([name, *judge.max_drops]):
+            lost, before = judge.drop(_renewed(point, now), metric), was.drop(point, metric)
+            if lost > max(before, judge.max_drops.get(metric, before)) + abs(before) * 0.1 + 1e-9:
+                text = f"{said}; against the uncompressed model {metric} loses {lost:.4g} now, {before:.4g} in the run"
+                return _check("metric", Verdict.REGRESSION, text, **numbers)
+        text = f"{said} ({changed or 'the same'}); the uncompressed model: {other or 'the same'}. Another model, or other data"
+        return _check("metric", Verdict.INCONCLUSIVE, text, **numbers)
 
     def _onnx(self, model: torch.nn.Module, inputs: list[tuple[torch.Tensor, ...]]) -> Check:
         from autocomp.export.onnx import onnx_session, run_session
@@ -189,7 +216,9 @@ class _Checks:
         from autocomp.hardware.timing import steady
 
         whole, ours = steady(lambda: device.time_in_turn([dense, library], inputs[0]))
-        times, was = whole.seconds / ours.seconds, self.wanted[profile]
+        times = whole.seconds / ours.seconds
+        if (was := self.wanted.get(profile, 0.0)) <= 0:
+            return _check(name, Verdict.CANNOT_RUN, f"the baseline has no accepted latency on {profile}")
         spread = max(whole.spread, ours.spread)
         said = (
             f"{times:.2f}x faster than the uncompressed model (spread {spread:.0%}, {ours.how}), {was:.2f}x in the "
@@ -229,6 +258,10 @@ def _check(name: str, verdict: Verdict, said: str, **numbers: float) -> Check:
     return Check(name, verdict, said, numbers)
 
 
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _renewed(evaluation: Any, metrics: Mapping[str, float]) -> Any:
     from dataclasses import replace
 
@@ -262,7 +295,9 @@ def _baseline(path: Path, point: Point) -> dict[str, float]:
         return {
             check["name"].removeprefix("latency on "): float(check["numbers"]["now"])
             for check in data["checks"]
-            if check["name"].startswith("latency on ") and "now" in check["numbers"]
+            if check["name"].startswith("latency on ")
+            and check["verdict"] == Verdict.ACCEPT.value
+            and 0 < float(check["numbers"]["now"]) < math.inf
         }
     except FileNotFoundError:
         raise UsageError(f"--baseline: there is no file {path}") from None

@@ -65,6 +65,7 @@ class AutocompSampler(BaseSampler):
         self.source: Source = "mutation"  # who thought of the last proposal
         self._space = IntersectionSearchSpace()
         self._told: dict[int, tuple[list[int], tuple[float, float]]] = {}  # by trial: levels, error and cost
+        self._shape: tuple[Any, ...] = ()  # names and levels of the space that was read last
         self._done: set[int] = set()  # trials of which nothing new is to come
         self._known: dict[int, tuple[Any, ...]] = {}  # by trial, whatever came of it: its parameters
 
@@ -150,6 +151,12 @@ class AutocompSampler(BaseSampler):
 
     def _read(self, study: Study, names: Sequence[str], levels: Sequence[tuple[Any, ...]]) -> None:
         """Take in what is new in the study."""
+        if (
+            tuple(names),
+            tuple(levels),
+        ) != self._shape:  # another space than before: what was read of that says nothing of this one
+            self._shape = (tuple(names), tuple(levels))
+            self._told, self._known, self._done = {}, {}, set()
         signs = [1.0 if direction == StudyDirection.MINIMIZE else -1.0 for direction in study.directions]
         for trial in study.get_trials(deepcopy=False):
             if trial.number in self._done or not all(name in trial.params for name in names):

@@ -8,7 +8,7 @@ import pytest
 
 from autocomp.config.settings import Goals
 from autocomp.errors import InfeasibleError
-from autocomp.front.goals import Judge, family
+from autocomp.front.goals import Judge, delivered, family
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation
 from autocomp.records.latency import Latency
@@ -122,3 +122,21 @@ def test_a_family_has_the_most_accurate_of_each_speedup() -> None:
     assert {name: e and e.trial for name, e in found.items()} == {"2x": 1, "2.2x": 2, "9x": None}
     within = family(Judge(DENSE, Goals(max_drop=0.001), "accuracy"), RUN, [2.0], ["x86-host", "board"])
     assert within == {"2x on x86-host": None, "2x on board": None}
+
+
+def test_what_the_goals_ask_for_is_delivered_though_it_is_beaten() -> None:
+    """A front knows the objective and latencies; sizes and slices it does not."""
+    fast = evaluation(1, 0.98, 0.5, 400_000)
+    small = evaluation(2, 0.975, 0.6, 70_000)
+    poor = evaluation(3, 0.70, 0.2, 40_000)
+    found = delivered([DENSE, fast, small, poor], Judge(DENSE, Goals(max_bytes="5x"), "accuracy"), [], ["x86-host"])
+    assert small in found
+    assert Judge(DENSE, Goals(max_bytes="5x"), "accuracy").best(found) == small
+    plain = delivered([DENSE, fast, small, poor], Judge(DENSE, Goals(), "accuracy"), [], ["x86-host"])
+    assert small not in plain
+    assert [e.trial for e in plain] == [3, 1], "fast to slow"
+
+
+def test_a_name_wins_over_the_rest() -> None:
+    for goals in ({"accuracy": 0.05, "*": 0.01}, {"*": 0.01, "accuracy": 0.05}):
+        assert Goals(max_drop=goals).drops("accuracy") == {"accuracy": 0.05}

@@ -384,3 +384,20 @@ def test_the_work_of_a_trial_does_not_grow_with_those_before(tmp_path: Path) -> 
     finally:
         event.remove(SqlEngine, "before_cursor_execute", count)
     assert 0 < asked[2] < 1.2 * asked[1]
+
+
+def test_the_sampler_forgets_a_space_that_changed() -> None:
+    """A study of Optuna's own, whose parameters come and go."""
+    import optuna
+
+    from autocomp.study.sampler import AutocompSampler
+
+    def cost(trial: optuna.Trial) -> tuple[float, float]:
+        width = trial.suggest_int("width", 16, 64, step=16)
+        extra = trial.suggest_categorical("more", [1, 2, 3]) if trial.number % 3 else 1
+        return 1 / width / extra, float(width * extra)
+
+    with quiet_optuna():
+        study = optuna.create_study(directions=["minimize", "minimize"], sampler=AutocompSampler(seed=0))
+        study.optimize(cost, n_trials=20)
+    assert len(study.trials) == 20
