@@ -39,8 +39,8 @@ class Task:
     named ``metric/slice``. A metric may be a number, or the values of samples of which it is the mean (a tensor, array or list: right or
     wrong for each image, in an order that no model changes), and then its standard error is known. ``test`` does the same on data nothing else
     has seen: the final report calls it once for each front point. ``train`` yields ``(inputs, target)`` pairs, ``inputs`` a tuple of
-    tensors, afresh each time it is iterated; ``loss(output, target)`` is the scalar to minimise. ``unit`` is how the objective is shown: ``"%"`` says that it is a share
-    between 0 and 1, shown in percent and points, anything else (``"dB"``) stands behind its values as they are.
+    tensors, afresh each time it is iterated; ``loss(output, target)`` is the scalar to minimise. ``unit`` is how the objective is shown:
+    ``"%"`` says that it is a share between 0 and 1, shown in percent and points, anything else (``"dB"``) stands behind its values as they are.
 
     ``batch_axes`` says along which axis of each input samples lie, None for an input that has none (a table); by default it is found by
     running two samples at once. Samples may vary in their other sizes from one calibration batch to the next.
