@@ -24,6 +24,7 @@ from autocomp.records.latency import Latency
 from autocomp.run.folder import abandon_run_folder, check_run_folder, open_run_folder, probe
 from autocomp.run.result import Point as Point
 from autocomp.run.result import SearchResult as SearchResult
+from autocomp.run.verdict import SLOWER
 from autocomp.space.file import SpaceFile, load_space
 from autocomp.study.samplers import GIVEN
 from autocomp.tasks.task import Task, checked_batch, load_task, within
@@ -186,7 +187,7 @@ def gate(
     run: str | Path,
     point: str | None = None,
     baseline: str | Path | None = None,
-    slower: float = 0.1,
+    slower: float = SLOWER,
     *,
     task: Task | None = None,
     progress: Progress | None = None,
@@ -365,10 +366,8 @@ def sensitivity(
 
     from autocomp.accuracy.sensitivity import curves, masks
     from autocomp.cache import write_atomically
-    from autocomp.database.calibrate import collect
-    from autocomp.database.database import LayerDatabase
     from autocomp.report.build import render_sensitivity
-    from autocomp.run.prepare_task import prepare_task
+    from autocomp.run.prepare_task import compressed_layers, prepare_task
     from autocomp.tasks.training import one_thread
 
     if settings.task is None:
@@ -379,10 +378,8 @@ def sensitivity(
     with one_thread(), tempfile.TemporaryDirectory() as folder, caught(None, progress.console):
         prepared = prepare_task(task, rules, profiles, settings.calibration_samples, progress)
         task, graph = prepared.task, prepared.graph
-        with progress.stage("calibrating"):
-            statistics = collect(task, graph, settings.calibration_samples, settings.seed)
-        database = LayerDatabase(folder, task.model, graph, prepared.space, statistics)
-        database.build(progress)
+        samples, seed = settings.calibration_samples, settings.seed
+        statistics, database = compressed_layers(prepared, Path(folder), samples, seed, progress)
         rows = curves(database.tables())
         if masked:
             with progress.stage("masks of single weights", len(graph.layers)) as stage:

@@ -13,13 +13,14 @@ from scipy.stats import kendalltau, spearmanr
 
 from autocomp.accuracy.additive import AdditiveModel, additive_model
 from autocomp.accuracy.proxy import stitch_and_score
-from autocomp.database.calibrate import Statistics, collect
+from autocomp.database.calibrate import Statistics
 from autocomp.database.database import LayerDatabase
 from autocomp.database.stitch import stitch
 from autocomp.graph.graph import Graph
 from autocomp.hardware.profile import load_profile
+from autocomp.progress import Progress
 from autocomp.records.candidate import Candidate
-from autocomp.run.prepare_task import prepare_task
+from autocomp.run.prepare_task import compressed_layers, prepare_task
 from autocomp.space.file import load_space
 from autocomp.space.space import Space
 from autocomp.tasks.task import Task, evaluate_task, load_task
@@ -55,12 +56,9 @@ def prepare(name: str, space: str = "default", samples: int = 256, folder: Path 
     """Load a task (training its model unless it is cached) and build its layer database, in a temporary folder unless given."""
     torch.set_num_threads(1)
     ready = prepare_task(load_task(name), load_space(space), [load_profile("x86-host")], samples)
-    task, graph, legal = ready.task, ready.graph, ready.space
-    statistics = collect(task, graph, samples, 0)
     folder = folder or Path(tempfile.mkdtemp(prefix="autocomp-benchmark-"))
-    database = LayerDatabase(folder, task.model, graph, legal, statistics)
-    database.build()
-    return Prepared(task, graph, legal, statistics, database, additive_model(database.tables()))
+    statistics, database = compressed_layers(ready, folder, samples, 0, Progress())
+    return Prepared(ready.task, ready.graph, ready.space, statistics, database, additive_model(database.tables()))
 
 
 def in_floats(candidate: Candidate, space: Space) -> Candidate:

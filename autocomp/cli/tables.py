@@ -85,16 +85,15 @@ def show_plan(plan: Plan) -> None:
 
 def show_family(run: Run, settings: Settings) -> None:
     """Print the member of each speed-up that was asked for, and which have none."""
-    task, dense = run.task, run.dense.evaluation
-    judge = Judge(dense, settings.goals, task.objective, task.higher_is_better)
+    judge, objective = Judge.of(run, settings.goals), run.task.objective
     rows = []
     for name, member in family(judge, [p.evaluation for p in run.front], settings.speedups, list(run.profiles)).items():
         if member is None:
             rows.append([name, "no point of the front reaches it", "", ""])
         else:
-            value, lost = member.metrics[task.objective], judge.drop(member)
+            value, lost = member.metrics[objective], judge.drop(member)
             rows.append([name, member.candidate.id, _figure(value), _figure(lost, "+")])
-    show_table(["\nfamily", "point", f">{task.objective}", ">drop"], rows)
+    show_table(["\nfamily", "point", f">{objective}", ">drop"], rows)
 
 
 def show_front(run: Run) -> None:

@@ -12,6 +12,7 @@ from autocomp.cli import tables as terminal
 from autocomp.cli.options import common_options
 from autocomp.errors import UsageError, cut
 from autocomp.progress import Progress
+from autocomp.run.verdict import SLOWER
 
 
 @click.command()
@@ -21,7 +22,7 @@ from autocomp.progress import Progress
 @click.option(
     "--slower",
     type=click.FloatRange(0.0, 1.0, max_open=True),
-    default=0.1,
+    default=SLOWER,
     show_default=True,
     help="Share of the speed-up that may be lost.",
 )

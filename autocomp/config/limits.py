@@ -25,10 +25,12 @@ def read_latencies(value: Any) -> Any:
 
 def read_size(value: Any) -> Any:
     """A limit on bytes: a whole number, ``500KB``, ``5x``."""
+    if value is None:
+        return None
     if isinstance(value, str) and not is_number(value):
-        value = _factor(value) if _is_factor(value) else parse_bytes(value)
-    if value is None or (isinstance(value, str) and not is_number(value)):
-        return value
+        value = one_size(value)
+        if isinstance(value, str):
+            return value
     if type(value) is not int:
         raise ValueError(f"must be a whole number of bytes or a size with its unit, such as 500KB; got {shown(value)}")
     return _within(value, above=0)
@@ -79,7 +81,7 @@ def _latency(value: Any) -> Any:
     if isinstance(value, str):
         if is_number(value):
             raise ValueError(f"must be a number, or a text with a unit such as 0.5ms; got the text {shown(value)}")
-        value = _factor(value) if _is_factor(value) else parse_seconds(value)
+        value = one_latency(value)
     return value if isinstance(value, str) else _within(value, above=0)
 
 

@@ -60,11 +60,6 @@ def parse_points(text: str) -> float:
     return _percent(text, "pt", "points, such as 0.5pt")
 
 
-def is_relative(value: object) -> bool:
-    """Whether a goal is stated against the uncompressed model: ``2x``, ``1%``."""
-    return isinstance(value, str)
-
-
 def _percent(text: str, sign: str, wanted: str) -> float:
     value = _parse(text, {sign: 1.0}, wanted)
     if value > 100:

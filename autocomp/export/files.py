@@ -130,10 +130,15 @@ def refuse_foreign(folder: Path) -> None:
         ) from error
     if whose != folder.name:
         raise UsageError(f"{folder} holds the files of another point, {whose}: write them again with --resume")
-    if said is not None and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != said:
+    if said is not None and path.is_file() and checksum(path) != said:
         raise UsageError(
             f"{path} is not the file that the run wrote: its checksum is not that of {MANIFEST}. Write it again with --resume"
         )
+
+
+def checksum(path: Path) -> str:
+    """Of a file, as manifests have it."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _tried(path: Path, write: Callable[[Path], Verified]) -> Verified:
@@ -199,11 +204,7 @@ def _write_manifest(
         "latency": {name: _brief(latency_to_json(latency)) for name, latency in evaluation.latency.items()},
         "verified": {kind: asdict(check) for kind, check in verified.items()},
         "onnx_session_options": EXACT if eight_bits else {},  # for processors without VNNI
-        "sha256": {
-            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.iterdir())
-            if path.name != MANIFEST
-        },
+        "sha256": {path.name: checksum(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST},
     }
     write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
 

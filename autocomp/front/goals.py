@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,34 @@ from autocomp.config.settings import Goals
 from autocomp.errors import InfeasibleError
 from autocomp.front.pareto import knee, pareto_set
 from autocomp.records.evaluation import Evaluation
-from autocomp.records.run import comparable, speedup
+from autocomp.records.run import Run, comparable, speedup
+
+
+class Held(NamedTuple):
+    """One limit and what an evaluation comes to: ``subject`` is a metric or a profile, empty for a size; ``slack`` is what rounding may add."""
+
+    goal: Literal["max_drop", "max_latency", "max_bytes"]
+    subject: str
+    limit: float
+    value: float
+    slack: float = 0.0
+
+    @property
+    def met(self) -> bool:
+        return self.value <= self.limit + self.slack
+
+    @property
+    def excess(self) -> float:
+        """The share of the limit by which it is over; of a drop that may be none, the drop."""
+        return (self.value - self.limit) / (self.limit or 1.0)
+
+    def __str__(self) -> str:
+        if self.goal == "max_drop":
+            return f"{self.subject} drops by {self.value:.4g}, more than max_drop {self.limit:.4g}"
+        if self.goal == "max_latency":
+            value, limit = format_milliseconds(self.value), format_milliseconds(self.limit)
+            return f"{value} on {self.subject}, more than max_latency {limit}"
+        return f"{format_bytes(self.value)}, more than max_bytes {format_bytes(self.limit)}"
 
 
 class Miss(NamedTuple):
@@ -35,6 +62,11 @@ class Judge:
     goals: Goals
     objective: str
     higher_is_better: bool = True
+
+    @classmethod
+    def of(cls, run: Run, goals: Goals) -> Judge:
+        """The judge of a run that has ended."""
+        return cls(run.dense.evaluation, goals, run.task.objective, run.task.higher_is_better)
 
     @cached_property
     def max_drops(self) -> dict[str, float]:
@@ -80,26 +112,29 @@ class Judge:
         """Seconds on the slowest of its measured profiles, as dense was timed; infinite where nothing was measured."""
         return max((comparable(evaluation, self.dense, p) for p in evaluation.latency), default=float("inf"))
 
+    def held(self, evaluation: Evaluation) -> list[Held]:
+        """Each limit beside what an evaluation comes to; of latencies those of the profiles that were measured."""
+        # 0.98 - 0.97 is a little more than 0.01 in binary
+        found = [
+            Held("max_drop", metric, limit, self.drop(evaluation, metric), 1e-12)
+            for metric, limit in self.max_drops.items()
+        ]
+        for profile in evaluation.latency:
+            if (most := self.max_latency(profile)) is not None:
+                seconds = comparable(evaluation, self.dense, profile)
+                found.append(Held("max_latency", profile, most, seconds, most * 1e-9))
+        if self.max_bytes is not None:
+            found.append(Held("max_bytes", "", self.max_bytes, evaluation.bytes))
+        return found
+
     def misses(self, evaluation: Evaluation) -> list[Miss]:
         """The goals an evaluation misses; none if it is feasible. What was never measured is a miss."""
         found = []
         if evaluation.state == "failed":
             found.append(Miss(f"it failed: {evaluation.failure or 'no reason recorded'}", float("inf")))
-        for metric, limit in self.max_drops.items():
-            loss = self.drop(evaluation, metric)
-            if loss > limit + 1e-12:  # 0.98 - 0.97 is a little more than 0.01 in binary
-                text = f"{metric} drops by {loss:.4g}, more than max_drop {limit:.4g}"
-                found.append(Miss(text, (loss - limit) / (limit or 1.0)))
-        for profile in evaluation.latency:
-            seconds = comparable(evaluation, self.dense, profile)
-            if (most := self.max_latency(profile)) is not None and seconds > most * (1 + 1e-9):
-                limit_text = f"more than max_latency {format_milliseconds(most)}"
-                found.append(Miss(f"{format_milliseconds(seconds)} on {profile}, {limit_text}", seconds / most - 1))
+        found += [Miss(str(held), held.excess) for held in self.held(evaluation) if not held.met]
         if self.goals.max_latency is not None and not evaluation.latency:
             found.append(Miss("its latency was not measured", float("inf")))
-        if self.max_bytes is not None and evaluation.bytes > self.max_bytes:
-            text = f"{format_bytes(evaluation.bytes)}, more than max_bytes {format_bytes(self.max_bytes)}"
-            found.append(Miss(text, evaluation.bytes / self.max_bytes - 1))
         return found
 
     def violations(self, evaluation: Evaluation) -> list[str]:

@@ -113,7 +113,7 @@ class _Page:
     def __init__(self, run: Run, goals: Goals, folder: Path | None) -> None:
         self.run, self.folder = run, folder
         self.metric = Metric(run)
-        self.judge = Judge(run.dense.evaluation, goals, self.metric.name, self.metric.higher_is_better)
+        self.judge = Judge.of(run, goals)
         self.profiles = list(run.profiles)
         self.slices = [name for name in run.dense.evaluation.metrics if name != self.metric.name]
         self.dense = run.dense.evaluation

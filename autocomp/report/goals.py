@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from autocomp.config.quantities import format_bytes, format_milliseconds
-from autocomp.front.goals import Judge, family
+from autocomp.front.goals import Held, Judge, family
 from autocomp.records.evaluation import Evaluation
 from autocomp.records.run import comparable, speedup
 from autocomp.report.figures import Metric
@@ -17,20 +17,22 @@ def goal_rows(judge: Judge, evaluation: Evaluation | None, metric: Metric) -> li
     if evaluation is None:
         return []
     rows = []
-    for name, limit in judge.max_drops.items():
-        lost = judge.drop(evaluation, name)
-        share = metric.percent and (name == metric.name or name.startswith(f"{metric.name}/"))
-        unit = (lambda value: f"{value * 100:.2g} pt") if share else (lambda value: f"{value:.3g}")
-        rows.append(_row(f"drop of {name}", f"at most {unit(limit)}", unit(lost), lost <= limit + 1e-12))
-    for profile in evaluation.latency:
-        if (most := judge.max_latency(profile)) is not None:
-            seconds = comparable(evaluation, judge.dense, profile)
-            texts = (f"at most {format_milliseconds(most)}", format_milliseconds(seconds))
-            rows.append(_row(f"latency on {profile}", *texts, seconds <= most * (1 + 1e-9)))
-    if (most := judge.max_bytes) is not None:
-        texts = (f"at most {format_bytes(most)}", format_bytes(evaluation.bytes))
-        rows.append(_row("size of the weights", *texts, evaluation.bytes <= most))
+    for held in judge.held(evaluation):
+        name, text = _told(held, metric)
+        limit = f"at most {text(held.limit)}"
+        rows.append({"goal": name, "limit": limit, "came_to": text(held.value), "met": held.met})
     return rows
+
+
+def _told(held: Held, metric: Metric) -> tuple[str, Callable[[float], str]]:
+    """What a limit is called, and how its values are written."""
+    if held.goal == "max_latency":
+        return f"latency on {held.subject}", format_milliseconds
+    if held.goal == "max_bytes":
+        return "size of the weights", format_bytes
+    if metric.percent and (held.subject == metric.name or held.subject.startswith(f"{metric.name}/")):
+        return f"drop of {held.subject}", lambda value: f"{value * 100:.2g} pt"
+    return f"drop of {held.subject}", lambda value: f"{value:.3g}"
 
 
 def family_rows(
@@ -54,7 +56,3 @@ def family_rows(
             }
         rows.append(row)
     return rows
-
-
-def _row(goal: str, limit: str, came_to: str, met: bool) -> dict[str, Any]:
-    return {"goal": goal, "limit": limit, "came_to": came_to, "met": bool(met)}

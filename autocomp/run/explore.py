@@ -33,9 +33,7 @@ SEEDS_AGAIN = 12  # at most, after each round of measurement
 FITTED = 64  # candidates stitched to fit tier 0 before the solver is first asked, where the budget of trials is four times that
 FITTING = 0.1  # of the time to search at most for that fit, where minutes are set
 DEEP = 4  # one in so many measurements looks for what is fast at whatever loss within `UNKNOWN`; the others at what is of use
-FRONT_EVERY = (
-    4  # one group of measurements in so many is for the front around the goals, which tells what they are worth
-)
+FRONT_EVERY = 4  # one group of measurements in so many is for the front around the goals
 FINER = 4  # times as many seeds are solved for where only those near the goals are taken
 MEASURE_ROUNDS = 4  # the budget of measurements is spent in rounds, each choosing by all that is known then
 
@@ -192,8 +190,7 @@ class _Explorer:
         if self.judge.objective not in self.judge.max_drops:
             return solve_front(self.costs.problem(), SEEDS_AGAIN)
         problem = self.costs.problem()
-        measured = [e for e in self.search.told if e.state == "measured" and e.kl is not None]
-        useful = useful_divergence(measured, self.judge)
+        useful = useful_divergence(self._measured(), self.judge)
         near = [c for c in solve_front(problem, FINER * SEEDS_AGAIN) if useful / FINER < problem.cost(c).error < useful]
         return near[:: max(1, len(near) // SEEDS_AGAIN)][:SEEDS_AGAIN]
 
@@ -230,7 +227,7 @@ class _Explorer:
 
         With goals only a group is chosen, since what is measured changes what is worth it; one in `FRONT_EVERY` is for the front around.
         """
-        measured = [e for e in self.search.told if e.state == "measured" and e.kl is not None]
+        measured = self._measured()
         seconds = self.costs.relative([e.candidate for e in waiting])
         wanted = aims(self.judge, list(seconds), self.settings.speedups)
         if not wanted:
@@ -314,6 +311,9 @@ class _Explorer:
             self.progress.warn(
                 f"--minutes {self.budget.minutes:g} ended the search after {told} of {trials} trials, {done} of {self.settings.measure} measured"
             )
+
+    def _measured(self) -> list[Evaluation]:
+        return [e for e in self.search.told if e.state == "measured" and e.kl is not None]
 
     def _searched(self) -> list[Evaluation]:
         return [e for e in self.search.told if not is_baseline(e.source)]

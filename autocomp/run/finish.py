@@ -54,7 +54,7 @@ def finish(prepared: Prepared, found: Found) -> Run:
 
 def refuse_infeasible(settings: Settings, run: Run, folder: Path) -> None:
     """InfeasibleError if no point of a front meets the goals: which, and by how much."""
-    judge = Judge(run.dense.evaluation, settings.goals, run.task.objective, run.task.higher_is_better)
+    judge = Judge.of(run, settings.goals)
     front = [point.evaluation for point in run.front]
     if not any(judge.feasible(evaluation) for evaluation in front):
         raise InfeasibleError(

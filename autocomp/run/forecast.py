@@ -10,17 +10,21 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from autocomp.config.quantities import parse_factor
 from autocomp.config.settings import Settings
 from autocomp.devices.open import open_device
+from autocomp.front.goals import Judge
 from autocomp.hardware.profile import load_profile
 from autocomp.processes.pool import cores
 from autocomp.progress import Progress
-from autocomp.run.prepare_task import PreparedTask, prepare_task
+from autocomp.records.evaluation import Evaluation
+from autocomp.records.latency import Latency
+from autocomp.records.run import speedup
+from autocomp.run.prepare_task import PreparedTask, compressed_layers, prepare_task
 from autocomp.space.file import load_space
 from autocomp.study.costs import Costs
 from autocomp.study.solver import Problem, solve_front
@@ -89,18 +93,14 @@ class Plan:
 def forecast(settings: Settings, task: Task, progress: Progress) -> Plan:
     """Plan a search. UsageError, ExportError as a search raises them at its start."""
     from autocomp.accuracy.proxy import score_early
-    from autocomp.database.calibrate import collect
-    from autocomp.database.database import LayerDatabase
 
     begun = time.perf_counter()
     devices = {name: open_device(load_profile(name)) for name in settings.profiles}
     profiles = [device.profile for device in devices.values()]
     ready = prepare_task(task, load_space(settings.space), profiles, settings.calibration_samples, progress)
     with tempfile.TemporaryDirectory() as folder:
-        with progress.stage("calibrating"):
-            statistics = collect(ready.task, ready.graph, settings.calibration_samples, settings.seed)
-        database = LayerDatabase(folder, ready.task.model, ready.graph, ready.space, statistics)
-        database.build(progress, workers=cores())
+        samples, seed = settings.calibration_samples, settings.seed
+        _, database = compressed_layers(ready, Path(folder), samples, seed, progress)
         prepared = time.perf_counter() - begun
         for device in devices.values():
             device.model.fit_kernels(device.store.records())
@@ -124,7 +124,9 @@ def forecast(settings: Settings, task: Task, progress: Progress) -> Plan:
             for candidate in looked_at:
                 read[candidate] = score_early(ready.task.model, ready.graph, database, candidate)
                 stage.advance()
-    points = tuple(_point(settings, ready, costs, problem, candidate, read.get(candidate)) for candidate in front)
+    limits = settings.goals.model_copy(update={"max_drop": None})  # of which nothing is known yet
+    judge = Judge(_thought(costs, problem, ready.space.dense()), limits, "")
+    points = tuple(_point(judge, _thought(costs, problem, candidate), read.get(candidate)) for candidate in front)
     seconds = {
         "until the first trial": prepared,
         "a trial on 64 samples": trial,
@@ -137,21 +139,18 @@ def forecast(settings: Settings, task: Task, progress: Progress) -> Plan:
     )  # fmt: skip
 
 
-def _point(
-    settings: Settings, ready: PreparedTask, costs: Costs, problem: Problem, candidate: Candidate, read: float | None
-) -> PlannedPoint:
-    dense, predicted = costs.predict(ready.space.dense()), costs.predict(candidate)
-    whole = problem.cost(ready.space.dense()).bytes
-    cost = problem.cost(candidate)
-    faster = {name: dense[name] / seconds for name, seconds in predicted.items()}
-    goals, meets = settings.goals, True
-    for name, seconds in predicted.items():
-        limit = goals.latency(name)
-        if limit is not None:
-            meets &= faster[name] >= parse_factor(limit) if isinstance(limit, str) else seconds <= limit
-    if (most := goals.max_bytes) is not None:
-        meets &= whole / cost.bytes >= parse_factor(most) if isinstance(most, str) else cost.bytes <= most
-    return PlannedPoint(faster, whole / max(1, cost.bytes), cost.error, read, bool(meets))
+def _point(judge: Judge, evaluation: Evaluation, read: float | None) -> PlannedPoint:
+    dense = judge.dense
+    faster = {profile: speedup(evaluation, dense, profile) for profile in evaluation.latency}
+    smaller = dense.bytes / max(1, evaluation.bytes)
+    return PlannedPoint(faster, smaller, evaluation.error, read, judge.feasible(evaluation))
+
+
+def _thought(costs: Costs, problem: Problem, candidate: Candidate) -> Evaluation:
+    """What is thought of a candidate, in the place of an evaluation of it."""
+    cost, predicted = problem.cost(candidate), costs.predict(candidate)
+    latency = {name: Latency(seconds, 0.0, "estimated", name) for name, seconds in predicted.items()}
+    return Evaluation(0, candidate, "solver", "told", cost.error, cost.bytes, predicted, latency=latency)
 
 
 def _layers(problem: Problem) -> tuple[PlannedLayer, ...]:

@@ -14,12 +14,11 @@ from autocomp.errors import UsageError, shown, suggest
 from autocomp.hardware.profile import load_profile
 from autocomp.measurement.measurer import Measurer
 from autocomp.measurement.preflight import rehearse
-from autocomp.processes.pool import cores
 from autocomp.progress import Progress, Stage
 from autocomp.records.candidate import Candidate
 from autocomp.run.budget import Budget
 from autocomp.run.identity import compression_of, identity_of, refuse_another
-from autocomp.run.prepare_task import prepare_task
+from autocomp.run.prepare_task import compressed_layers, prepare_task
 from autocomp.space.file import load_space
 from autocomp.space.space import Space
 from autocomp.tasks.task import Task
@@ -83,8 +82,6 @@ def prepare(
 
     What can be refused is refused here: UsageError, ExportError, AutocompError before anything is searched.
     """
-    from autocomp.database.calibrate import collect
-    from autocomp.database.database import LayerDatabase
     from autocomp.database.stitch import stitch
 
     budget = Budget(settings.minutes)
@@ -102,10 +99,10 @@ def prepare(
         measurer.rehearsed = rehearse(task, devices, inputs, progress)
         _refuse_unknown(settings, measurer.rehearsed.metrics)
         budget.keep_for_the_end(measurer.rehearsed.seconds, measurer.together, settings.references)
-    with progress.stage("calibrating"):
-        statistics = collect(task, graph, settings.calibration_samples, settings.seed)
-    database = LayerDatabase(folder / "layers", task.model, graph, ready.space, statistics)
-    database.build(progress, workers=cores(), told=_Forecast(budget, progress))
+    samples, seed = settings.calibration_samples, settings.seed
+    statistics, database = compressed_layers(
+        ready, folder / "layers", samples, seed, progress, _Forecast(budget, progress)
+    )
     space = ready.space.without(database.dominated(profiles))
     return Prepared(
         settings,

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocomp.graph.batches import first, like
+from autocomp.processes.pool import cores
 from autocomp.progress import Progress
 from autocomp.space.build import build_space
 from autocomp.tasks.task import Task
@@ -18,6 +20,8 @@ from autocomp.tasks.task import Task
 if TYPE_CHECKING:
     import torch
 
+    from autocomp.database.calibrate import Statistics
+    from autocomp.database.database import LayerDatabase
     from autocomp.graph.graph import Graph
     from autocomp.space.file import SpaceFile
     from autocomp.space.space import Space, Target
@@ -61,6 +65,25 @@ def prepare_task(
         with progress.stage("equalising channels"):
             task = _rewritten(task, graph, equalised)
     return PreparedTask(_settled(task, samples), graph, space)
+
+
+def compressed_layers(
+    ready: PreparedTask,
+    folder: Path,
+    samples: int,
+    seed: int,
+    progress: Progress,
+    told: Callable[[float, float], None] = lambda share, seconds: None,
+) -> tuple[Statistics, LayerDatabase]:
+    """Calibrate a prepared task on so many samples, and compress each of its layers once, into ``folder``; what lies there already is kept."""
+    from autocomp.database.calibrate import collect
+    from autocomp.database.database import LayerDatabase
+
+    with progress.stage("calibrating"):
+        statistics = collect(ready.task, ready.graph, samples, seed)
+    database = LayerDatabase(folder, ready.task.model, ready.graph, ready.space, statistics)
+    database.build(progress, workers=cores(), told=told)
+    return statistics, database
 
 
 def checked_inputs(task: Task) -> list[tuple[torch.Tensor, ...]]:

@@ -120,7 +120,7 @@ class SearchResult:
                 row[f"how:{profile}"] = latency.how
                 row[f"speedup:{profile}"] = speedup(point.record.evaluation, self.run.dense.evaluation, profile)
             row["bytes"] = point.bytes
-            row["drop"] = self._judge(Goals()).drop(point.record.evaluation)
+            row["drop"] = Judge.of(self.run, Goals()).drop(point.record.evaluation)
             row["drop_error"] = point.record.evaluation.drop_errors.get(self.run.task.objective)
             rows.append(row)
         return pd.DataFrame(rows)
@@ -142,7 +142,7 @@ class SearchResult:
         """
         limits = validated(Goals, {"max_drop": max_drop, "max_latency": max_latency, "max_bytes": max_bytes}, "")
         self._refuse_unknown(limits)
-        return self._point(self._judge(limits).best(self._evaluations()))
+        return self._point(Judge.of(self.run, limits).best(self._evaluations()))
 
     def family(
         self, *speedups: str, max_drop: float | str | Mapping[str, float | str] | None = None
@@ -151,7 +151,7 @@ class SearchResult:
 
         Where the run was on several profiles, the names are like ``2x on cortex-a76``.
         """
-        judge = self._judge(validated(Goals, {"max_drop": max_drop}, ""))
+        judge = Judge.of(self.run, validated(Goals, {"max_drop": max_drop}, ""))
         found = family(judge, self._evaluations(), [parse_factor(text) for text in speedups], list(self.run.profiles))
         return {name: self._point(member) for name, member in found.items() if member is not None}
 
@@ -164,10 +164,6 @@ class SearchResult:
                     raise UsageError(
                         f"{key} names {shown(name)}; the run has {', '.join(known[key])}.{suggest(name, known[key])}"
                     )
-
-    def _judge(self, goals: Goals) -> Judge:
-        task = self.run.task
-        return Judge(self.run.dense.evaluation, goals, task.objective, task.higher_is_better)
 
     def _evaluations(self) -> list[Evaluation]:
         return [point.record.evaluation for point in self.front]

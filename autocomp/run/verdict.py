@@ -6,10 +6,9 @@ uncompressed model's, on this machine. Each check ends in a verdict of its own, 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,16 +137,14 @@ class _Checks:
 
     def _files(self) -> Check:
         """Whether every file is the one that the run wrote."""
-        manifest = read_json(self.place / "manifest.json")
-        said = dict(manifest["sha256"])
-        wrong = [
-            name
-            for name, checksum in said.items()
-            if (self.place / name).is_file() and _checksum(self.place / name) != checksum
-        ]
-        gone = [name for name in said if not (self.place / name).is_file()]
-        if manifest.get("id", self.place.name) != self.place.name:
-            return _check("files", Verdict.REGRESSION, f"the manifest is of another point, {manifest['id']}")
+        from autocomp.export.files import checksum
+
+        said, whose = dict(self._manifest()["sha256"]), self._manifest().get("id", self.place.name)
+        there = [name for name in said if (self.place / name).is_file()]
+        wrong = [name for name in there if checksum(self.place / name) != said[name]]
+        gone = [name for name in said if name not in there]
+        if whose != self.place.name:
+            return _check("files", Verdict.REGRESSION, f"the manifest is of another point, {whose}")
         if wrong:
             return _check("files", Verdict.REGRESSION, f"not as the run wrote them: {', '.join(wrong)}")
         if gone or not said:
@@ -156,10 +153,12 @@ class _Checks:
 
     def _size(self) -> Check:
         was = self.point.bytes
-        manifest = read_json(self.place / "manifest.json")
-        now = manifest.get("bytes", was) if isinstance(manifest, dict) else was
+        now = self._manifest().get("bytes", was)
         verdict = Verdict.ACCEPT if now == was else Verdict.REGRESSION
         return _check("size", verdict, f"{now} bytes of weights, {was} in the run", now=now, run=was)
+
+    def _manifest(self) -> Any:
+        return read_json(self.place / "manifest.json")
 
     def _metric(self, task: Task, model: torch.nn.Module) -> Check:
         from autocomp.tasks.task import evaluate_task
@@ -173,11 +172,11 @@ class _Checks:
         changed, other = otherwise(then, now), otherwise(run.dense.evaluation.metrics, dense)
         if not changed and not other:
             return _check("metric", Verdict.ACCEPT, said, **numbers)
-        was = Judge(run.dense.evaluation, self.settings.goals, name, run.task.higher_is_better)
-        judge = Judge(_renewed(run.dense.evaluation, dense), self.settings.goals, name, run.task.higher_is_better)
+        was = Judge.of(run, self.settings.goals)
+        judge = replace(was, dense=replace(was.dense, metrics=dense))
         point = self.point.record.evaluation
         for metric in dict.fromkeys([name, *judge.max_drops]):
-            lost, before = judge.drop(_renewed(point, now), metric), was.drop(point, metric)
+            lost, before = judge.drop(replace(point, metrics=now), metric), was.drop(point, metric)
             if lost > max(before, judge.max_drops.get(metric, before)) + abs(before) * 0.1 + 1e-9:
                 text = f"{said}; against the uncompressed model {metric} loses {lost:.4g} now, {before:.4g} in the run"
                 return _check("metric", Verdict.REGRESSION, text, **numbers)
@@ -215,21 +214,22 @@ class _Checks:
     ) -> Check:
         from autocomp.hardware.timing import steady
 
-        whole, ours = steady(lambda: device.time_in_turn([dense, library], inputs[0]))
-        times = whole.seconds / ours.seconds
         if (was := self.wanted.get(profile, 0.0)) <= 0:
             return _check(name, Verdict.CANNOT_RUN, f"the baseline has no accepted latency on {profile}")
+        whole, ours = steady(lambda: device.time_in_turn([dense, library], inputs[0]))
+        times = whole.seconds / ours.seconds
         spread = max(whole.spread, ours.spread)
         said = (
             f"{times:.2f}x faster than the uncompressed model (spread {spread:.0%}, {ours.how}), {was:.2f}x in the "
             f"baseline; {ours.seconds * 1e3:.3g} ms"
         )
         numbers = {"now": times, "baseline": was, "spread": spread, "seconds": ours.seconds}
-        floor = was * (1 - self.slower)
-        if ours.noisy or whole.noisy or times * (1 - spread / 2) < floor <= times * (1 + spread / 2):
-            accepted = times * (1 - spread / 2) >= floor
-            return _check(name, Verdict.ACCEPT if accepted else Verdict.INCONCLUSIVE, said, **numbers)
-        return _check(name, Verdict.ACCEPT if times >= floor else Verdict.REGRESSION, said, **numbers)
+        floor, noisy = was * (1 - self.slower), ours.noisy or whole.noisy
+        if times * (1 - spread / 2) >= floor:
+            verdict = Verdict.ACCEPT
+        else:
+            verdict = Verdict.INCONCLUSIVE if noisy or times * (1 + spread / 2) >= floor else Verdict.REGRESSION
+        return _check(name, verdict, said, **numbers)
 
     def _tried(self, name: str, check: Callable[[], Check]) -> Check:
         try:
@@ -256,16 +256,6 @@ def _compared(
 
 def _check(name: str, verdict: Verdict, said: str, **numbers: float) -> Check:
     return Check(name, verdict, said, numbers)
-
-
-def _checksum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _renewed(evaluation: Any, metrics: Mapping[str, float]) -> Any:
-    from dataclasses import replace
-
-    return replace(evaluation, metrics=metrics)
 
 
 def _chosen(found: SearchResult, settings: Settings, point: str | None) -> Point:

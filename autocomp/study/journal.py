@@ -16,7 +16,6 @@ from typing import Any
 from filelock import FileLock
 from optuna.exceptions import StorageInternalError
 from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._file import BaseJournalFileLock
 
 
 class StudyFile(JournalFileBackend):
@@ -24,11 +23,12 @@ class StudyFile(JournalFileBackend):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        super().__init__(str(path), lock_obj=_Lock(path))
+        self._writers = FileLock(path.with_name(f".{path.name}.lock"), timeout=60)  # the base's own is not taken
+        super().__init__(str(path))
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
-        with self._lock_of(), self._path.open("r+b") as file:
+        with self._writers, self._path.open("r+b") as file:
             _drop_half_a_line(file.fileno())
             end = file.seek(0, os.SEEK_END)
             try:
@@ -48,24 +48,6 @@ class StudyFile(JournalFileBackend):
             yield from super().read_logs(log_number_from)
         except (ValueError, UnicodeDecodeError) as error:
             raise StorageInternalError(f"a line of {self._path.name} is damaged ({error})") from None
-
-    def _lock_of(self) -> FileLock:
-        assert isinstance(self._lock, _Lock)
-        return self._lock.lock
-
-
-class _Lock(BaseJournalFileLock):
-    """A lock beside the file, which a killed process does not leave locked."""
-
-    def __init__(self, path: Path) -> None:
-        self.lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=60)
-
-    def acquire(self) -> bool:
-        self.lock.acquire()
-        return True
-
-    def release(self) -> None:
-        self.lock.release()
 
 
 def _drop_half_a_line(descriptor: int) -> None:

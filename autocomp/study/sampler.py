@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from autocomp.front.pareto import Floats
 from autocomp.records.evaluation import Source
 from autocomp.study.parameters import Levels, levels_of
-from autocomp.study.propose import propose, quiet_optuna
+from autocomp.study.propose import propose, quiet_optuna, walk
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -27,7 +26,6 @@ Params = Mapping[str, Any]
 # One proposal in ten is TPE's: in the simulation that `propose.py` describes no worse than none, and it looks where the model would not. That
 # it is ten was chosen by hand, not measured.
 TPE_EVERY = 10
-SMALL = 20_000  # points: a space up to that is walked through at the end, so that none is missed
 
 
 class AutocompSampler(BaseSampler):
@@ -37,7 +35,7 @@ class AutocompSampler(BaseSampler):
     right. It works on categories and on whole numbers at even steps; what else a study has is sampled by TPE, each by itself.
 
     ``seed`` makes what is proposed a function of it and of what was told. ``estimate`` gives what is known of (error, cost) before anything is
-    tried, shape ``[n, 2]``, for rows of level numbers and the names of their columns; numbers count from the largest value, categories as
+    tried, shape ``[n, 2]``, for the names of columns and rows of level numbers; numbers count from the largest value, categories as
     they stand. ``repair`` brings parameters into the form in which they would be run, so that no two proposals mean the same.
 
     >>> import optuna
@@ -54,7 +52,7 @@ class AutocompSampler(BaseSampler):
     def __init__(
         self,
         seed: int | None = None,
-        estimate: Callable[[Levels, Sequence[str]], Floats] | None = None,
+        estimate: Callable[[Sequence[str], Levels], Floats] | None = None,
         repair: Callable[[Params], Params] | None = None,
     ) -> None:
         self._seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
@@ -130,12 +128,9 @@ class AutocompSampler(BaseSampler):
             rows = np.array([row for row, _ in self._told.values()], dtype=np.int64)
             values = np.array([pair for _, pair in self._told.values()])
             self.source = "mutation"
-            estimate = None if self._estimate is None else functools.partial(_named, self._estimate, names)
+            estimate = None if self._estimate is None else functools.partial(self._estimate, names)
             yield from propose(rows, values, sizes, rng, estimate)
-        if np.prod(sizes, dtype=np.float64) <= SMALL:
-            yield from itertools.product(*map(range, sizes.tolist()))
-        else:
-            yield from (rng.integers(sizes) for _ in range(1000))
+        yield from walk(sizes, rng)
 
     def _tpe_draws(
         self, study: Study, search_space: Mapping[str, BaseDistribution], trial: FrozenTrial | None
@@ -151,11 +146,9 @@ class AutocompSampler(BaseSampler):
 
     def _read(self, study: Study, names: Sequence[str], levels: Sequence[tuple[Any, ...]]) -> None:
         """Take in what is new in the study."""
-        if (
-            tuple(names),
-            tuple(levels),
-        ) != self._shape:  # another space than before: what was read of that says nothing of this one
-            self._shape = (tuple(names), tuple(levels))
+        shape = (tuple(names), tuple(levels))
+        if shape != self._shape:  # what was read of another space says nothing of this one
+            self._shape = shape
             self._told, self._known, self._done = {}, {}, set()
         signs = [1.0 if direction == StudyDirection.MINIMIZE else -1.0 for direction in study.directions]
         for trial in study.get_trials(deepcopy=False):
@@ -168,10 +161,6 @@ class AutocompSampler(BaseSampler):
                 error, *costs = (sign * value for sign, value in zip(signs, trial.values, strict=True))
                 row = [options.index(trial.params[name]) for name, options in zip(names, levels, strict=True)]
                 self._told[trial.number] = (row, (float(error), float(np.mean(costs))))
-
-
-def _named(estimate: Callable[[Levels, Sequence[str]], Floats], names: Sequence[str], rows: Levels) -> Floats:
-    return estimate(rows, names)
 
 
 def _is_fixed(trial: FrozenTrial) -> bool:

@@ -22,7 +22,7 @@ GIVEN = "given"  # one that the caller made
 def make_sampler(
     name: str,
     seed: int,
-    estimate: Callable[[Levels, Sequence[str]], Floats] | None = None,
+    estimate: Callable[[Sequence[str], Levels], Floats] | None = None,
     repair: Callable[[Params], Params] | None = None,
 ) -> BaseSampler:
     """A sampler by its name. UsageError if it needs a package that is not there."""

@@ -7,7 +7,6 @@ run on a study in memory, made from the told trials, so that none of them waits 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation, Source
 from autocomp.study.parameters import Choices as Choices
 from autocomp.study.parameters import Levels, Parameters
-from autocomp.study.propose import quiet_optuna
+from autocomp.study.propose import quiet_optuna, walk
 from autocomp.study.rows import Row, Rows
 from autocomp.study.samplers import OURS, make_sampler
 from autocomp.study.solver import Problem
@@ -34,9 +33,6 @@ if TYPE_CHECKING:
 
 _CONSTRAINT = "constraints:"  # how Optuna names those of a trial
 TRIES = 50  # proposals of a sampler that were all tried before, after which any that was not is taken; chosen by hand, not measured
-# Candidates of a space that is walked through whole, so that none is missed; and rows drawn at random in a larger one before it counts as
-# exhausted. Both chosen by hand, not measured.
-SMALL, DRAWN = 20_000, 1000
 
 
 class Asked(NamedTuple):
@@ -190,9 +186,9 @@ class Search:
         row, asked = self._running[trial]
         evaluation = replace(evaluation, trial=trial, candidate=asked.candidate)
         mirrored = self._mirrored.pop(trial, None)
-        found = {} if mirrored is None else self._mirror.get_trials(deepcopy=False)[mirrored.number].system_attrs
-        attrs = dict(found)
-        attrs |= {f"{_CONSTRAINT}{key}": value for key, value in self.engine.constraints(evaluation).items()}
+        attrs = self._constraints(evaluation)
+        if mirrored is not None:  # what the sampler keeps with a trial
+            attrs |= self._mirror.get_trials(deepcopy=False)[mirrored.number].system_attrs
         self._rows.tell(row, evaluation, attrs)
         self._rows.finish(row, self._finite(evaluation))
         del self._running[trial]
@@ -339,18 +335,15 @@ class Search:
                 with quiet_optuna():
                     trial = self._mirror.ask(self._parameters.distributions)
                 yield self._candidate(trial.params), "optuna", trial
-        for row in self._walk():
+        rng = np.random.default_rng([self.engine.seed, len(self._seen)])
+        for row in walk(self.space.sizes, rng):
             yield self.engine.normalise(self.space.candidate(row)), "mutation", None
 
     def _candidate(self, params: Mapping[str, Any]) -> Candidate:
         return self.engine.normalise(self._parameters.candidate(params))
 
-    def _walk(self) -> Iterator[Sequence[int] | Levels]:
-        sizes = self.space.sizes
-        if np.prod(sizes, dtype=np.float64) <= SMALL:
-            return itertools.product(*map(range, sizes.tolist()))
-        rng = np.random.default_rng([self.engine.seed, len(self._seen)])
-        return (rng.integers(sizes) for _ in range(DRAWN))
+    def _constraints(self, evaluation: Evaluation) -> dict[str, Any]:
+        return {f"{_CONSTRAINT}{key}": value for key, value in self.engine.constraints(evaluation).items()}
 
     def _mirror_told(self, evaluation: Evaluation, attrs: Mapping[str, Any], trial: Trial | None = None) -> None:
         from optuna.trial import create_trial
@@ -380,13 +373,12 @@ class Search:
         self._sampler, self._mirrored = self._make_sampler(), {}
         self._mirror = self._new_mirror()
         for evaluation in self.told:
-            attrs = {f"{_CONSTRAINT}{key}": value for key, value in self.engine.constraints(evaluation).items()}
-            self._mirror_told(evaluation, attrs)
+            self._mirror_told(evaluation, self._constraints(evaluation))
 
     def _repaired(self, params: Mapping[str, Any]) -> dict[str, Any]:
         return self._parameters.params(self._candidate(params))
 
-    def _estimate(self, rows: Levels, names: Sequence[str]) -> Floats:
+    def _estimate(self, names: Sequence[str], rows: Levels) -> Floats:
         """Additive (error, seconds) of rows of levels, ``[n, 2]``."""
         assert self.engine.problem is not None
         every = np.zeros((len(rows), len(self._parameters.names)), dtype=np.int64)

@@ -12,7 +12,7 @@ import tiny_task
 import autocomp
 from autocomp.errors import UsageError
 from autocomp.records.run import read_evaluations
-from autocomp.run import explore, prepare, tell
+from autocomp.run import explore, prepare_task, tell
 
 pytestmark = pytest.mark.usefixtures("short_tuning", "without_exports")
 
@@ -37,7 +37,7 @@ def test_same_seed_same_trials(tmp_path: Path, spaces: dict[str, str], monkeypat
     for copy in ("second", "third"):
         shutil.copytree(tmp_path / "first", tmp_path / copy)
     one = told(search("one", "second"))
-    for module in (explore, prepare, tell):
+    for module in (explore, prepare_task, tell):
         monkeypatch.setattr(module, "cores", lambda: 1)
     assert told(search("two", "third")) == one
     assert sum(row[3] == "measured" for row in one) > 4
