@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from autocomp.records.evaluation import (
     evaluation_to_json,
     reference_from_json,
     reference_to_json,
+    sound,
 )
 from autocomp.records.latency import Latency
 
@@ -101,7 +102,8 @@ class Run:
     """Everything in ``front.json``. ``profiles`` maps names to a line each; metrics are of the validation split unless said.
 
     ``dense`` and ``baselines`` (uniform compression) are measured like the ``front``; ``references`` come from other runtimes
-    and carry validation metrics too. ``hypervolume`` has a value in [0, 1] for every told trial.
+    and carry validation metrics too. ``hypervolume`` has a value in [0, 1] for every told trial. ``identity`` has digests of what the numbers
+    belong to, by what a message calls them: the model's weights, the calibration data, each profile.
     """
 
     task: TaskInfo
@@ -115,6 +117,7 @@ class Run:
     layers: tuple[LayerInfo, ...] = ()
     warnings: tuple[str, ...] = ()
     sensitivity: tuple[Sensitivity, ...] = ()
+    identity: Mapping[str, str] = field(default_factory=dict)
 
 
 def speedup(evaluation: Evaluation, dense: Evaluation, profile: str) -> float:
@@ -166,6 +169,8 @@ def write_front(folder: Path, run: Run) -> Path:
     }
     if run.sensitivity:  # a later addition: runs without it are written as they always were
         data["sensitivity"] = [asdict(row) for row in run.sensitivity]
+    if run.identity:
+        data["identity"] = dict(run.identity)
     path = folder / FRONT
     write_atomically(path, (json.dumps(finite(data), indent=1, allow_nan=False) + "\n").encode())
     return path
@@ -190,16 +195,17 @@ def read_run(folder: Path) -> Run:
     try:
         return Run(
             task=TaskInfo(**data["task"]),
-            profiles=data["profiles"],
+            profiles=_texts(data["profiles"]),
             dense=_point_from_json(data["dense"]),
             front=tuple(_point_from_json(point) for point in data["front"]),
-            baselines=tuple(evaluation_from_json(evaluation) for evaluation in data["baselines"]),
+            baselines=tuple(_measured(evaluation) for evaluation in data["baselines"]),
             references=tuple(reference_from_json(reference) for reference in data["references"]),
             hypervolume=tuple(data["hypervolume"]),
             summary=Summary(**data["summary"]),
             layers=tuple(LayerInfo(**layer) for layer in data["layers"]),
-            warnings=tuple(data["warnings"]),
+            warnings=tuple(str(warning) for warning in data["warnings"]),
             sensitivity=tuple(Sensitivity(**row) for row in data.get("sensitivity", ())),
+            identity=_texts(data.get("identity", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptError(
@@ -379,4 +385,22 @@ def _check_to_json(check: Verified) -> dict[str, Any]:
 def _point_from_json(data: Mapping[str, Any]) -> FrontPoint:
     verified = {kind: Verified(**check) for kind, check in data["verified"].items()}
     errors = data.get("test_errors", {}), data.get("test_drop_errors", {})
-    return FrontPoint(evaluation_from_json(data["evaluation"]), data["test_metrics"], verified, data["files"], *errors)
+    return FrontPoint(_measured(data["evaluation"]), data["test_metrics"], verified, _texts(data["files"]), *errors)
+
+
+def _measured(data: Mapping[str, Any]) -> Evaluation:
+    """A measured evaluation, of values that a search may have written; ValueError for others."""
+    evaluation = evaluation_from_json(data)
+    unread: dict[str, Any] = {"error": 0.0} if evaluation.error is None else {}  # written as null where it is not a number
+    metrics = {name: 0.0 if value is None else value for name, value in evaluation.metrics.items()}
+    sound(replace(evaluation, metrics=metrics, **unread), evaluation.trial, evaluation.candidate)
+    if evaluation.state != "measured":
+        raise ValueError(f"trial {evaluation.trial} is {shown(evaluation.state)}, not measured")
+    return evaluation
+
+
+def _texts(data: Any) -> dict[str, str]:
+    """A mapping of texts, as it is; TypeError for anything else."""
+    if not isinstance(data, dict) or not all(isinstance(value, str) for value in data.values()):
+        raise TypeError(f"a mapping of texts is due, found {shown(data)}")
+    return data

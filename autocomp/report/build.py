@@ -32,7 +32,7 @@ from autocomp.records.run import (
 )
 from autocomp.report import figures
 from autocomp.report.curves import sensitivity_figures
-from autocomp.report.figures import Metric, milliseconds
+from autocomp.report.figures import Metric, milliseconds, plain
 from autocomp.report.goals import family_rows, goal_rows
 from autocomp.report.targets import knee_of, targets
 
@@ -191,10 +191,30 @@ class _Page:
         )
         return cards
 
+    @property
+    def unit(self) -> str:
+        """``(%)``, which stands over all columns that `_cells` fills; nothing where some are metrics that nobody said the unit of."""
+        alike = all(self._is_objective(name) for name in self.slices)
+        return f" ({self.metric.unit})" if self.metric.unit and alike else ""
+
+    def headings(self) -> list[str]:
+        """Of the columns that `_cells` fills, with the unit where it does not stand over all of them."""
+        unit = f" ({self.metric.unit})" if self.metric.unit and not self.unit else ""
+        names = {
+            self.metric.name: "all" if self.slices else self.metric.name,
+            **{s: self.short(s) for s in self.slices},
+        }
+        return [f"{shown}{unit}" if self._is_objective(name) else shown for name, shown in names.items()]
+
+    def _is_objective(self, name: str) -> bool:
+        return name == self.metric.name or name.startswith(f"{self.metric.name}/")
+
     def _cells(self, metrics: Mapping[str, float], errors: Mapping[str, float]) -> list[dict[str, str]]:
-        """The objective and its slices, each with its standard error where that is known."""
+        """The objective, its slices and other metrics, each with its standard error where that is known."""
         return [
             {"value": self.metric.bare(metrics.get(key)), "error": self.metric.error(errors.get(key))}
+            if self._is_objective(key)
+            else {"value": plain(metrics.get(key)), "error": plain(errors.get(key), "± ")}
             for key in (self.metric.name, *self.slices)
         ]
 

@@ -64,6 +64,11 @@ class Metric:
         return f"{shown} pt" if self.percent else shown
 
 
+def plain(value: float | None, sign: str = "") -> str:
+    """Four digits of a metric whose unit nobody said, behind a ``sign``; a dash for none, or nothing where there would be a sign."""
+    return f"{sign}{value:.4g}" if value is not None else "" if sign else "–"
+
+
 def latency_text(latency: Latency) -> str:
     """``0.123 ms ± 1.2 % measured``: the spread is the interquartile range, halved to each side."""
     error = latency.spread / 2 if latency.how == "measured" else latency.error
@@ -235,7 +240,7 @@ def hypervolume_figure(run: Run, evaluations: Sequence[Evaluation]) -> Figure | 
         "mutation": "@front",
         "optuna": "@optuna",
     }
-    names = {"solver": "solver seed", "mutation": "mutation of the front", "optuna": "Optuna (TPE)"}
+    names = {"solver": "solver seed", "mutation": "mutation of the front", "optuna": "Optuna's sampler"}
     if len(sources) == len(history):
         for source in dict.fromkeys(sources[k] for k in rises):
             at = [k for k in rises if sources[k] == source]

@@ -20,6 +20,7 @@ from autocomp.records.run import FrontPoint, LayerInfo, Run, Summary, TaskInfo, 
 from autocomp.run.folder import CONFIG
 from autocomp.run.found import Found
 from autocomp.run.held_out import HeldOut
+from autocomp.run.identity import profiles_identity
 from autocomp.run.points import timed_in_turn, write_points
 from autocomp.run.prepare import Prepared
 from autocomp.run.provenance import profile_line, write_provenance
@@ -89,6 +90,7 @@ def _make_run(prepared: Prepared, found: Found) -> Run:
         ),
         warnings=tuple(_warnings(found, points)),
         sensitivity=tuple(curves(found.costs.tables)),
+        identity={**prepared.identity, **profiles_identity(d.profile for d in prepared.devices.values())},
     )
 
 

@@ -6,6 +6,7 @@ its candidates are stitched to see how far the tables are off, and seconds come 
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ from autocomp.study.solver import Problem, solve_front
 from autocomp.tasks.task import Task
 
 if TYPE_CHECKING:
+    from autocomp.database.database import LayerDatabase
     from autocomp.records.candidate import Candidate
 
 POINTS = 12  # of the predicted front
@@ -92,8 +94,6 @@ class Plan:
 
 def forecast(settings: Settings, task: Task, progress: Progress) -> Plan:
     """Plan a search. UsageError, ExportError as a search raises them at its start."""
-    from autocomp.accuracy.proxy import score_early
-
     begun = time.perf_counter()
     devices = {name: open_device(load_profile(name)) for name in settings.profiles}
     profiles = [device.profile for device in devices.values()]
@@ -111,7 +111,7 @@ def forecast(settings: Settings, task: Task, progress: Progress) -> Plan:
             drawn = [ready.space.draw(rng) for _ in range(DRAWN)]
             seen = []
             for candidate in drawn:
-                seen.append(score_early(ready.task.model, ready.graph, database, candidate))
+                seen.append(_read(ready, database, candidate))
                 stage.advance()
         trial = (time.perf_counter() - start) / DRAWN
         costs.observe(drawn, [value if np.isfinite(value) else -1.0 for value in seen])
@@ -122,7 +122,8 @@ def forecast(settings: Settings, task: Task, progress: Progress) -> Plan:
         read: dict[Candidate, float] = {}
         with progress.stage("reading candidates", len(looked_at)) as stage:
             for candidate in looked_at:
-                read[candidate] = score_early(ready.task.model, ready.graph, database, candidate)
+                if np.isfinite(value := _read(ready, database, candidate)):
+                    read[candidate] = value
                 stage.advance()
     limits = settings.goals.model_copy(update={"max_drop": None})  # of which nothing is known yet
     judge = Judge(_thought(costs, problem, ready.space.dense()), limits, "")
@@ -137,6 +138,16 @@ def forecast(settings: Settings, task: Task, progress: Progress) -> Plan:
         task.name, ready.space.size, points, _layers(problem), _kept(ready, problem), errors, seconds,
         tuple(_notes(settings, points, errors)),
     )  # fmt: skip
+
+
+def _read(ready: PreparedTask, database: LayerDatabase, candidate: Candidate) -> float:
+    """The divergence of a candidate on few samples; not a number where the model's own code fails on it, as in a search."""
+    from autocomp.accuracy.proxy import score_early
+
+    try:
+        return score_early(ready.task.model, ready.graph, database, candidate)
+    except Exception:
+        return math.nan
 
 
 def _point(judge: Judge, evaluation: Evaluation, read: float | None) -> PlannedPoint:

@@ -169,9 +169,17 @@ class Found:
         if before != here:
             again = [e for e in self.told if e.state == "measured"]
             for evaluation in again:
-                self.search.update(
-                    evaluation.trial, replace(evaluation, state="told", latency={}, earlier={}, metrics={})
+                empty: dict[str, Any] = {}
+                forgotten = replace(
+                    evaluation,
+                    state="told",
+                    latency=empty,
+                    earlier=empty,
+                    metrics=empty,
+                    errors=empty,
+                    drop_errors=empty,
                 )
+                self.search.update(evaluation.trial, forgotten)
             self.search.set_attr("references", None)
             moved = ", ".join(name for name in here if before.get(name) != here[name])
             self._warn(

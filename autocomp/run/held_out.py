@@ -28,7 +28,7 @@ class HeldOut:
         if self.prepared.task.test is None:
             return point
         key = self._key(point.evaluation)
-        stored: dict[str, float] | None = self.found.search.get_attr(key)
+        stored = self._stored(key)
         if stored is None:
             try:
                 read = self._read(point.evaluation)
@@ -37,12 +37,16 @@ class HeldOut:
                     f"candidate {point.evaluation.candidate.id} has no test metrics: {reason_of(error)}"
                 )
                 return point
-            stored = dict(read)
-            self.found.search.set_attr(key, stored)
             drops = {} if self._is_dense(point.evaluation) else read.drop_errors(self._of_dense)
-            self.found.search.set_attr(f"{key}:errors", [read.errors(), drops])
-        errors, drop_errors = self.found.search.get_attr(f"{key}:errors", ({}, {}))
-        return replace(point, test_metrics=stored, test_errors=errors, test_drop_errors=drop_errors)
+            stored = [dict(read), read.errors(), drops]
+            self.found.search.set_attr(key, stored)
+        metrics, errors, drop_errors = stored
+        return replace(point, test_metrics=metrics, test_errors=errors, test_drop_errors=drop_errors)
+
+    def _stored(self, key: str) -> list[dict[str, float]] | None:
+        """Metrics, their errors, and those of their differences from dense's, as the study has them; None if it has none."""
+        stored = self.found.search.get_attr(key)
+        return [stored, {}, {}] if isinstance(stored, dict) else stored  # metrics alone: a study of before
 
     def _read(self, evaluation: Evaluation) -> Metrics:
         read = evaluate_task(self.prepared.task, self.prepared.stitch(evaluation.candidate), split="test")
@@ -61,8 +65,8 @@ class HeldOut:
         """Read what was read before once more."""
 
         def kept(evaluation: Evaluation) -> dict[str, float] | None:
-            stored: dict[str, float] | None = self.found.search.get_attr(self._key(evaluation))
-            return stored
+            stored = self._stored(self._key(evaluation))
+            return stored[0] if stored else None
 
         progress = self.prepared.progress
         try:

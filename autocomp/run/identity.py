@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from autocomp.config.settings import Settings
+    from autocomp.hardware.profile import Profile
     from autocomp.space.file import SpaceFile
     from autocomp.tasks.task import Task
 
@@ -50,6 +51,11 @@ def compression_of(settings: Settings, rules: SpaceFile) -> str:
 
     written = [rules.equalise, rules.rotate, rules.observer, settings.calibration_samples, settings.seed]
     return _of_text([str(part) for part in (REVISION, DAMPING, STEPS, *written)])
+
+
+def profiles_identity(profiles: Iterable[Profile]) -> dict[str, str]:
+    """Digests of what the times of each profile depend on, by what a message calls it."""
+    return {f"the profile {profile.name}": profile.fingerprint for profile in profiles}
 
 
 def refuse_another(before: Mapping[str, str], now: Mapping[str, str], folder: object) -> None:

@@ -17,17 +17,21 @@ from autocomp.config.files import read_json
 from autocomp.config.settings import Settings, read_settings
 from autocomp.errors import AutocompError, UsageError, last_line, shown
 from autocomp.front.goals import Judge
+from autocomp.processes.alone import attempt_alone
 from autocomp.progress import Progress
 from autocomp.records.run import speedup
 from autocomp.run.folder import CONFIG
+from autocomp.run.identity import identity_of, profiles_identity
 from autocomp.run.result import Point, SearchResult
 from autocomp.tasks.reading import otherwise
 
 if TYPE_CHECKING:
     import torch
 
+    from autocomp.hardware.profile import Profile
     from autocomp.tasks.task import Task
 
+SILENT = 600.0  # seconds after which a library that is run is given up
 SLOWER = 0.10  # share of the speed-up that may be lost before it counts; two runs of one module on a quiet machine differ by less
 
 
@@ -115,7 +119,7 @@ class _Checks:
         from autocomp.run.prepare_task import checked_inputs
         from autocomp.tasks.task import load_task, within
 
-        checks = [self._tried("files", self._files), self._tried("size", self._size)]
+        checks = [self._tried("files", self._files)]
         try:
             with self.progress.stage("loading the task"):
                 task = task or load_task(self.settings.task or "", self.progress)
@@ -125,6 +129,7 @@ class _Checks:
                 inputs = checked_inputs(task)
         except AutocompError as error:
             return [*checks, _check("task", Verdict.CANNOT_RUN, str(error))]
+        checks += [self._tried("task", lambda: self._task(task)), self._tried("size", lambda: self._size(model))]
         with self.progress.stage("metric"):
             checks.append(self._tried("metric", lambda: self._metric(task, model)))
         if "onnx" in self.point.record.files:
@@ -151,11 +156,26 @@ class _Checks:
             return _check("files", Verdict.CANNOT_RUN, f"not there: {', '.join(gone) or 'any'}")
         return _check("files", Verdict.ACCEPT, f"{len(said)} files as the run wrote them")
 
-    def _size(self) -> Check:
-        was = self.point.bytes
-        now = self._manifest().get("bytes", was)
-        verdict = Verdict.ACCEPT if now == was else Verdict.REGRESSION
-        return _check("size", verdict, f"{now} bytes of weights, {was} in the run", now=now, run=was)
+    def _task(self, task: Task) -> Check:
+        """Whether the model, its data and how it is judged are those that the run was made from."""
+        was = self.found.run.identity
+        if not was:
+            return _check(
+                "task", Verdict.ACCEPT, "the run was written by an autocomp that did not note what it was made from"
+            )
+        changed = [name for name, digest in identity_of(task).items() if was.get(name, digest) != digest]
+        if changed:
+            return _check("task", Verdict.INCONCLUSIVE, f"not what the run was made from: {', '.join(changed)}")
+        return _check("task", Verdict.ACCEPT, "model, data and metric are those that the run was made from")
+
+    def _size(self, model: torch.nn.Module) -> Check:
+        """Whether the tensors of the delivered model are as large as the run says; statistics of BatchNorm, which fold away, count or not."""
+        was, said = self.point.bytes, self._manifest().get("bytes")
+        all_of_them, folded = tensor_bytes(model)
+        right = said == was and all_of_them - folded <= was <= all_of_them
+        text = f"{was} bytes of weights in the run, {said} in the manifest, {all_of_them} in model.safetensors"
+        verdict = Verdict.ACCEPT if right else Verdict.REGRESSION
+        return _check("size", verdict, text, now=all_of_them - folded, run=was)
 
     def _manifest(self) -> Any:
         return read_json(self.place / "manifest.json")
@@ -201,19 +221,32 @@ class _Checks:
         try:
             device = open_device(load_profile(profile))
             dense = device.compile(task.model, inputs)
-            library = dense.reload(self.place / library_of(profile, list(self.found.run.profiles)))
+            # what is emulated is taken through its own steps; what is run brings them along
+            own = device.compile(model, inputs) if device.profile.how == "estimate" else dense
         except Exception as error:
             return [_check(name, Verdict.CANNOT_RUN, last_line(error)) for name in names]
-        right = self._tried(names[0], lambda: _compared(names[0], model, library.run, inputs[: library.checked_inputs]))
-        if right.verdict is not Verdict.ACCEPT:
-            return [right]
-        return [right, self._tried(names[1], lambda: self._latency(names[1], profile, device, dense, library, inputs))]
+
+        def looked_at(path: Path, _: None) -> list[Check]:
+            library = own.reload(path)
+            right = _compared(names[0], model, library.run, inputs[: library.checked_inputs])
+            if right.verdict is not Verdict.ACCEPT:
+                return [right]
+            return [right, self._tried(names[1], lambda: self._latency(names[1], device, dense, library, inputs))]
+
+        # in a process of its own: a library for another processor ends the one that runs it
+        path = self.place / library_of(profile, list(self.found.run.profiles))
+        found = attempt_alone([path], lambda _: None, looked_at, timeout=SILENT)[0]
+        if found.value is None:
+            return [_check(name, Verdict.CANNOT_RUN, found.failure) for name in names]
+        checks: list[Check] = found.value
+        return checks
 
     def _latency(
-        self, name: str, profile: str, device: Any, dense: Any, library: Any, inputs: list[tuple[torch.Tensor, ...]]
+        self, name: str, device: Any, dense: Any, library: Any, inputs: list[tuple[torch.Tensor, ...]]
     ) -> Check:
         from autocomp.hardware.timing import steady
 
+        profile = device.profile.name
         if (was := self.wanted.get(profile, 0.0)) <= 0:
             return _check(name, Verdict.CANNOT_RUN, f"the baseline has no accepted latency on {profile}")
         whole, ours = steady(lambda: device.time_in_turn([dense, library], inputs[0]))
@@ -229,7 +262,14 @@ class _Checks:
             verdict = Verdict.ACCEPT
         else:
             verdict = Verdict.INCONCLUSIVE if noisy or times * (1 + spread / 2) >= floor else Verdict.REGRESSION
+        if ours.how == "estimated" and self._is_other(device.profile):
+            verdict, said = Verdict.INCONCLUSIVE, f"{said}; the profile is not what it was when the run was made"
         return _check(name, verdict, said, **numbers)
+
+    def _is_other(self, profile: Profile) -> bool:
+        """Whether what times depend on is not as it was: of this machine it may be another, of an estimate all that it reckons with."""
+        was = self.found.run.identity
+        return any(was.get(name, digest) != digest for name, digest in profiles_identity([profile]).items())
 
     def _tried(self, name: str, check: Callable[[], Check]) -> Check:
         try:
@@ -256,6 +296,16 @@ def _compared(
 
 def _check(name: str, verdict: Verdict, said: str, **numbers: float) -> Check:
     return Check(name, verdict, said, numbers)
+
+
+def tensor_bytes(model: torch.nn.Module) -> tuple[int, int]:
+    """Bytes of all parameters and buffers of a model, shared ones counted once, and of those among them that BatchNorm layers hold."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if tensor.nbytes}
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    folded = {t.data_ptr(): t.nbytes for norm in norms for t in (*norm.parameters(), *norm.buffers()) if t.nbytes}
+    return sum(tensors.values()), sum(folded.values())
 
 
 def _chosen(found: SearchResult, settings: Settings, point: str | None) -> Point:

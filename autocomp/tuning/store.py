@@ -261,7 +261,7 @@ class RecordFields(BaseModel):
     key: str = Field(min_length=1)
     operator: str
     tile: _TileFields
-    seconds: float = Field(gt=0)
+    seconds: float = Field(gt=1e-10, lt=3600)  # of one kernel
     flops: int = Field(ge=0)
     trials: int = Field(ge=0)
     spatial: tuple[int, ...]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +17,7 @@ import torch
 
 import autocomp
 from autocomp.cli.main import main
+from autocomp.hardware.profile import Profile
 from autocomp.run import verdict as verdict_module
 from autocomp.run.verdict import Gated, Verdict
 
@@ -46,8 +50,8 @@ def test_what_was_delivered_is_accepted(run: Path, capsys: pytest.CaptureFixture
     assert main(["gate", str(run), "--slower", str(LOOSE), "--json"]) in (0, Verdict.INCONCLUSIVE.exit_code)
     said = json.loads(capsys.readouterr().out)
     names = [check["name"] for check in said["checks"]]
-    assert names == ["files", "size", "metric", "onnx", "so on x86-host", "latency on x86-host"]
-    assert [check["verdict"] for check in said["checks"][:5]] == ["ACCEPT"] * 5
+    assert names == ["files", "task", "size", "metric", "onnx", "so on x86-host", "latency on x86-host"]
+    assert [check["verdict"] for check in said["checks"][:6]] == ["ACCEPT"] * 6
     assert said["point"] == models(run).name
     (run / "baseline.json").write_text(json.dumps(said))
     if said["checks"][-1]["verdict"] == "ACCEPT":
@@ -99,6 +103,65 @@ def test_what_went_bad_is_told(spoil: Callable[[Path], object], check: str, verd
     found = autocomp.gate(run, slower=LOOSE)
     assert verdicts(found)[check] == verdict
     assert found.verdict is not Verdict.ACCEPT
+
+
+@pytest.mark.parametrize("part", ["weights", "calibration"])
+def test_another_model_or_data_of_the_same_metric_is_told(part: str, run: Path) -> None:
+    task = tiny_task.task()
+    if part == "weights":
+        other = copy.deepcopy(task.model)
+        with torch.no_grad():
+            next(other.parameters()).mul_(1 + 1e-6)
+        task = replace(task, model=other)
+    else:
+        task = replace(task, calibration=[tuple(x.flip(0) for x in batch) for batch in task.calibration])
+    found = autocomp.gate(run, slower=LOOSE, task=task)
+    assert verdicts(found)["task"] == "INCONCLUSIVE"
+    assert part in next(check.said for check in found.checks if check.name == "task")
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_size_is_counted_from_the_tensors(factor: float, run: Path) -> None:
+    point = models(run).name
+    for path in (run / "front.json", run / "models" / point / "manifest.json"):  # hand in hand
+        data = json.loads(path.read_text())
+        for entry in [p["evaluation"] for p in data.get("front", ())] or [data]:
+            entry["bytes"] = int(entry["bytes"] * factor)
+        path.write_text(json.dumps(data))
+    assert verdicts(autocomp.gate(run, point, slower=LOOSE))["size"] == "REGRESSION"
+
+
+def test_a_library_that_ends_its_process_does_not_end_the_gate(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from autocomp.compiler.build import CompiledModel
+
+    monkeypatch.setattr(CompiledModel, "reload", lambda *_: os.kill(os.getpid(), signal.SIGILL))
+    found = autocomp.gate(run, slower=LOOSE)
+    assert verdicts(found)["so on x86-host"] == "CANNOT RUN"
+    assert "SIGILL" in next(check.said for check in found.checks if check.name == "so on x86-host")
+
+
+def test_an_estimated_target_is_held_to_its_own_estimate(
+    tmp_path: Path, spaces: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    autocomp.search(
+        task="tiny_task:task",
+        out=out,
+        space=spaces["full"],
+        trials=6,
+        measure=1,
+        references=False,
+        profiles=["cortex-a76"],
+    )
+    found = autocomp.gate(out)
+    assert {name: verdict for name, verdict in verdicts(found).items() if "cortex" in name} == {
+        "so on cortex-a76": "ACCEPT",
+        "latency on cortex-a76": "ACCEPT",
+    }
+    said = next(check for check in found.checks if check.name == "latency on cortex-a76")
+    assert said.numbers["now"] == pytest.approx(said.numbers["baseline"], rel=1e-6)
+    monkeypatch.setattr(Profile, "fingerprint", "another")
+    assert verdicts(autocomp.gate(out))["latency on cortex-a76"] == "INCONCLUSIVE"
 
 
 def test_other_data_are_told_apart_from_another_model(run: Path) -> None:
