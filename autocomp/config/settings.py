@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from autocomp.config.files import is_number, read_mapping, validated
 from autocomp.config.limits import ALL, read_drops, read_family, read_latencies, read_size
 from autocomp.config.quantities import LARGEST, parse_factor, parse_seconds
+from autocomp.config.versions import KEY, current_by_hand
 from autocomp.errors import UsageError, cut, shown, suggest
 
 FORMAT_VERSION = 1
@@ -202,8 +203,7 @@ def load_settings(path: str | Path | None = None, overrides: Mapping[str, Any] |
     """
     merged: dict[str, Any] = {}
     if path is not None:
-        merged = read_mapping(Path(path))
-        _check_version(merged, Path(path))
+        merged = _unversioned(read_mapping(Path(path)), Path(path))
     origins = dict.fromkeys(merged, f"{path}: ")
     _override(merged, _from_environment(os.environ), origins, "environment: ")
     _override(merged, {key: value for key, value in (overrides or {}).items() if value is not None}, origins, "")
@@ -212,9 +212,7 @@ def load_settings(path: str | Path | None = None, overrides: Mapping[str, Any] |
 
 def read_settings(path: Path) -> Settings:
     """Read what `dump_settings` wrote, as it stands: no variables, no flags. UsageError as `load_settings`."""
-    data = read_mapping(path)
-    _check_version(data, path)
-    return validated(Settings, data, f"{path}: ")
+    return validated(Settings, _unversioned(read_mapping(path), path), f"{path}: ")
 
 
 def settings_schema() -> dict[str, Any]:
@@ -237,13 +235,10 @@ def differences(old: Settings, new: Settings) -> list[str]:
     ]
 
 
-def _check_version(data: dict[str, Any], path: Path) -> None:
-    version = data.pop("format_version", FORMAT_VERSION)
-    if version != FORMAT_VERSION:
-        raise UsageError(
-            f"{path}: format_version is {shown(version)}, this autocomp reads {FORMAT_VERSION}: "
-            "install the autocomp that wrote it"
-        )
+def _unversioned(data: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The keys of a file whose version is one that is read."""
+    data = current_by_hand(data, path, FORMAT_VERSION, assumed=FORMAT_VERSION)
+    return {key: value for key, value in data.items() if key != KEY}
 
 
 def _override(target: dict[str, Any], data: Mapping[str, Any], origins: dict[str, str], origin: str) -> None:

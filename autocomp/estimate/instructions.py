@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from autocomp.config.versions import current
 from autocomp.errors import UsageError, suggest
 from autocomp.estimate.instruction import LOAD, LOAD_AND_STORE, STORE, Instruction
 from autocomp.hardware.profile import Profile
@@ -164,11 +165,7 @@ def load_core(name: str) -> Core:
         known = list_cores()
         raise UsageError(f"unknown core {name!r}.{suggest(name, known)} Known: {', '.join(known)}")
     text = (_CORES / f"{name}.yaml").read_text()
-    facts = yaml.safe_load(text)
-    if facts["format_version"] != _FORMAT:
-        raise UsageError(
-            f"{name}.yaml has format {facts['format_version']}, this version reads {_FORMAT}: update autocomp"
-        )
+    facts = current(yaml.safe_load(text), _CORES / f"{name}.yaml", _FORMAT)
     return _core(facts, hashlib.sha256(text.encode()).hexdigest())
 
 

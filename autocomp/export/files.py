@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from autocomp.cache import unwritable_reason, write_atomically
 from autocomp.compiler.verify import coarsest, compare
+from autocomp.config.versions import current
 from autocomp.errors import AutocompError, MismatchError, UsageError, last_line
 from autocomp.export.onnx import EXACT, export_onnx, onnx_session, run_session
 from autocomp.records.evaluation import FORMAT_VERSION, Evaluation
@@ -110,8 +111,7 @@ def load_model(folder: Path) -> torch.nn.Module:
         raise UsageError(f"{path} cannot be read: {last_line(error)}") from error
     if not isinstance(structure, dict):
         raise UsageError(f"{path} holds tensors, but not the structure of a model: it was not written by autocomp")
-    if structure.get("format_version", 0) > NEWEST:
-        raise UsageError(f"{path} was written by a newer autocomp: install that, or a newer one")
+    structure = current(structure, path, NEWEST, assumed=NEWEST)
     try:
         return rebuild(structure, tensors).eval()
     except (KeyError, TypeError, ValueError, AttributeError, AssertionError, IndexError, RuntimeError) as error:

@@ -16,12 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from autocomp.config.files import read_mapping, validated
 from autocomp.config.settings import LONGEST
 from autocomp.config.shipped import shipped_files
+from autocomp.config.versions import current_by_hand
 from autocomp.errors import UsageError, shown, suggest
 from autocomp.hardware import host
 from autocomp.hardware.host import Int8
 from autocomp.hardware.link import architecture_of, this_architecture
 from autocomp.records.precisions import FORMATS, Precision
 
+FORMAT_VERSION = 1
 Reach = Literal["local", "rpc", "estimate"]
 # What a profile with `target: detect` finds out by itself; all of it must be written down with a fixed target.
 _ISA_KEYS = ("lanes", "vector_registers", "precisions", "int8")
@@ -297,7 +299,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
                 "your own is given by the path of its YAML file"
             )
         path = shipped[text]
-    stated = validated(ProfileFile, read_mapping(path), f"{path}: ")
+    stated = validated(ProfileFile, current_by_hand(read_mapping(path), path, FORMAT_VERSION), f"{path}: ")
     if stated.target != "detect" and not host.is_known_cpu(stated.target):
         triple = f" of {stated.target['mtriple']!r}" if "mtriple" in stated.target else ""
         raise UsageError(f"{path}: target.mcpu: LLVM knows no processor {stated.target['mcpu']!r}{triple}")

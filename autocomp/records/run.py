@@ -12,6 +12,7 @@ from typing import Any
 
 from autocomp.cache import write_atomically
 from autocomp.config.files import RECORDS_BYTES, read_json, read_text
+from autocomp.config.versions import check_version, current
 from autocomp.errors import CorruptError, UsageError, shown
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import (
@@ -190,8 +191,7 @@ def read_run(folder: Path) -> Run:
         ) from error
     except UsageError as error:
         raise CorruptError(f"{error}; write it again with `autocomp search --resume`") from error
-    version = data.get("format_version") if isinstance(data, dict) else None
-    check_version(version, path)
+    data = current(data, path, FORMAT_VERSION)
     try:
         return Run(
             task=TaskInfo(**data["task"]),
@@ -209,20 +209,9 @@ def read_run(folder: Path) -> Run:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptError(
-            f"{path} has format_version {version} but not its content ({type(error).__name__}: {shown(error)}): "
+            f"{path} has format_version {FORMAT_VERSION} but not its content ({type(error).__name__}: {shown(error)}): "
             "write it again with `autocomp search --resume`"
         ) from error
-
-
-def check_version(version: object, path: Path) -> None:
-    """Refuse a file of a newer format, saying what to do; CorruptError where there is no version at all."""
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise CorruptError(f"{path} carries no format_version (found {shown(version)}): it was not written by autocomp")
-    if version > FORMAT_VERSION:
-        raise UsageError(
-            f"{path} has format_version {shown(version)}, and this autocomp reads up to {FORMAT_VERSION}: a newer one wrote it; "
-            "upgrade (pip install --upgrade autocomp), or open the report.html beside it, which needs no autocomp"
-        )
 
 
 def write_evaluations(folder: Path, evaluations: Sequence[Evaluation]) -> Path:
@@ -253,7 +242,7 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
     try:
         table = pd.read_csv(io.StringIO(text), dtype={"id": str, "failure": str})
         for version in table.get("format_version", pd.Series(dtype=int)).unique():
-            check_version(int(version), path)
+            check_version(int(version), path, FORMAT_VERSION)
         return [_evaluation({str(k): v for k, v in row.items() if not _missing(v)}) for row in table.to_dict("records")]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CorruptError(f"{path} does not read as a table of evaluations: {shown(error)}") from error
@@ -391,7 +380,9 @@ def _point_from_json(data: Mapping[str, Any]) -> FrontPoint:
 def _measured(data: Mapping[str, Any]) -> Evaluation:
     """A measured evaluation, of values that a search may have written; ValueError for others."""
     evaluation = evaluation_from_json(data)
-    unread: dict[str, Any] = {"error": 0.0} if evaluation.error is None else {}  # written as null where it is not a number
+    unread: dict[str, Any] = (
+        {"error": 0.0} if evaluation.error is None else {}
+    )  # written as null where it is not a number
     metrics = {name: 0.0 if value is None else value for name, value in evaluation.metrics.items()}
     sound(replace(evaluation, metrics=metrics, **unread), evaluation.trial, evaluation.candidate)
     if evaluation.state != "measured":

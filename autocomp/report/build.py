@@ -15,14 +15,15 @@ from autocomp.cache import write_atomically
 from autocomp.config.files import read_json, read_yaml, validated
 from autocomp.config.quantities import format_bytes, parse_factor
 from autocomp.config.settings import Goals
+from autocomp.config.versions import current
 from autocomp.errors import CorruptError, InfeasibleError, UsageError, shown
 from autocomp.front.goals import Judge
 from autocomp.records.evaluation import Evaluation, Reference, Sensitivity
 from autocomp.records.run import (
+    FORMAT_VERSION,
     OURS,
     FrontPoint,
     Run,
-    check_version,
     comparable,
     comparable_reference,
     finite,
@@ -469,11 +470,4 @@ def _read(path: Path, read: Callable[[Path], Any]) -> Mapping[str, Any] | None:
         return None
     except UsageError as error:
         raise CorruptError(str(error)) from error
-    return _checked(data, path)
-
-
-def _checked(data: Any, path: Path) -> Mapping[str, Any]:
-    if not isinstance(data, Mapping):
-        raise CorruptError(f"{path} must hold a mapping, found {type(data).__name__}")
-    check_version(data.get("format_version"), path)
-    return data
+    return current(data, path, FORMAT_VERSION)

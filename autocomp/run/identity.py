@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from autocomp.errors import UsageError
-from autocomp.graph.program import CanonicalModel
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +24,8 @@ _DIGITS = 16
 
 def identity_of(task: Task) -> dict[str, str]:
     """Digests of a task's parts, by what a message calls them. Its model must not have been equalised or otherwise changed."""
+    from autocomp.graph.program import CanonicalModel
+
     model = task.model  # of a task changed after it was made, it is not canonical yet
     source = model.code.source if isinstance(model, CanonicalModel) else str(type(model))
     state = task.model.state_dict()

@@ -10,8 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from autocomp.config.files import read_yaml
 from autocomp.config.shipped import shipped_files
+from autocomp.config.versions import current_by_hand
 from autocomp.errors import UsageError, cut, shown, suggest
 from autocomp.records.precisions import Precision
+
+FORMAT_VERSION = 1
 
 Share = Annotated[float, Field(gt=0.0, le=1.0, strict=True)]
 
@@ -105,11 +108,7 @@ def load_space(name: str | Path) -> SpaceFile:
         ) from None
     if not isinstance(data, dict):
         raise UsageError(f"{path}: a search space must be a mapping with 'format_version' and 'rules'")
-    version = data.get("format_version")
-    if isinstance(version, int) and version > 1:
-        raise UsageError(
-            f"{path}: format_version {shown(version)} is newer than this autocomp knows (1): update autocomp"
-        )
+    data = current_by_hand(data, path, FORMAT_VERSION)
     try:
         return SpaceFile.model_validate(data)
     except ValidationError as error:

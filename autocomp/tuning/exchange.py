@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from autocomp.cache import write_atomically
 from autocomp.config.files import RECORDS_BYTES, parse_json, read_text
+from autocomp.config.versions import current_by_hand
 from autocomp.errors import UsageError, shown
 from autocomp.tuning.store import (
     KernelRecord,
@@ -108,13 +109,9 @@ def read_export(path: Path) -> Exported:
         raise UsageError(f"there is no file {path}") from None
     except UsageError as error:
         raise UsageError(f"{error}; name a file that `autocomp kernels export` wrote") from error
-    stated = document.get("format_version") if isinstance(document, dict) else None
-    if not isinstance(stated, int):
+    if not isinstance(document, dict) or "format_version" not in document:
         raise UsageError(f"{path} is no file of exported kernels: it states no format_version")
-    if stated > FORMAT_VERSION:
-        raise UsageError(
-            f"{path} has format_version {shown(stated)}, and this autocomp reads up to {FORMAT_VERSION}: install a newer autocomp"
-        )
+    current_by_hand(document, path, FORMAT_VERSION)
     try:
         _ExportFile.model_validate_json(text)
     except ValidationError as error:

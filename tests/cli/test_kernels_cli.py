@@ -209,7 +209,7 @@ def test_golden_export_reads_back_and_is_what_we_write(tmp_path: Path) -> None:
     [
         (lambda text: text[: len(text) // 2], "does not read as JSON"),
         (lambda text: "[]", "states no format_version"),
-        (lambda text: text.replace('"format_version": 1,\n "identity"', '"format_version": 2,\n "identity"'), "install a newer autocomp"),
+        (lambda text: text.replace('"format_version": 1,\n "identity"', '"format_version": 2,\n "identity"'), "a newer one wrote it"),
         (lambda text: text.replace('"seconds": 0.0015', '"seconds": 0.0014'), "do not match its checksum"),
         (lambda text: text.replace('"seconds": 0.0015', '"seconds": -1'), r"records\.0\.seconds: .* got -1"),
         (lambda text: text.replace('"seconds": 0.0015', '"seconds": "1"'), r"records\.0\.seconds"),

@@ -93,7 +93,7 @@ def test_dump_reads_back(tmp_path: Path) -> None:
         ("goals: {max_latency: '0.001'}", ["goals.max_latency: must be a number"]),
         ("goals: {max_bytes: 0}", ["goals.max_bytes: must be greater than 0"]),
         ("task: ''", ["task: must be a non-empty text"]),
-        ("format_version: 2", ["format_version is 2"]),
+        ("format_version: 2", ["has format_version 2"]),
         ("[1, 2]", ["must hold keys and values"]),
         ("a: [", ["is not valid YAML", "line 1"]),
     ],

@@ -151,7 +151,7 @@ def test_what_is_no_model_is_refused_in_one_message(tmp_path: Path) -> None:
         load_model(tmp_path)
     structure, tensors = describe(canonical(nn.Linear(2, 2), (torch.ones(1, 2),)))
     for change, words in (
-        ({"format_version": 99}, "newer autocomp"),
+        ({"format_version": 99}, "a newer one wrote it"),
         (
             {"nodes": [{"name": "x", "op": "call_function", "target": "os.system", "args": [], "kwargs": {}}]},
             "no operation",

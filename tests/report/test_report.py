@@ -139,7 +139,7 @@ def test_a_newer_format_is_refused_with_what_to_do(tmp_path: Path, file: str) ->
     ("file", "content", "kind", "message"),
     [
         ("front.json", "{", CorruptError, "does not read as JSON"),
-        ("front.json", "[]", CorruptError, "carries no format_version"),
+        ("front.json", "[]", CorruptError, "must hold a mapping"),
         ("front.json", '{"format_version": 1}', CorruptError, "format_version 1 but not its content .KeyError: 'task'"),
         ("evaluations.csv", "id,trial\nx,one\n", CorruptError, "does not read as a table of evaluations"),
         ("provenance.json", "[1]", CorruptError, "must hold a mapping"),
