@@ -61,7 +61,7 @@ def search(
     """Search the compressions of a task's model, measure the promising ones, and write the run folder.
 
     ``task`` is a `Task` or a name (``digits``, ``package.module:function``); ``profiles`` are names or YAML files of targets, ``trials`` the
-    candidates told to the study, ``out`` the run folder, ``options`` the other keys of the settings (``space``, ``measure``, ``minutes``,
+    candidates told to the study, ``out`` the run folder, ``options`` the other keys of the settings (``space``, ``measurements``, ``minutes``,
     ``goals``, … as `Settings` has them: seconds, bytes, units of the metric). In the place of all of these, ``settings`` gives them resolved;
     a `Task` may stand beside it. ``sampler`` proposes candidates: a name (``tpe``, ``nsgaii``, …) or any sampler of Optuna's. One search at a
     time in a process.

@@ -67,12 +67,12 @@ def first(output: Any) -> torch.Tensor:
     return output
 
 
-def search(name: str, trials: int, measure: int, folder: Path) -> dict[str, Any]:
+def search(name: str, trials: int, measurements: int, folder: Path) -> dict[str, Any]:
     """Search in this process; seconds by stage, and peak memory of it and its workers."""
     import resource
 
     task = random_task(name)
-    given = {"task": name, "out": str(folder), "trials": trials, "measure": measure, "references": False}
+    given = {"task": name, "out": str(folder), "trials": trials, "measurements": measurements, "references": False}
     given["calibration_samples"] = MODELS[name][3]
     result = api.search(task=task, settings=load_settings(None, given))
     summary = result.run.summary
@@ -83,9 +83,9 @@ def search(name: str, trials: int, measure: int, folder: Path) -> dict[str, Any]
     }  # fmt: skip
 
 
-def in_a_process(name: str, trials: int, measure: int) -> dict[str, Any]:
+def in_a_process(name: str, trials: int, measurements: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
-        command = [sys.executable, __file__, "--inside", name, str(trials), str(measure), f"{temporary}/run"]
+        command = [sys.executable, __file__, "--inside", name, str(trials), str(measurements), f"{temporary}/run"]
         environment = {**os.environ, "AUTOCOMP_CACHE": f"{temporary}/cache"}
         done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -109,18 +109,18 @@ def row(name: str, found: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--measure", type=int, default=16)
+    parser.add_argument("--measurements", type=int, default=16)
     parser.add_argument("--quick", action="store_true", help="a smoke test: few trials, nothing written")
     parser.add_argument("--inside", nargs=4, metavar=("MODEL", "TRIALS", "MEASURE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
-        name, trials, measure, folder = options.inside
-        print(json.dumps(search(name, int(trials), int(measure), Path(folder))))
+        name, trials, measurements, folder = options.inside
+        print(json.dumps(search(name, int(trials), int(measurements), Path(folder))))
         return
     data = {} if options.quick else earlier("cost", "models")
     for name in options.model:
-        trials, measure = (12, 1) if options.quick else (MODELS[name][4], options.measure)
-        data[name] = in_a_process(name, trials, measure)
+        trials, measurements = (12, 1) if options.quick else (MODELS[name][4], options.measurements)
+        data[name] = in_a_process(name, trials, measurements)
     headings = [
         "model", ">layers", ">database (s)", ">told", ">a trial (s)", ">1,000 trials (s)", ">measured", ">measuring (s)",
         ">database, told trials, measuring (s)", ">goal (s)", ">whole search (s)", ">peak memory",

@@ -1,6 +1,6 @@
 """What goals are worth as a steer: the best feasible latency of a search with goals against the same search without, at equal budget.
 
-    python benchmarks/goals.py [--task digits ...] [--trials 300] [--measure 24] [--seeds 1] [--quick]
+    python benchmarks/goals.py [--task digits ...] [--trials 300] [--measurements 24] [--seeds 1] [--quick]
 
 Both tell and measure as many candidates. Which measured candidate is the fastest that loses at most a point of the objective (validation split)
 is decided afterwards, alike for both: so the search without goals is judged by what it was not told. What is compared is the ratio to dense.
@@ -35,10 +35,10 @@ def best(out: Path) -> float:
     return max((speedup(e, dense, "x86-host") for e in measured), default=1.0)
 
 
-def searched(task: str, goals: dict[str, float], trials: int, measure: int, seed: int, folder: Path) -> float:
+def searched(task: str, goals: dict[str, float], trials: int, measurements: int, seed: int, folder: Path) -> float:
     out = folder / f"{task}-{seed}-{'with' if goals else 'without'}"
     with suppress(autocomp.InfeasibleError):  # it is measured all the same
-        autocomp.search(task, trials=trials, measure=measure, seed=seed, out=out, references=False, **goals)
+        autocomp.search(task, trials=trials, measurements=measurements, seed=seed, out=out, references=False, **goals)
     return best(out)
 
 
@@ -46,18 +46,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--trials", type=int, default=300)
-    parser.add_argument("--measure", type=int, default=24)
+    parser.add_argument("--measurements", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="a smoke test: nothing is written")
     options = parser.parse_args()
     if options.quick:
-        options.task, options.trials, options.measure = ["digits"], 30, 3
+        options.task, options.trials, options.measurements = ["digits"], 30, 3
     found = earlier("goals", "tasks") if not options.quick else {}
     with tempfile.TemporaryDirectory() as folder:
         for task in options.task:
             pairs = [
                 [
-                    searched(task, goals, options.trials, options.measure, seed, Path(folder))
+                    searched(task, goals, options.trials, options.measurements, seed, Path(folder))
                     for goals in ({"max_drop": DROP}, {})
                 ]
                 for seed in range(options.seeds)
@@ -74,8 +74,8 @@ def main() -> None:
         for task, by in found.items()
     ]
     notes = [
-        f"{options.trials} told, {options.measure} measured, at most a point lost on the validation split; one column a seed. Measured on this "
-        "machine; two runs of one module differ by a few percent."
+        f"{options.trials} told, {options.measurements} measured, at most a point lost on the validation split; one column a seed. Measured on "
+        "this machine; two runs of one module differ by a few percent."
     ]
     headings = ["task", ">with goals", ">without", ">times faster with"]
     publish("goals", headings, rows, {"tasks": found}, load_profile("x86-host"), notes, not options.quick, "tasks")

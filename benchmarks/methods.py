@@ -1,6 +1,6 @@
 """What each way of compressing reaches at equal latency, without any retraining: classic recipes, each of our methods alone, and all together.
 
-    python benchmarks/methods.py [--task digits ...] [--only joint pruning ...] [--trials 120] [--measure 12] [--quick]
+    python benchmarks/methods.py [--task digits ...] [--only joint pruning ...] [--trials 120] [--measurements 12] [--quick]
 
 Every method of ours is a search of its own with a search space that offers nothing else; "joint" offers all that the processor computes in.
 Classic pruning is by L1 norms with BatchNorm re-estimated, int8 PTQ is ONNX Runtime's (static, QDQ). Ours and the classic models are timed as
@@ -50,7 +50,7 @@ CLASSICS = ("uniform L1", "global magnitude", "ONNX Runtime int8 PTQ")
 Points = list[tuple[float, float]]  # (speed-up over tuned dense fp32, objective with larger being better)
 
 
-def searched(task: str, method: str, trials: int, measure: int, folder: Path) -> dict:
+def searched(task: str, method: str, trials: int, measurements: int, folder: Path) -> dict:
     """Search one space; every measured candidate as a point, dense first."""
     space = folder / f"{method}.yaml"
     kernels_only = method == "joint"
@@ -59,7 +59,13 @@ def searched(task: str, method: str, trials: int, measure: int, folder: Path) ->
             {"format_version": 1, "kernels_only": kernels_only, "rules": [{"layers": "*", **SPACES[method]}]}
         )
     )
-    given = {"task": task, "space": str(space), "out": str(folder / method), "trials": trials, "measure": measure}
+    given = {
+        "task": task,
+        "space": str(space),
+        "out": str(folder / method),
+        "trials": trials,
+        "measurements": measurements,
+    }
     settings = load_settings(None, {**given, "references": False})
     with one_thread():
         prepared = prepare_run(settings, load_task(task), folder / method, None, Progress())
@@ -127,11 +133,11 @@ def main() -> None:
     parser.add_argument("--task", nargs="+", default=list(TASKS))
     parser.add_argument("--only", nargs="+", choices=[*SPACES, "classics"], default=[*SPACES, "classics"])
     parser.add_argument("--trials", type=int, default=120)
-    parser.add_argument("--measure", type=int, default=12)
+    parser.add_argument("--measurements", type=int, default=12)
     parser.add_argument("--quick", action="store_true", help="a smoke test: few trials, nothing written")
     options = parser.parse_args()
     if options.quick:
-        options.trials, options.measure = 12, 2
+        options.trials, options.measurements = 12, 2
     data = {} if options.quick else earlier("methods", "tasks")
     for task in options.task:
         found = data.setdefault(task, {})
@@ -140,7 +146,7 @@ def main() -> None:
                 if method == "classics":
                     found |= classics(task, Path(temporary), (0.5,) if options.quick else KEEPS[1:])
                 else:
-                    found[method] = searched(task, method, options.trials, options.measure, Path(temporary))
+                    found[method] = searched(task, method, options.trials, options.measurements, Path(temporary))
     rows = []
     for task, found in data.items():
         joint = volume(found["joint"]) if "joint" in found else None

@@ -35,7 +35,7 @@ class Budget:
 
     package: str
     trials: int = 200
-    measure: int = 16
+    measurements: int = 16
     minutes: float = 6.0
 
 
@@ -57,7 +57,7 @@ def measure(name: str, out: Path) -> dict[str, Any]:
     start = time.perf_counter()
     result = autocomp.search(
         task=task, profiles=[PROFILE], out=out / name, seed=0,
-        trials=budget.trials, measure=budget.measure, minutes=budget.minutes, goals={"max_drop": MAX_DROP},
+        trials=budget.trials, measurements=budget.measurements, minutes=budget.minutes, goals={"max_drop": MAX_DROP},
     )  # fmt: skip
     seconds = time.perf_counter() - start
     best = result.best(max_drop=MAX_DROP)

@@ -90,7 +90,7 @@ def this_machine(folder: Path, tracker: str, key: str) -> Profile:
     text = {
         "format_version": 1,
         "name": key,
-        "how": "rpc",
+        "reach": "rpc",
         "rpc": {"tracker": tracker, "key": key},
         "target": {name: value for name, value in local.target.items() if name != "num-cores"},
         "lanes": local.lanes,

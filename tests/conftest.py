@@ -129,7 +129,13 @@ def small(spaces: dict[str, str], tmp_path: Path) -> Callable[..., SearchResult]
     import autocomp
 
     def run(task: autocomp.Task | str = "tiny_task:task", **options: Any) -> SearchResult:
-        settings = {"trials": 4, "measure": 1, "out": tmp_path / "run", "space": spaces["full"], "references": False}
+        settings = {
+            "trials": 4,
+            "measurements": 1,
+            "out": tmp_path / "run",
+            "space": spaces["full"],
+            "references": False,
+        }
         return autocomp.search(task=task, **settings | options)
 
     return run

@@ -161,7 +161,14 @@ def make_run(
             len(told),
             sum(bool(e.latency) for e in told),
             2,
-            {"train": 61.2, "layer database": 38.4, "kernels": 55.0, "search": 74.9, "measure": 48.1, "export": 21.3},
+            {
+                "train": 61.2,
+                "layer database": 38.4,
+                "kernels": 55.0,
+                "search": 74.9,
+                "measurements": 48.1,
+                "export": 21.3,
+            },
             {"error": -0.83, "kl": -0.96},
             1_900_000_000,
         ),
@@ -192,7 +199,7 @@ def write_fake_run(folder: Path, seed: int = 0, profiles: tuple[str, ...] = (PRO
     write_evaluations(folder, told)
     (folder / "config.yaml").write_text(
         "format_version: 1\ntask: digits\nprofiles: [x86-host]\nspace: default\ntrials: 300\nmeasure: 24\nseed: 0\n"
-        "goals:\n  max_drop: 0.01\n  max_latency: null\n  max_bytes: null\nfamily: [1.5x, 3x, 99x]\n"
+        "goals:\n  max_drop: 0.01\n  max_latency: null\n  max_size: null\nfamily: [1.5x, 3x, 99x]\n"
     )
     provenance = {
         "format_version": 1, "written": "2026-11-20T17:43:31Z", "command": "autocomp search --task digits --out runs/digits",

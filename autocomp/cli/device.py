@@ -135,7 +135,7 @@ def setup_steps(tracker: str, key: str) -> dict[str, list[str]]:
             f"autocomp device probe --profile cortex-a76 --tracker {tracker} --key {key}",
         ],
         "in a copy of hardware_profiles/cortex-a76.yaml: measure every candidate on the board": [
-            "how: rpc",
+            "reach: rpc",
             f'rpc: {{tracker: "{tracker}", key: {key}}}',
         ],
     }

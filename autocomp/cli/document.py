@@ -37,7 +37,7 @@ schemas, which editors read. Keys that are not listed are refused.
 """
 _SETTINGS = f"""What `--config FILE` reads, YAML or TOML, and what `autocomp.search` takes as keywords. Flags and keywords win over variables
 (`{ENV_PREFIX}` and the key in capitals: `{ENV_PREFIX}TRIALS=100`), variables over the file, the file over the defaults. Keys under `goals` are
-also flags, keywords and variables by their own names (`max_drop`; the flag of `max_bytes` is `--max-size`).
+also flags, keywords and variables by their own names (`max_drop`, and `--max-drop`).
 """
 _PROFILE = """What `--profile FILE` reads, YAML: a target. Those that come with autocomp lie in `hardware_profiles/`.
 """
@@ -77,7 +77,7 @@ def _commands(command: click.Command, name: str) -> Iterator[str]:
     yield f"## {name}\n"
     yield "    " + " ".join([name, *command.collect_usage_pieces(context)]) + "\n"
     yield inspect.cleandoc(command.help or "") + "\n"
-    options = [one for one in command.params if isinstance(one, click.Option) and one.name not in _COMMON]
+    options = [o for o in command.params if isinstance(o, click.Option) and not o.hidden and o.name not in _COMMON]
     yield from _table(["option", "meaning"], [_option(one, context) for one in options]) if options else ()
 
 

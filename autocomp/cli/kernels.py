@@ -143,7 +143,7 @@ def _list_records(name: str, as_json: bool) -> None:
             click.echo(f"no kernels are tuned for {name} yet: `autocomp measure` or `autocomp search` does")
         return
     store = KernelStore.open(profile)
-    if profile.how == "local" and any(not limits.is_peak(record) for record in store.records()):
+    if profile.reach == "local" and any(not limits.is_peak(record) for record in store.records()):
         limits.measure_bandwidth(profile, store)
     ceiling = limits.roofline(store.records())
     records = sorted(

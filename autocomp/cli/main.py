@@ -85,7 +85,6 @@ def _goal_options(command: F) -> F:
         ),
         click.option(
             "--max-size",
-            "max_bytes",
             type=Quantity("size", one_size),
             help="Largest size, such as 500KB, or how many times smaller, such as 5x.",
         ),
@@ -109,7 +108,8 @@ def cli() -> None:
 @cli.command()
 @_settings_options
 @click.option("--trials", type=int, help="Candidates told to the study.")
-@click.option("--measure", type=int, help="Candidates compiled and timed as whole modules.")
+@click.option("--measurements", type=int, help="Candidates compiled and timed as whole modules.")
+@click.option("--measure", type=int, hidden=True)  # its name of version 0.2 and before
 @click.option("--minutes", type=float, help="Minutes of the whole run, the files of its end included.")
 @click.option("--out", help="Run folder; runs/NAME OF THE TASK unless given.")
 @click.option("--resume", is_flag=True, help="Continue the run in the run folder.")

@@ -248,7 +248,7 @@ def show_profiles(described: Iterable[Mapping[str, Any]]) -> None:
         rows.append(
             [
                 profile["name"],
-                profile["how"],
+                profile["reach"],
                 str(target.get("mcpu", target.get("kind"))),
                 f"{profile['lanes']} lanes, int8 {profile['int8']}",
                 ", ".join(profile["precisions"]),

@@ -17,13 +17,14 @@ from autocomp.config.versions import KEY, current_by_hand
 from autocomp.errors import UsageError, cut, shown, suggest
 
 FORMAT_VERSION = 1
+RENAMED = {"measure": "measurements", "max_bytes": "max_size"}  # names of version 0.2 and before, still read
 MOST = 10_000_000  # trials, samples, minutes: more than any run has
 LONGEST = 2000  # characters of a name, a path or an address
 ENV_PREFIX = "AUTOCOMP_"
 # Variables of autocomp that are no settings of a run.
 ENV_RESERVED = {"AUTOCOMP_CACHE"}
 # What a resumed run may change: how much more to do, and where its folder now lies.
-BUDGET_KEYS = {"trials", "measure", "minutes", "out", "evaluate_timeout", "stop_when_met"}
+BUDGET_KEYS = {"trials", "measurements", "minutes", "out", "evaluate_timeout", "stop_when_met"}
 
 
 def _seconds(value: Any) -> Any:
@@ -66,7 +67,7 @@ class Goals(BaseModel):
         description="seconds, text with a unit (0.5ms), or how many times faster than the uncompressed model (2x): on every profile, or by "
         "profile",
     )
-    max_bytes: Annotated[int | str | None, BeforeValidator(read_size)] = Field(
+    max_size: Annotated[int | str | None, BeforeValidator(read_size)] = Field(
         default=None, description="bytes of stored weights, text with a unit (500KB), or how many times smaller (5x)"
     )
 
@@ -84,10 +85,10 @@ class Goals(BaseModel):
     @property
     def any(self) -> bool:
         """Whether there is a goal at all."""
-        return any(value is not None for value in (self.max_drop, self.max_latency, self.max_bytes))
+        return any(value is not None for value in (self.max_drop, self.max_latency, self.max_size))
 
     def __str__(self) -> str:
-        named = {"max_drop": self.max_drop, "max_latency": self.max_latency, "max_bytes": self.max_bytes}
+        named = {"max_drop": self.max_drop, "max_latency": self.max_latency, "max_size": self.max_size}
         return ", ".join(f"{name} {_goal_text(value)}" for name, value in named.items() if value is not None) or "none"
 
 
@@ -110,7 +111,7 @@ class Settings(BaseModel):
     )
     space: Text = Field(default="default", description="search space, a name or a YAML file")
     trials: int = Field(default=300, ge=1, le=MOST, description="candidates told to the study")
-    measure: int = Field(default=24, ge=1, le=MOST, description="candidates compiled and timed as whole modules")
+    measurements: int = Field(default=24, ge=1, le=MOST, description="candidates compiled and timed as whole modules")
     minutes: float | None = Field(
         default=None, gt=0, le=MOST, description="minutes of the whole run, the files of its end included"
     )
@@ -238,17 +239,27 @@ def differences(old: Settings, new: Settings) -> list[str]:
 def _unversioned(data: dict[str, Any], path: Path) -> dict[str, Any]:
     """The keys of a file whose version is one that is read."""
     data = current_by_hand(data, path, FORMAT_VERSION, assumed=FORMAT_VERSION)
-    return {key: value for key, value in data.items() if key != KEY}
+    data = renamed({key: value for key, value in data.items() if key != KEY})
+    return {**data, "goals": renamed(data["goals"])} if isinstance(data.get("goals"), dict) else data
+
+
+def renamed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their names of today. UsageError where one is given under its old name, too."""
+    for old, new in RENAMED.items():
+        if old in data and new in data:
+            raise UsageError(f"{old} is the old name of {new}, and both are given: leave {old} out")
+    return {RENAMED.get(key, key): value for key, value in data.items()}
 
 
 def _override(target: dict[str, Any], data: Mapping[str, Any], origins: dict[str, str], origin: str) -> None:
     """Lay settings over those of the file; goals may come under their own names or as a mapping."""
+    data = renamed(data)
     rest = {key: value for key, value in data.items() if key not in Goals.model_fields}
     goals = {key: value for key, value in data.items() if key in Goals.model_fields}
     if isinstance(rest.get("goals"), Goals):
         goals = rest.pop("goals").model_dump() | goals
     elif isinstance(rest.get("goals"), Mapping):
-        goals = dict(rest.pop("goals")) | goals
+        goals = renamed(rest.pop("goals")) | goals
     if goals and isinstance(target.get("goals", {}), dict):
         rest["goals"] = {**target.get("goals", {}), **goals}
     for key in goals:
@@ -260,7 +271,7 @@ def _override(target: dict[str, Any], data: Mapping[str, Any], origins: dict[str
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     """Read ``AUTOCOMP_*`` variables as settings; a name near a setting's is refused, any other is left alone."""
     found: dict[str, Any] = {}
-    known = {ENV_PREFIX + name.upper(): name for name in SETTING_NAMES}
+    known = {ENV_PREFIX + name.upper(): name for name in (*SETTING_NAMES, *RENAMED)}
     for variable, text in environment.items():
         if not variable.startswith(ENV_PREFIX) or variable in ENV_RESERVED:
             continue

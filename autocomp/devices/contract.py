@@ -65,7 +65,7 @@ def _computes(compiled: Compiled, model: torch.nn.Module, inputs: list[tuple[tor
 
 def _latency(latency: Latency, device: Device) -> None:
     assert 0 < latency.seconds < math.inf, "a latency is a time"
-    assert latency.how == HOW[device.profile.how], "a latency says how it was obtained"
+    assert latency.how == HOW[device.profile.reach], "a latency says how it was obtained"
     assert latency.profile == device.profile.name, "a latency says of which profile it is"
     assert latency.how == "estimated" or latency.spread >= 0, "what is measured has a spread"
 

@@ -132,7 +132,7 @@ class LatencyModel:
         self.peaks = dict(peaks)  # operations a second by the name of an arithmetic: of those with kernels
         # elements a second that are read or written: one vector a cycle where the clock is known
         self._rate = (
-            _STORE_RATE if profile.how == "local" else min(_STORE_RATE, profile.lanes * (profile.clock_hz or 4e9))
+            _STORE_RATE if profile.reach == "local" else min(_STORE_RATE, profile.lanes * (profile.clock_hz or 4e9))
         )
         self._coefficients: dict[str, np.ndarray] = {}
         self._module = np.array([1.0, 0.0, 0.0])

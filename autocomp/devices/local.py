@@ -24,9 +24,9 @@ class LocalDevice:
     notes: tuple[str, ...] = ()
 
     def __init__(self, profile: Profile, store: KernelStore | None = None) -> None:
-        if profile.how != "local":
+        if profile.reach != "local":
             raise UsageError(
-                f"profile {profile.name!r} is reached by {profile.how!r}, not on this machine (how: local): open it with open_device"
+                f"profile {profile.name!r} is reached by {profile.reach!r}, not on this machine (reach: local): open it with open_device"
             )
         self.profile = profile
         self.store = KernelStore.open(profile) if store is None else store  # an empty one is falsy

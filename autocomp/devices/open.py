@@ -9,11 +9,11 @@ from autocomp.tuning.store import KernelStore
 
 def open_device(profile: Profile, store: KernelStore | None = None) -> Device:
     """Open a profile's target. UsageError if it cannot be reached; ``store`` replaces the user's kernel store."""
-    if profile.how == "estimate":
+    if profile.reach == "estimate":
         from autocomp.devices.estimated import EstimatedDevice
 
         return EstimatedDevice(profile, store)
-    if profile.how == "rpc":
+    if profile.reach == "rpc":
         from autocomp.devices.rpc import RpcDevice
 
         return RpcDevice(profile, store)

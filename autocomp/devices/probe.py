@@ -39,7 +39,7 @@ def probe(
     """Measure a free board of a profile's key anew, with a kernel store of its own in ``folder``. UsageError, BoardError."""
     limits = limits or Limits()
     progress("asking the board what it is")
-    asked = replace(profile, how="rpc")
+    asked = replace(profile, reach="rpc")
     device = RpcDevice(asked, KernelStore.open(asked, folder), limits)
     facts = on_a_board(rpc_of(profile), lambda session: read_board(session, asked), limits)
     peaks: dict[str, float] = {}

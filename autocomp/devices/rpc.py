@@ -253,7 +253,7 @@ def board_of(profile: Profile, limits: Limits | None = None) -> RpcDevice | None
 
     UsageError, BoardError if it states some and none can be reached.
     """
-    return RpcDevice(replace(profile, how="rpc"), limits=limits) if profile.rpc else None
+    return RpcDevice(replace(profile, reach="rpc"), limits=limits) if profile.rpc else None
 
 
 def on_a_board(rpc: Rpc, job: Callable[[Session], R], limits: Limits, threads: int = 1) -> R:

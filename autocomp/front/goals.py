@@ -20,7 +20,7 @@ from autocomp.records.run import Run, comparable, speedup
 class Held(NamedTuple):
     """One limit and what an evaluation comes to: ``subject`` is a metric or a profile, empty for a size; ``slack`` is what rounding may add."""
 
-    goal: Literal["max_drop", "max_latency", "max_bytes"]
+    goal: Literal["max_drop", "max_latency", "max_size"]
     subject: str
     limit: float
     value: float
@@ -41,7 +41,7 @@ class Held(NamedTuple):
         if self.goal == "max_latency":
             value, limit = format_milliseconds(self.value), format_milliseconds(self.limit)
             return f"{value} on {self.subject}, more than max_latency {limit}"
-        return f"{format_bytes(self.value)}, more than max_bytes {format_bytes(self.limit)}"
+        return f"{format_bytes(self.value)}, more than max_size {format_bytes(self.limit)}"
 
 
 class Miss(NamedTuple):
@@ -77,8 +77,8 @@ class Judge:
         }
 
     @cached_property
-    def max_bytes(self) -> float | None:
-        limit = self.goals.max_bytes
+    def max_size(self) -> float | None:
+        limit = self.goals.max_size
         return self.dense.bytes / parse_factor(limit) if isinstance(limit, str) else limit
 
     def max_latency(self, profile: str) -> float | None:
@@ -96,8 +96,8 @@ class Judge:
             for profile, latency in self.dense.latency.items()
             if (limit := self.max_latency(profile)) is not None and latency.seconds <= limit
         ]
-        if self.max_bytes is not None and self.dense.bytes <= self.max_bytes:
-            met.append(f"max_bytes ({format_bytes(self.dense.bytes)})")
+        if self.max_size is not None and self.dense.bytes <= self.max_size:
+            met.append(f"max_size ({format_bytes(self.dense.bytes)})")
         return met
 
     def drop(self, evaluation: Evaluation, metric: str | None = None) -> float:
@@ -123,8 +123,8 @@ class Judge:
             if (most := self.max_latency(profile)) is not None:
                 seconds = comparable(evaluation, self.dense, profile)
                 found.append(Held("max_latency", profile, most, seconds, most * 1e-9))
-        if self.max_bytes is not None:
-            found.append(Held("max_bytes", "", self.max_bytes, evaluation.bytes))
+        if self.max_size is not None:
+            found.append(Held("max_size", "", self.max_size, evaluation.bytes))
         return found
 
     def misses(self, evaluation: Evaluation) -> list[Miss]:

@@ -63,7 +63,7 @@ class Profile:
     name: str
     description: str
     target: Mapping[str, Any]
-    how: Reach
+    reach: Reach
     lanes: int
     vector_registers: int
     precisions: tuple[Precision, ...]
@@ -86,12 +86,12 @@ class Profile:
 
         Of an estimate also the core model and the figures it reckons with; of boards the key they share.
         """
-        identity: list[Any] = [dict(self.target), self.lanes, self.vector_registers, self.int8, self.cores, self.how]
+        identity: list[Any] = [dict(self.target), self.lanes, self.vector_registers, self.int8, self.cores, self.reach]
         identity.append(self.device)
-        if self.how == "estimate":
+        if self.reach == "estimate":
             figures = (self.caches, self.cache_ways, self.memory_bandwidth)
             identity += [self.core, self.clock_hz, *map(dict, figures)]
-        elif self.how == "rpc" and self.rpc:
+        elif self.reach == "rpc" and self.rpc:
             identity.append(self.rpc.key)
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
 
@@ -162,7 +162,7 @@ class ProfileFile(BaseModel):
     format_version: Literal[1]
     name: str = Field(min_length=1, max_length=100, description="by which reports and files call it")
     description: str = Field("", max_length=1000, description="a line for `autocomp profiles`")
-    how: Reach = Field(description="timed on this machine, on a board, or by a model of the core")
+    reach: Reach = Field(description="timed on this machine, on a board, or by a model of the core")
     target: Any = Field(description="`detect` (this machine), or TVM's target as keys and values")
     lanes: int | None = Field(None, ge=1, le=64, description="float32 lanes of a vector register")
     vector_registers: int | None = Field(None, ge=8, le=64, description="vector registers of a core")
@@ -232,16 +232,16 @@ class ProfileFile(BaseModel):
 
     @model_validator(mode="after")
     def _reach_is_complete(self) -> ProfileFile:
-        if self.how == "rpc" and self.rpc is None:
-            raise ValueError("must state rpc ({tracker: host:port, key: ...}) where how is rpc")
-        if self.how == "local" and self.rpc is not None:
-            raise ValueError("must leave out rpc where how is local")
-        if self.how == "estimate":
+        if self.reach == "rpc" and self.rpc is None:
+            raise ValueError("must state rpc ({tracker: host:port, key: ...}) where reach is rpc")
+        if self.reach == "local" and self.rpc is not None:
+            raise ValueError("must leave out rpc where reach is local")
+        if self.reach == "estimate":
             # The model counts cycles: without a clock, cache sizes and a bandwidth it cannot say seconds.
             lacking = [key for key in ("core", "clock_hz") if getattr(self, key) is None]
             lacking += [f"caches.{level}" for level in ("l1d", "l2") if level not in self.caches]
             if lacking:
-                raise ValueError(f"must state {', '.join(lacking)} where how is estimate")
+                raise ValueError(f"must state {', '.join(lacking)} where reach is estimate")
         return self
 
     @model_validator(mode="after")
@@ -254,8 +254,8 @@ class ProfileFile(BaseModel):
     @model_validator(mode="after")
     def _isa_is_complete(self) -> ProfileFile:
         given = [key for key in _ISA_KEYS if getattr(self, key) is not None]
-        if self.target == "detect" and self.how != "local":
-            raise ValueError(f"must have how: local where the target is `detect`, got how: {self.how}")
+        if self.target == "detect" and self.reach != "local":
+            raise ValueError(f"must have reach: local where the target is `detect`, got reach: {self.reach}")
         if self.target == "detect" and given:
             raise ValueError(f"must leave out {', '.join(given)} where the target is `detect`: they are detected too")
         if self.target != "detect" and len(given) < len(_ISA_KEYS):
@@ -283,7 +283,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
 
     Examples:
         >>> profile = load_profile("cortex-a76")
-        >>> profile.how, profile.lanes, profile.clock_hz
+        >>> profile.reach, profile.lanes, profile.clock_hz
         ('estimate', 4, 2400000000.0)
     """
     text = str(name_or_path)
@@ -299,7 +299,10 @@ def load_profile(name_or_path: str | Path) -> Profile:
                 "your own is given by the path of its YAML file"
             )
         path = shipped[text]
-    stated = validated(ProfileFile, current_by_hand(read_mapping(path), path, FORMAT_VERSION), f"{path}: ")
+    data = current_by_hand(read_mapping(path), path, FORMAT_VERSION)
+    if "how" in data and "reach" not in data:  # its name of version 0.2 and before
+        data["reach"] = data.pop("how")
+    stated = validated(ProfileFile, data, f"{path}: ")
     if stated.target != "detect" and not host.is_known_cpu(stated.target):
         triple = f" of {stated.target['mtriple']!r}" if "mtriple" in stated.target else ""
         raise UsageError(f"{path}: target.mcpu: LLVM knows no processor {stated.target['mcpu']!r}{triple}")
@@ -310,7 +313,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
         raise UsageError(
             f"{path}: core: there is no core model {shown(stated.core)}.{suggest(stated.core, cores)} Known: {', '.join(cores)}"
         )
-    return _on_this_machine(stated) if stated.how == "local" else _as_stated(stated, dict(stated.target))
+    return _on_this_machine(stated) if stated.reach == "local" else _as_stated(stated, dict(stated.target))
 
 
 def profile_schema() -> dict[str, Any]:
@@ -339,7 +342,7 @@ def _on_this_machine(stated: ProfileFile) -> Profile:
     if stated.target != "detect" and (wanted := architecture_of(stated.target)) != this_architecture():
         raise UsageError(
             f"profile {stated.name!r} is measured on this machine, but its target is of {wanted}, this machine is of {this_architecture()}: "
-            "state how: estimate or how: rpc"
+            "state reach: estimate or reach: rpc"
         )
     there = os.cpu_count() or 1
     if stated.cores > there:

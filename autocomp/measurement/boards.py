@@ -28,7 +28,7 @@ def remeasured(
     """
     found = list(evaluations)
     for name, device in measurer.devices.items():
-        if device.profile.how != "estimate" or device.profile.rpc is None:
+        if device.profile.reach != "estimate" or device.profile.rpc is None:
             continue
         board = _board(device, progress)
         if board is None:

@@ -47,7 +47,7 @@ class Measurer:
         self.names: tuple[str, ...] | None = None  # of dense's metrics, once they are known: no model may have others
         self.rehearsed: Rehearsed | None = None  # dense, where it was compiled and judged before
         self.dense_metrics: Metrics | None = None  # as last read: what a candidate lost is told sample by sample
-        self.here = any(d.profile.how == "local" and d.profile.cores > 1 for d in devices.values())
+        self.here = any(d.profile.reach == "local" and d.profile.cores > 1 for d in devices.values())
         self.together = 1 if self.here else min(cores(), TOGETHER)
 
     def measure_dense(self, evaluation: Evaluation) -> Evaluation:

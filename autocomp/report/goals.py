@@ -28,7 +28,7 @@ def _told(held: Held, metric: Metric) -> tuple[str, Callable[[float], str]]:
     """What a limit is called, and how its values are written."""
     if held.goal == "max_latency":
         return f"latency on {held.subject}", format_milliseconds
-    if held.goal == "max_bytes":
+    if held.goal == "max_size":
         return "size of the weights", format_bytes
     if metric.percent and (held.subject == metric.name or held.subject.startswith(f"{metric.name}/")):
         return f"drop of {held.subject}", lambda value: f"{value * 100:.2g} pt"

@@ -33,7 +33,7 @@ SEEDS_AGAIN = 12  # at most, after each round of measurement
 FITTED = 64  # candidates stitched to fit tier 0 before the solver is first asked, where the budget of trials is four times that
 FITTING = 0.1  # of the time to search at most for that fit, where minutes are set
 DEEP = 4  # one in so many measurements looks for what is fast at whatever loss within `UNKNOWN`; the others at what is of use
-FRONT_EVERY = 4  # one group of measurements in so many is for the front around the goals
+FRONT_EVERY = 4  # one lot of measurements in so many is for the front around the goals
 FINER = 4  # times as many seeds are solved for where only those near the goals are taken
 MEASURE_ROUNDS = 4  # the budget of measurements is spent in rounds, each choosing by all that is known then
 
@@ -62,8 +62,8 @@ class _Explorer:
         self.search, self.costs = found.search, found.costs
         self.settings, self.progress, self.budget = self.prepared.settings, self.prepared.progress, self.prepared.budget
         self.space, self.measurer = self.prepared.space, self.prepared.measurer
-        self._groups = 0  # of measurements, chosen for the goals
-        self._group_seconds = 0.0  # that measuring a group of candidates last took
+        self._lots = 0  # lots of measurements so far: those that are compiled and timed together
+        self._lot_seconds = 0.0  # that measuring a lot of candidates last took
 
     @property
     def _ours(self) -> bool:
@@ -162,7 +162,7 @@ class _Explorer:
 
     def _search(self) -> None:
         """Rounds of telling and measuring. Where minutes are set, each round gets its part of them, and half of that for telling."""
-        trials, budget = self.settings.trials, self.settings.measure
+        trials, budget = self.settings.trials, self.settings.measurements
         with self.progress.stage("searching", trials) as stage:
             stage.advance(len(self.search.told))
             for part in range(1, MEASURE_ROUNDS + 1):
@@ -208,7 +208,7 @@ class _Explorer:
 
         Not past the time to search, unless ``anyhow``.
         """
-        while (anyhow or not self.budget.late(self._group_seconds)) and not self._met():
+        while (anyhow or not self.budget.late(self._lot_seconds)) and not self._met():
             searched = self._searched()
             spent = sum(e.state != "told" for e in searched)
             waiting = [e for e in searched if e.state == "told" and e.kl is not None and np.isfinite(e.kl)]
@@ -225,7 +225,7 @@ class _Explorer:
     def _promising(self, waiting: Sequence[Evaluation], count: int) -> list[int]:
         """Which told candidates to measure next: for the goals, where there are some, and else what adds most to what is measured.
 
-        With goals only a group is chosen, since what is measured changes what is worth it; one in `FRONT_EVERY` is for the front around.
+        With goals only one lot is chosen, since what is measured changes what is worth it; one in `FRONT_EVERY` is for the front around.
         """
         measured = self._measured()
         seconds = self.costs.relative([e.candidate for e in waiting])
@@ -236,8 +236,8 @@ class _Explorer:
         here, there = Known.of(waiting, seconds), Known.of(measured, self._relative(measured))
         predicted = Known.of(measured, self.costs.relative([e.candidate for e in measured])).seconds
         worths = [worth(aim, self.judge, here, measured, there, predicted) for aim in wanted]
-        self._groups += 1
-        chosen = [] if self._groups % FRONT_EVERY == 0 else choose(worths, here, count)
+        self._lots += 1
+        chosen = [] if self._lots % FRONT_EVERY == 0 else choose(worths, here, count)
         return chosen or self._for_the_front(waiting, seconds, measured, count)
 
     def _for_the_front(
@@ -276,24 +276,24 @@ class _Explorer:
         return any(self.judge.feasible(e) for e in quiet) and all(member is not None for member in members)
 
     def _measure(self, evaluations: Sequence[Evaluation], stage: Stage, until: float) -> None:
-        """Measure told candidates, but no group of them that would take longer than ``until``, in seconds of the run's.
+        """Measure told candidates, but no lot of them that would take longer than ``until``, in seconds of the run's.
 
         A failure is recorded with its candidate, and the search goes on.
         """
         together = self.measurer.together
         for start in range(0, len(evaluations), together):
             begun = self.budget.spent()
-            if begun + self._group_seconds > until:
+            if begun + self._lot_seconds > until:
                 return
             for done in self.measurer.measure_all(evaluations[start : start + together]):
                 if done.state == "failed":
                     self.progress.warn(f"candidate {done.candidate.id} failed: {done.failure}")
                 self.search.update(done.trial, done)
                 stage.advance()
-            self._group_seconds = self.budget.spent() - begun
+            self._lot_seconds = self.budget.spent() - begun
 
     def _least(self, stage: Stage) -> None:
-        """What is searched however late it is: some of the solver's seeds, and one group of them measured. A front of nothing is none."""
+        """What is searched however late it is: some of the solver's seeds, and one lot of them measured. A front of nothing is none."""
         searched = self._searched()
         if any(e.state != "told" for e in searched):
             return
@@ -302,14 +302,15 @@ class _Explorer:
             count = min(4 * together, self.settings.trials - len(self.search.told))
             for _ in self.teller.tell(self.teller.ask(count, np.inf)):
                 stage.advance()
-        self._measure_until(min(together, self.settings.measure), anyhow=True)
+        self._measure_until(min(together, self.settings.measurements), anyhow=True)
 
     def _say_what_was_left(self) -> None:
         told, trials = len(self.search.told), self.settings.trials
         done = sum(e.state != "told" for e in self._searched())
-        if self.budget.late(self._group_seconds) and (told < trials or done < self.settings.measure):
+        if self.budget.late(self._lot_seconds) and (told < trials or done < self.settings.measurements):
             self.progress.warn(
-                f"--minutes {self.budget.minutes:g} ended the search after {told} of {trials} trials, {done} of {self.settings.measure} measured"
+                f"--minutes {self.budget.minutes:g} ended the search after {told} of {trials} trials, {done} of "
+                f"{self.settings.measurements} measured"
             )
 
     def _measured(self) -> list[Evaluation]:

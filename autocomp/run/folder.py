@@ -48,7 +48,7 @@ def check_run_folder(settings: Settings, resume: bool, folder: Path | None = Non
         raise UsageError(
             f"the run in {folder} had other settings, so it cannot be resumed with these:\n"
             + "\n".join(f"  {masked(line)}" for line in changed)
-            + "\nresume it with the same settings (only trials, measure, minutes may differ), or choose another --out"
+            + "\nresume it with the same settings (only trials, measurements, minutes may differ), or choose another --out"
         )
     return folder
 

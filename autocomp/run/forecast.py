@@ -205,7 +205,7 @@ def _notes(settings: Settings, points: Sequence[PlannedPoint], errors: Mapping[s
             else "by peak rates alone, since no kernel is tuned yet"
         )
         notes.append(f"seconds on {name} are estimated, {known}")
-    limits = (settings.goals.max_latency, settings.goals.max_bytes)
+    limits = (settings.goals.max_latency, settings.goals.max_size)
     if any(limit is not None for limit in limits) and not any(point.meets for point in points):
         notes.append("no point of the predicted front meets the goals on latency and size: expect none to be found")
     if settings.goals.max_drop is not None:

@@ -49,7 +49,7 @@ def timed_in_turn(
     """
     renewed = [dense, *evaluations]
     for name, device in prepared.devices.items():
-        if device.profile.how == "estimate":
+        if device.profile.reach == "estimate":
             continue
         with prepared.progress.stage("timing the front beside dense"):
             try:

@@ -222,7 +222,7 @@ class _Checks:
             device = open_device(load_profile(profile))
             dense = device.compile(task.model, inputs)
             # what is emulated is taken through its own steps; what is run brings them along
-            own = device.compile(model, inputs) if device.profile.how == "estimate" else dense
+            own = device.compile(model, inputs) if device.profile.reach == "estimate" else dense
         except Exception as error:
             return [_check(name, Verdict.CANNOT_RUN, last_line(error)) for name in names]
 
@@ -313,7 +313,7 @@ def _chosen(found: SearchResult, settings: Settings, point: str | None) -> Point
         if not settings.goals.any:
             return found.best()
         goals = settings.goals
-        return found.best(goals.max_drop, goals.max_latency, goals.max_bytes)
+        return found.best(goals.max_drop, goals.max_latency, goals.max_size)
     for known in (*found.front, found.dense):
         if known.candidate.id == point:
             return known

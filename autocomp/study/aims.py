@@ -69,8 +69,8 @@ def worth(
     ``known`` holds the measured seconds of ``measured``, ``predicted`` what was predicted of them, both in logs over dense's.
     """
     chance = _within_drops(judge, waiting.divergence, measured, known.divergence)
-    if judge.max_bytes is not None:
-        chance = chance * (waiting.bytes <= judge.max_bytes)
+    if judge.max_size is not None:
+        chance = chance * (waiting.bytes <= judge.max_size)
     limits = {profile: judge.max_latency(profile) for profile in waiting.seconds}
     bounds = {p: float(np.log(most / judge.dense.latency[p].seconds)) for p, most in limits.items() if most is not None}
     if aim.factor is not None:
@@ -122,8 +122,8 @@ def thought_misses(evaluation: Evaluation, judge: Judge, measured: Sequence[Eval
         dense, limit = judge.dense.predicted.get(profile), judge.max_latency(profile)
         if dense and limit is not None and profile in judge.dense.latency:
             found[f"max_latency {profile}"] = seconds / dense * judge.dense.latency[profile].seconds / limit - 1
-    if judge.max_bytes is not None:
-        found["max_bytes"] = evaluation.bytes / judge.max_bytes - 1
+    if judge.max_size is not None:
+        found["max_size"] = evaluation.bytes / judge.max_size - 1
     for metric, allowed in judge.max_drops.items():
         if (rates := loss_rates(measured, judge, metric)) and evaluation.kl is not None:
             found[f"max_drop {metric}"] = float(np.median(rates)) * evaluation.kl / max(allowed, 1e-12) - 1

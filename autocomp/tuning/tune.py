@@ -146,7 +146,7 @@ class Tuner:
             return None
         if self.profile.cores > 1:
             # what a board's timer runs is what is scheduled for one core; on this machine the timer itself counts threads
-            timer = self.timer if self.profile.how == "rpc" else None
+            timer = self.timer if self.profile.reach == "rpc" else None
             single = Tuner(replace(self.profile, cores=1), self.store, timer, budget=self.budget)
             return self.profile.cores * (single.peak(template) or 0.0)
         arithmetic = arithmetic_of(template)

@@ -9,7 +9,7 @@ import autocomp
 
 def main() -> None:
     result = autocomp.search(
-        task=make_task(), profiles=["x86-host"], trials=100, measure=12, seed=0, out="runs/breast-cancer-api"
+        task=make_task(), profiles=["x86-host"], trials=100, measurements=12, seed=0, out="runs/breast-cancer-api"
     )
     print(result.to_frame().to_string())
 

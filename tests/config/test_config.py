@@ -48,16 +48,16 @@ def test_out_is_named_after_the_function() -> None:
 
 
 def test_flag_over_variable_over_file_over_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(tmp_path, "trials: 10\nmeasure: 11\nseed: 12\nprofiles: [a]\ngoals: {max_drop: 0.5, max_bytes: 7}")
+    path = write(tmp_path, "trials: 10\nmeasure: 11\nseed: 12\nprofiles: [a]\ngoals: {max_drop: 0.5, max_size: 7}")
     monkeypatch.setenv("AUTOCOMP_MEASURE", "21")
     monkeypatch.setenv("AUTOCOMP_SEED", "22")
     monkeypatch.setenv("AUTOCOMP_PROFILES", "b, c")
     monkeypatch.setenv("AUTOCOMP_MAX_LATENCY", "0.5ms")
     settings = load_settings(path, {"seed": 32, "max_drop": 0.25, "space": None})
-    assert (settings.trials, settings.measure, settings.seed) == (10, 21, 32)
+    assert (settings.trials, settings.measurements, settings.seed) == (10, 21, 32)
     assert settings.profiles == ["b", "c"]
     assert settings.space == "default"
-    assert settings.goals == Goals(max_drop=0.25, max_latency=0.0005, max_bytes=7)
+    assert settings.goals == Goals(max_drop=0.25, max_latency=0.0005, max_size=7)
 
 
 def test_toml_and_yaml_say_the_same(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_dump_reads_back(tmp_path: Path) -> None:
         ("goals: 3", ["goals: must be keys and values"]),
         ("goals: {max_latency: 3 parsecs}", ["goals.max_latency: must be a duration", "'3 parsecs'"]),
         ("goals: {max_latency: '0.001'}", ["goals.max_latency: must be a number"]),
-        ("goals: {max_bytes: 0}", ["goals.max_bytes: must be greater than 0"]),
+        ("goals: {max_size: 0}", ["goals.max_size: must be greater than 0"]),
         ("task: ''", ["task: must be a non-empty text"]),
         ("format_version: 2", ["has format_version 2"]),
         ("[1, 2]", ["must hold keys and values"]),
@@ -146,14 +146,16 @@ def test_variable_of_the_wrong_kind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_goals_as_keyword() -> None:
     assert load_settings(None, {"goals": Goals(max_drop=0.5)}).goals.max_drop == 0.5
-    assert load_settings(None, {"goals": {"max_drop": 0.5}, "max_bytes": 3}).goals == Goals(max_drop=0.5, max_bytes=3)
+    assert load_settings(None, {"goals": {"max_drop": 0.5}, "max_size": 3}).goals == Goals(max_drop=0.5, max_size=3)
     with pytest.raises(UsageError, match="goals: must be keys and values"):
         load_settings(None, {"goals": 4})
 
 
 def test_differences_leave_the_budget_out() -> None:
     old = load_settings(None, {"task": "digits"})
-    more = load_settings(None, {"task": "digits", "trials": 999, "measure": 99, "minutes": 9.0, "out": "elsewhere"})
+    more = load_settings(
+        None, {"task": "digits", "trials": 999, "measurements": 99, "minutes": 9.0, "out": "elsewhere"}
+    )
     assert differences(old, more) == []
     other = load_settings(None, {"task": "digits", "seed": 3, "max_drop": 0.1})
     assert differences(old, other) == ["seed: 0 -> 3", "goals.max_drop: None -> 0.1"]
@@ -192,3 +194,14 @@ def test_nothing_is_given_beside_settings() -> None:
     for beside in ({"trials": 3}, {"out": "x"}, {"task": "tokens"}, {"space": "wide"}):
         with pytest.raises(UsageError, match=f"{next(iter(beside))} is given beside settings"):
             search(settings=settings, **beside)
+
+
+def test_old_names_are_still_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "measure: 11\ngoals: {max_bytes: 7}")
+    settings = load_settings(path, {"task": "digits"})
+    assert (settings.measurements, settings.goals.max_size) == (11, 7)
+    assert load_settings(None, {"measure": 3, "goals": {"max_bytes": 5}}).measurements == 3
+    monkeypatch.setenv("AUTOCOMP_MEASURE", "4")
+    assert load_settings(path, {"max_bytes": "9B"}) == load_settings(None, {"measurements": 4, "max_size": 9})
+    with pytest.raises(UsageError, match="measure is the old name of measurements, and both are given"):
+        load_settings(None, {"measure": 3, "measurements": 4})

@@ -26,11 +26,11 @@ CALIBRATION, HELD_OUT = 32, 32  # samples
 
 @dataclass(frozen=True)
 class Budget:
-    """``tiles`` tried for a kernel, ``trials`` and ``measure`` of the search, ``minutes`` it may search."""
+    """``tiles`` tried for a kernel, ``trials`` and ``measurements`` of the search, ``minutes`` it may search."""
 
     tiles: int = 2
     trials: int = 24
-    measure: int = 3
+    measurements: int = 3
     minutes: float = 1.0
 
 
@@ -133,7 +133,7 @@ def searched(entry: Entry, budget: Budget, folder: Path) -> dict[str, Any]:
 
     _tiles(budget)
     result = autocomp.search(
-        task=make_task(entry), profiles=[PROFILE], out=folder / "run", trials=budget.trials, measure=budget.measure,
+        task=make_task(entry), profiles=[PROFILE], out=folder / "run", trials=budget.trials, measurements=budget.measurements,
         minutes=budget.minutes, calibration_samples=CALIBRATION, references=False,
     )  # fmt: skip
     summary, dense = result.run.summary, result.dense

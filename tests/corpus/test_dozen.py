@@ -31,7 +31,7 @@ DOZEN = (
 UNCOMPRESSED = ("torchvision/r3d",)  # three-dimensional convolutions are compiled, not compressed yet
 SEARCHED = ("timm/resnet10t", "transformers/distilbert")
 pytestmark = pytest.mark.corpus
-BUDGET = Budget(tiles=1, trials=6, measure=1, minutes=1.0)
+BUDGET = Budget(tiles=1, trials=6, measurements=1, minutes=1.0)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -68,7 +68,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 def profile_file(servers: Servers, key: str) -> Path:
     """The shipped profile of the Cortex-A76, reached as a board, in a file of the user's own."""
     text = yaml.safe_load(shipped_files("hardware_profiles")["cortex-a76"].read_text())
-    text |= {"how": "rpc", "rpc": {"tracker": servers.tracker, "key": key}}
+    text |= {"reach": "rpc", "rpc": {"tracker": servers.tracker, "key": key}}
     path = servers.logs / f"{key}.yaml"
     path.write_text(yaml.safe_dump(text))
     return path
@@ -170,7 +170,7 @@ def test_a_search_through_an_rpc_profile(servers: Servers, tmp_path: Path) -> No
         tiny_task.task(),
         profiles=[str(profile_file(servers, "a76"))],
         trials=6,
-        measure=1,
+        measurements=1,
         out=tmp_path / "run",
         space=str(space),
         calibration_samples=32,
@@ -192,7 +192,7 @@ def test_an_estimated_front_is_measured_where_a_board_is_there(servers: Servers,
     rules = [{"layers": "*", "keep": [1.0], "ranks": [], "precisions": ["fp32", "w8a8"]}]
     space.write_text(yaml.safe_dump({"format_version": 1, "rules": rules}))
     result = autocomp.search(
-        tiny_task.task(), profiles=[str(path)], trials=4, measure=1, out=tmp_path / "run", space=str(space),
+        tiny_task.task(), profiles=[str(path)], trials=4, measurements=1, out=tmp_path / "run", space=str(space),
         calibration_samples=32, references=False,
     )  # fmt: skip
     front = json.loads((result.folder / "front.json").read_text())

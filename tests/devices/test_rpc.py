@@ -265,7 +265,7 @@ def test_a_damaged_module_is_the_boards_error(profile: Profile, tmp_path: Path) 
 
 
 def test_a_board_that_slows_down_says_so() -> None:
-    profile = replace(load_profile("cortex-a76"), how="rpc", rpc=Rpc("a:1", "pi5"))
+    profile = replace(load_profile("cortex-a76"), reach="rpc", rpc=Rpc("a:1", "pi5"))
     cool = _describe(profile, _Timed((1.0,), "10.0.0.2:9090", 2.4e9, 2.4e9))
     assert cool == "cortex-a76 at 10.0.0.2:9090, 1 thread"
     hot = _describe(profile, _Timed((1.0,), "10.0.0.2:9090", 1.5e9, 2.4e9))

@@ -88,7 +88,7 @@ CLI = [
     (["search", "digits", "--trials", "9" * 400], "trials: must be less than"),
     (["search", "digits", "--trials", "9" * 5000], "not a valid integer"),
     (["search", "digits", "--trials", LONG], "not a valid integer"),
-    (["search", "digits", "--measure", "0"], "measure: must be"),
+    (["search", "digits", "--measurements", "0"], "measurements: must be"),
     (["search", "digits", "--minutes", "0"], "minutes: must be greater than 0"),
     (["search", "digits", "--minutes", "-1"], "minutes: must be"),
     (["search", "digits", "--minutes", "nan"], "minutes: must be"),
@@ -120,8 +120,8 @@ CLI = [
     (["search", "digits", "--max-latency", "5 minutes"], "a duration with its unit"),
     (["search", "digits", "--max-size", "1e400KB"], "must be at most"),
     (["search", "digits", "--max-size", "1e30GB"], "must be at most"),
-    (["search", "digits", "--max-size", "1e-400KB"], "max_bytes: must be greater than 0"),
-    (["search", "digits", "--max-size", "0.5B"], "max_bytes: must be greater than 0"),
+    (["search", "digits", "--max-size", "1e-400KB"], "max_size: must be greater than 0"),
+    (["search", "digits", "--max-size", "0.5B"], "max_size: must be greater than 0"),
     (["search", "digits", "--max-size", "5 pages"], "a size with its unit"),
     (["search", "digits", "--max-size", "KB"], "a size with its unit"),
     (["search", "digits", "--max-size", ""], "a size with its unit"),
@@ -213,7 +213,7 @@ ENVIRONMENT = [
     ("AUTOCOMP_TRIALS", "9" * 5000, "environment: trials: must be"),
     ("AUTOCOMP_TRAILS", "3", "is no setting. Did you mean 'TRIALS'"),
     ("AUTOCOMP_MAX_LATENCY", "0.5 parsecs", "environment: goals.max_latency"),
-    ("AUTOCOMP_MAX_BYTES", "1e400KB", "environment: goals.max_bytes: must be at most"),
+    ("AUTOCOMP_MAX_SIZE", "1e400KB", "environment: goals.max_size: must be at most"),
     ("AUTOCOMP_REFERENCES", "perhaps", "environment: references: must be true or false"),
     ("AUTOCOMP_PROFILES", ",", "environment: profiles: must be a list with at least one entry"),
     ("AUTOCOMP_SPACE", "a\x1b[2Jb", "environment: space: must be one line"),
@@ -314,8 +314,8 @@ CONFIG = [
     ("goals: {max_drop: .inf}", "goals.max_drop: must be"),
     ("goals: {max_latency: 5}", "goals.max_latency"),
     ("goals: {max_latency: '5 parsecs'}", "a duration with its unit"),
-    ("goals: {max_bytes: 1e400KB}", "must be at most"),
-    ("goals: {max_bytes: " + "9" * 400 + "}", "goals.max_bytes: must be less"),
+    ("goals: {max_size: 1e400KB}", "must be at most"),
+    ("goals: {max_size: " + "9" * 400 + "}", "goals.max_size: must be less"),
     ("calibration_samples: 0", "calibration_samples: must be"),
     ("storage: 3", "storage: must be text"),
     ("\n".join(f"key{n}: 1" for n in range(60)), "and 52 more"),
@@ -423,7 +423,7 @@ def test_spaces(refused: Refused, tmp_path: Path, text: str, words: str) -> None
 
 
 STATED: dict[str, Any] = {
-    "format_version": 1, "name": "mine", "how": "estimate", "core": "cortex-a76", "clock_hz": 2.4e9, "lanes": 4,
+    "format_version": 1, "name": "mine", "reach": "estimate", "core": "cortex-a76", "clock_hz": 2.4e9, "lanes": 4,
     "vector_registers": 32, "precisions": ["fp32"], "int8": "sdot", "caches": {"l1d": 65536, "l2": 524288},
     "target": {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a76", "mattr": ["+dotprod"]},
 }  # fmt: skip
@@ -447,7 +447,7 @@ PROFILE: list[tuple[dict[str, Any], str]] = [
     ({"target": {**TARGET, "mattr": ["+avx512f"]}}, "LLVM knows no feature '+avx512f'"),
     ({"target": {**TARGET, "mattr": ["-nonsense"]}}, "LLVM knows no feature '-nonsense'"),
     ({"target": {**TARGET, "num-cores": 4}}, "the same cores"),
-    ({"target": "detect"}, "must have how: local"),
+    ({"target": "detect"}, "must have reach: local"),
     ({"cores": 0}, "cores: must be"),
     ({"cores": 1_000_000}, "cores: must be less than"),
     ({"cores": 10**300}, "cores: must be less than"),
@@ -480,12 +480,12 @@ PROFILE: list[tuple[dict[str, Any], str]] = [
     ({"core": "cortex-a77"}, "Did you mean 'cortex-a76'"),
     ({"core": "../../../etc/passwd"}, "there is no core model"),
     ({"core": None}, "must state core"),
-    ({"how": "guess"}, "how: must be"),
-    ({"how": "rpc"}, "must state rpc"),
-    ({"how": "rpc", "rpc": {"tracker": "x", "key": "a"}}, "rpc.tracker: must be host:port"),
-    ({"how": "rpc", "rpc": {"tracker": "a;b:9190", "key": "a"}}, "rpc.tracker: must be host:port"),
-    ({"how": "rpc", "rpc": {"tracker": "a:9190", "key": "a b"}}, "rpc.key: must be letters"),
-    ({"how": "local"}, "its target is of aarch64"),
+    ({"reach": "guess"}, "reach: must be"),
+    ({"reach": "rpc"}, "must state rpc"),
+    ({"reach": "rpc", "rpc": {"tracker": "x", "key": "a"}}, "rpc.tracker: must be host:port"),
+    ({"reach": "rpc", "rpc": {"tracker": "a;b:9190", "key": "a"}}, "rpc.tracker: must be host:port"),
+    ({"reach": "rpc", "rpc": {"tracker": "a:9190", "key": "a b"}}, "rpc.key: must be letters"),
+    ({"reach": "local"}, "its target is of aarch64"),
     ({"format_version": 2}, "a newer one wrote it"),
     ({"name": ""}, "name: must be a non-empty text"),
     ({"name": LONG}, "name: must be"),
@@ -506,7 +506,7 @@ def test_profiles(refused: Refused, tmp_path: Path, change: dict[str, Any], word
 def test_cores_of_this_machine_are_there(refused: Refused, tmp_path: Path) -> None:
     write(
         tmp_path / "mine.yaml",
-        yaml.safe_dump({"format_version": 1, "name": "m", "how": "local", "target": "detect", "cores": 1000}),
+        yaml.safe_dump({"format_version": 1, "name": "m", "reach": "local", "target": "detect", "cores": 1000}),
     )
     assert "asks for 1000 cores of this machine, which has" in refused("check", "digits", "--profile", "mine.yaml")
 

@@ -127,7 +127,7 @@ def test_whatever_fails_on_the_way_the_run_ends_with_its_report(
     task.model.shortcut = lambda x: x  # type: ignore[assignment]  # what no pickle takes
     monkeypatch.setattr(export, "export_onnx", refuse)
     monkeypatch.setattr("autocomp.measurement.references.export_onnx", refuse)
-    result = small(task, space=spaces["wide"], measure=3, trials=10, references=True)
+    result = small(task, space=spaces["wide"], measurements=3, trials=10, references=True)
     rows = pd.read_csv(result.folder / "evaluations.csv")
     failed = set(rows.loc[rows["state"] == "failed", "failure"])
     expected = [
@@ -171,7 +171,7 @@ def test_a_point_whose_file_computes_something_else_is_not_on_the_front(
         return loaded
 
     monkeypatch.setattr(CompiledModel, "reload", spoilt)
-    result = small(space=spaces["wide"], measure=2, trials=6)
+    result = small(space=spaces["wide"], measurements=2, trials=6)
     rows = pd.read_csv(result.folder / "evaluations.csv")
     failed = rows[rows["state"] == "failed"]
     assert not failed.empty

@@ -32,7 +32,7 @@ from autocomp.study.storage import Claim, masked, open_storage, read_study
 from autocomp.study.study import Choices, open_search
 
 pytestmark = pytest.mark.usefixtures("short_tuning", "without_exports")
-OPTIONS = {"trials": 4, "measure": 1, "references": False}
+OPTIONS = {"trials": 4, "measurements": 1, "references": False}
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +247,7 @@ def test_a_judge_that_ignores_its_model_is_doubted(
     judge, model = task.evaluate, tiny_task.model()
     task.evaluate = lambda _: judge(model)
     result = autocomp.search(
-        task=task, out=tmp_path / "run", space=spaces["full"], **{**OPTIONS, "trials": 8, "measure": 4}
+        task=task, out=tmp_path / "run", space=spaces["full"], **{**OPTIONS, "trials": 8, "measurements": 4}
     )
     assert any("does it judge the model that it is given" in text for text in result.run.warnings)
 

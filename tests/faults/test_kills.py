@@ -44,7 +44,7 @@ def start(spaces: dict[str, str], tmp_path: Path) -> Callable[..., subprocess.Co
 
     def run(nth: int, *more: str, limit: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
         given = ["--resume"] if (out / "config.yaml").exists() else []
-        options = ["--space", spaces["full"], "--trials", "6", "--measure", "2", "--out", str(out), *given, *more]
+        options = ["--space", spaces["full"], "--trials", "6", "--measurements", "2", "--out", str(out), *given, *more]
         return subprocess.run(
             [sys.executable, "-c", KILLED, str(nth), "search", "tiny_task:task", *options],
             cwd=TESTS, env={**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "AUTOCOMP_REFERENCES": "no"},

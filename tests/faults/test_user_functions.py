@@ -85,7 +85,7 @@ def test_a_judge_that_fails_on_some_costs_these(small: Callable[..., SearchResul
             return end(model)
         return judge(model)
 
-    result = small(replace(task, evaluate=sometimes), trials=12, measure=6, evaluate_timeout=2.0)
+    result = small(replace(task, evaluate=sometimes), trials=12, measurements=6, evaluate_timeout=2.0)
     reasons = [e.failure or "" for e in read_evaluations(tmp_path / "run") if e.state == "failed"]
     for words in (
         "raised OutOfTime: not done after 2 s",

@@ -35,7 +35,7 @@ RUN = [DENSE, evaluation(1, 0.975, 0.5), evaluation(2, 0.97, 0.4, 90_000), evalu
         (Goals(max_drop=0.01), 2),  # the fastest that keeps the accuracy; the drop is exactly the limit
         (Goals(max_drop=0.006), 1),
         (Goals(max_latency=0.45e-3), 2),  # the most accurate that is fast enough
-        (Goals(max_bytes=60_000), 3),
+        (Goals(max_size=60_000), 3),
         (Goals(max_drop=0.1, max_latency=0.5e-3), 3),
         (Goals(), 2),  # the knee
     ],
@@ -49,11 +49,11 @@ def test_lower_may_be_better() -> None:
 
 
 def test_violations_say_by_what() -> None:
-    goals = Goals(max_drop=0.01, max_latency=0.1e-3, max_bytes=10_000)
+    goals = Goals(max_drop=0.01, max_latency=0.1e-3, max_size=10_000)
     assert Judge(DENSE, goals, "accuracy").violations(RUN[3]) == [
         "accuracy drops by 0.08, more than max_drop 0.01",
         "0.2 ms on x86-host, more than max_latency 0.1 ms",
-        "50 kB, more than max_bytes 10 kB",
+        "50 kB, more than max_size 10 kB",
     ]
     assert Judge(DENSE, Goals(max_drop=0.01), "accuracy").feasible(RUN[2])
 
@@ -93,7 +93,7 @@ def test_a_noisy_one_is_taken_only_where_all_are(goals: Goals) -> None:
         (Goals(max_latency="2.5x"), 2),
         (Goals(max_latency={"x86-host": "4x"}), 3),
         (Goals(max_latency={"*": 0.5e-3}), 1),
-        (Goals(max_bytes="6x"), 3),
+        (Goals(max_size="6x"), 3),
     ],
 )
 def test_goals_against_the_uncompressed_model(goals: Goals, trial: int) -> None:
@@ -112,8 +112,8 @@ def test_a_slice_may_not_be_left_behind() -> None:
 
 
 def test_goals_that_ask_for_nothing_are_named() -> None:
-    goals = Goals(max_latency=2e-3, max_bytes="1x", max_drop=0.01)
-    assert Judge(DENSE, goals, "accuracy").met_by_dense() == ["max_latency (1 ms on x86-host)", "max_bytes (400 kB)"]
+    goals = Goals(max_latency=2e-3, max_size="1x", max_drop=0.01)
+    assert Judge(DENSE, goals, "accuracy").met_by_dense() == ["max_latency (1 ms on x86-host)", "max_size (400 kB)"]
     assert not Judge(DENSE, Goals(max_latency="2x"), "accuracy").met_by_dense()
 
 
@@ -129,9 +129,9 @@ def test_what_the_goals_ask_for_is_delivered_though_it_is_beaten() -> None:
     fast = evaluation(1, 0.98, 0.5, 400_000)
     small = evaluation(2, 0.975, 0.6, 70_000)
     poor = evaluation(3, 0.70, 0.2, 40_000)
-    found = delivered([DENSE, fast, small, poor], Judge(DENSE, Goals(max_bytes="5x"), "accuracy"), [], ["x86-host"])
+    found = delivered([DENSE, fast, small, poor], Judge(DENSE, Goals(max_size="5x"), "accuracy"), [], ["x86-host"])
     assert small in found
-    assert Judge(DENSE, Goals(max_bytes="5x"), "accuracy").best(found) == small
+    assert Judge(DENSE, Goals(max_size="5x"), "accuracy").best(found) == small
     plain = delivered([DENSE, fast, small, poor], Judge(DENSE, Goals(), "accuracy"), [], ["x86-host"])
     assert small not in plain
     assert [e.trial for e in plain] == [3, 1], "fast to slow"

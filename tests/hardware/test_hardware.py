@@ -83,7 +83,7 @@ def test_every_shipped_profile_loads() -> None:
 
 def test_host_profile_runs_what_it_says() -> None:
     profile = load_profile("x86-host")
-    assert profile.how == "local"
+    assert profile.reach == "local"
     assert host.missing({k: v for k, v in profile.target.items() if k != "num-cores"}, host.this_cpu()) == []
     assert profile.lanes == host.this_cpu().lanes
     assert profile.target["num-cores"] == 1
@@ -92,7 +92,7 @@ def test_host_profile_runs_what_it_says() -> None:
 STATED = """
 format_version: 1
 name: mine
-how: estimate
+reach: estimate
 core: cortex-a76
 target: {kind: llvm, mcpu: haswell}
 lanes: 8
@@ -127,7 +127,7 @@ def test_own_file(tmp_path: Path) -> None:
 
 
 def test_boards(tmp_path: Path) -> None:
-    text = STATED.replace("how: estimate", 'how: rpc\nrpc: {tracker: "10.0.0.2:9190", key: pi5}')
+    text = STATED.replace("reach: estimate", 'reach: rpc\nrpc: {tracker: "10.0.0.2:9190", key: pi5}')
     profile = load_profile(write(tmp_path, text + "memory_bandwidth: {copy: 5.27e+9}\npower: {load: 8.5}\n"))
     assert profile.rpc is not None
     assert (profile.rpc.address, profile.rpc.key) == (("10.0.0.2", 9190), "pi5")
@@ -136,7 +136,7 @@ def test_boards(tmp_path: Path) -> None:
     assert moved.fingerprint == profile.fingerprint, "the same boards behind another tracker"
     others = load_profile(write(tmp_path, text.replace("pi5", "rk3588")))
     assert others.fingerprint != profile.fingerprint
-    both = load_profile(write(tmp_path, text.replace("how: rpc", "how: estimate")))
+    both = load_profile(write(tmp_path, text.replace("reach: rpc", "reach: estimate")))
     assert both.rpc == profile.rpc
     assert both.fingerprint != profile.fingerprint, "estimates and measurements are never mixed"
 
@@ -144,7 +144,7 @@ def test_boards(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["cortex-a76", "rk3588"])
 def test_cortex_a76(name: str) -> None:
     profile = load_profile(name)
-    assert (profile.how, profile.core, profile.lanes, profile.vector_registers) == ("estimate", "cortex-a76", 4, 32)
+    assert (profile.reach, profile.core, profile.lanes, profile.vector_registers) == ("estimate", "cortex-a76", 4, 32)
     assert profile.precisions == ("fp32", "fp16", "w8a8", "w8", "w4")
     assert profile.int8 == "sdot"
     assert host.has_feature(profile.target, "dotprod")
@@ -172,26 +172,35 @@ def test_cortex_a76(name: str) -> None:
         (("[fp32]", "[fp64]"), ["precisions[0]", "'fp64'"]),
         (("int8: none", "int8: vnni"), ["int8", "'vnni'"]),
         (("format_version: 1", "format_version: 2"), ["format_version"]),
-        (("how: estimate", "how: guess"), ["how", "'guess'"]),
+        (("reach: estimate", "reach: guess"), ["reach", "'guess'"]),
         (("{kind: llvm, mcpu: haswell}", "llvm"), ["target: must be `detect`"]),
-        (("{kind: llvm, mcpu: haswell}", "detect"), ["how: local"]),
+        (("{kind: llvm, mcpu: haswell}", "detect"), ["reach: local"]),
         (("mcpu: haswell", "mcpu: hazwell"), ["no processor 'hazwell'"]),
-        (("core: cortex-a76\n", ""), ["must state core where how is estimate"]),
+        (("core: cortex-a76\n", ""), ["must state core where reach is estimate"]),
         (("clock_hz: 3.0e+9", "clock_hz: 3.0"), ["clock_hz: must be greater than or equal to 1000000, got 3.0"]),
-        (("clock_hz: 3.0e+9\n", ""), ["must state clock_hz where how is estimate"]),
-        ((", l2: 262144", ""), ["must state caches.l2 where how is estimate"]),
+        (("clock_hz: 3.0e+9\n", ""), ["must state clock_hz where reach is estimate"]),
+        ((", l2: 262144", ""), ["must state caches.l2 where reach is estimate"]),
         (("l2: 262144", "l2: 1000"), ["caches: must be bytes, whole lines of 64: l2 is 1000"]),
         (("l2: 262144", "l4: 262144"), ["caches.l4"]),
         (("{l1d: 8}", "{l1d: 3}"), ["cache_ways.l1d that divides its 512 lines, got 3"]),
         (("{l1d: 8}", "{l3: 8}"), ["must state caches.l3 where cache_ways.l3 is stated"]),
         (("lanes: 8", "lanes: 6"), ["lanes: must be a power of two, got 6"]),
-        (("how: estimate", "how: rpc"), ["must state rpc"]),
-        (("how: estimate", "how: local\nrpc: {tracker: 'a:1', key: b}"), ["must leave out rpc where how is local"]),
-        (("how: estimate", "how: rpc\nrpc: {tracker: board, key: b}"), ["rpc.tracker: must be host:port", "'board'"]),
-        (("how: estimate", "how: rpc\nrpc: {tracker: 'a:99999', key: b}"), ["rpc.tracker: must be host:port"]),
-        (("how: estimate", "how: rpc\nrpc: {tracker: 'a:9190'}"), ["rpc.key: this key must be given"]),
-        (("how: estimate", "how: estimate\npower: {idle: -1.0}"), ["power.idle: must be greater than 0, got -1.0"]),
-        (("how: estimate", "how: estimate\nmemory_bandwidth: {rad: 1.0e+9}"), ["memory_bandwidth.rad: there is no"]),
+        (("reach: estimate", "reach: rpc"), ["must state rpc"]),
+        (
+            ("reach: estimate", "reach: local\nrpc: {tracker: 'a:1', key: b}"),
+            ["must leave out rpc where reach is local"],
+        ),
+        (
+            ("reach: estimate", "reach: rpc\nrpc: {tracker: board, key: b}"),
+            ["rpc.tracker: must be host:port", "'board'"],
+        ),
+        (("reach: estimate", "reach: rpc\nrpc: {tracker: 'a:99999', key: b}"), ["rpc.tracker: must be host:port"]),
+        (("reach: estimate", "reach: rpc\nrpc: {tracker: 'a:9190'}"), ["rpc.key: this key must be given"]),
+        (("reach: estimate", "reach: estimate\npower: {idle: -1.0}"), ["power.idle: must be greater than 0, got -1.0"]),
+        (
+            ("reach: estimate", "reach: estimate\nmemory_bandwidth: {rad: 1.0e+9}"),
+            ["memory_bandwidth.rad: there is no"],
+        ),
         (("int8: none", "int8: sdot"), ["int8: sdot needs the instruction set dotprod", "'haswell'"]),
         (("[fp32]", "[fp32, fp16]"), ["precisions: fp16 needs the instruction set fullfp16"]),
     ],
@@ -235,3 +244,8 @@ def test_caches_are_read_in_bytes(tmp_path: Path) -> None:
 
 def test_schema_is_closed() -> None:
     assert profile_schema()["additionalProperties"] is False
+
+
+def test_the_old_name_of_reach_is_still_read(tmp_path: Path) -> None:
+    old = write(tmp_path, STATED.replace("reach: estimate", "how: estimate"))
+    assert load_profile(old).reach == "estimate"

@@ -29,7 +29,7 @@ def test_same_seed_same_trials(tmp_path: Path, spaces: dict[str, str], monkeypat
     def search(name: str, cache: str, **options: Any) -> Path:
         monkeypatch.setenv("AUTOCOMP_CACHE", str(tmp_path / cache))
         out = tmp_path / name
-        given = {"space": spaces["wide"], "trials": 20, "measure": 4, "references": False, "deterministic": True}
+        given = {"space": spaces["wide"], "trials": 20, "measurements": 4, "references": False, "deterministic": True}
         autocomp.search(task=tiny_task.task(), out=out, **given, **options)
         return out
 

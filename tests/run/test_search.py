@@ -60,7 +60,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, spaces: dict[str, str]) -
     with pytest.MonkeyPatch.context() as patch:
         _mark_finish(patch)
         result = autocomp.search(
-            task=TASK, trials=TRIALS, measure=MEASURE, out=out, space=spaces["wide"], goals={"max_drop": 1.0}
+            task=TASK, trials=TRIALS, measurements=MEASURE, out=out, space=spaces["wide"], goals={"max_drop": 1.0}
         )
     return Finished(result, tuple(tiny_task.CALLS))
 
@@ -113,7 +113,7 @@ def test_run_folder_is_complete(finished: Finished) -> None:
     assert {"torch", "apache-tvm", "onnxruntime"} <= set(provenance["packages"])
     assert provenance["seed"] == 0
     settings = read_settings(finished.folder / "config.yaml")
-    assert (settings.task, settings.trials, settings.measure) == (TASK, TRIALS, MEASURE)
+    assert (settings.task, settings.trials, settings.measurements) == (TASK, TRIALS, MEASURE)
     assert (finished.folder / "report.html").stat().st_size > 1e6, "plotly is in the page"
 
 
@@ -222,7 +222,7 @@ def test_best_meets_its_limits(finished: Finished) -> None:
     fast = fastest.latency["x86-host"].seconds
     assert result.best(max_latency=fast * 1.001).latency["x86-host"].seconds == fast
     with pytest.raises(InfeasibleError):
-        result.best(max_bytes=1)
+        result.best(max_size=1)
 
 
 def test_report_is_built_again_from_the_files(another: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,10 +243,10 @@ def test_goals_nobody_meets(
     spaces: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AUTOCOMP_REFERENCES", "no")
-    arguments = ["--out", str(tmp_path), "--space", spaces["full"], "--trials", "3", "--measure", "1"]
+    arguments = ["--out", str(tmp_path), "--space", spaces["full"], "--trials", "3", "--measurements", "1"]
     assert main(["search", TASK, *arguments, "--max-size", "1KB"]) == 3
     said = capsys.readouterr()
-    assert "no measured candidate meets the goals (max_bytes 1000)" in said.err
+    assert "no measured candidate meets the goals (max_size 1000)" in said.err
     assert "Traceback" not in said.err
     assert (tmp_path / "report.html").exists(), "the report is written all the same"
     assert SearchResult(tmp_path).front
@@ -265,7 +265,7 @@ def test_goals_that_are_met(another: Path, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.usefixtures("without_exports")
 def test_minutes_end_a_search_with_a_front(small: Callable[..., SearchResult]) -> None:
-    result = small(trials=500, measure=50, minutes=1e-3)
+    result = small(trials=500, measurements=50, minutes=1e-3)
     assert result.front
     assert result.report.exists()
     assert 2 <= result.run.summary.told < 500

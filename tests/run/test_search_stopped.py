@@ -50,7 +50,7 @@ def process(spaces: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., An
             str(out),
         ]
         child = subprocess.Popen(
-            [*command, "--trials", str(trials), "--measure", "2"],
+            [*command, "--trials", str(trials), "--measurements", "2"],
             cwd=TESTS,
             env={**os.environ, "PYTHONPATH": str(TESTS.parent), "AUTOCOMP_REFERENCES": "no", **environment},
             stdout=subprocess.PIPE,

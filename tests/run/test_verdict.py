@@ -28,7 +28,7 @@ LOOSE = 0.9  # of the speed-up: no test is about how fast something is
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, spaces: dict[str, str], short_tuning: None) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
-    autocomp.search(task="tiny_task:task", out=out, space=spaces["full"], trials=8, measure=2, references=False)
+    autocomp.search(task="tiny_task:task", out=out, space=spaces["full"], trials=8, measurements=2, references=False)
     return out
 
 
@@ -149,7 +149,7 @@ def test_an_estimated_target_is_held_to_its_own_estimate(
         out=out,
         space=spaces["full"],
         trials=6,
-        measure=1,
+        measurements=1,
         references=False,
         profiles=["cortex-a76"],
     )

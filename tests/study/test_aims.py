@@ -52,7 +52,7 @@ def test_a_latency_is_met_by_the_most_accurate() -> None:
 def test_a_member_of_the_family_is_a_latency_goal() -> None:
     reached, not_fast = value(Goals(), [(0.05, 0.24), (0.05, 0.3)], factor=4.0)
     assert reached > 1e-3 > not_fast
-    assert value(Goals(max_bytes=50), [(0.05, 0.24)], factor=4.0) == [0.0], "it is too large"
+    assert value(Goals(max_size=50), [(0.05, 0.24)], factor=4.0) == [0.0], "it is too large"
 
 
 def test_each_aim_chooses_in_turn_and_none_chooses_twice_the_same() -> None:

@@ -25,7 +25,7 @@ def dashboard(tmp_path: Path) -> Iterator[str]:
     from autocomp.records.candidate import Method
 
     space = Choices({"stages.0.conv1": (64, 48, 32, 16)}, {"head": (Method(), Method("w8a8"), Method("fp32", (16,)))})
-    engine = Engine(constraints=lambda e: {"max_bytes": e.bytes / 50 - 1})
+    engine = Engine(constraints=lambda e: {"max_size": e.bytes / 50 - 1})
     search = open_search(f"journal:///{tmp_path / 'study.journal'}", "autocomp", space, engine, profiles=["x86-host"])
     while (asked := search.ask()) is not None:
         width = asked.candidate.widths["stages.0.conv1"]

@@ -187,7 +187,7 @@ def test_a_study_is_one_that_optuna_reads(tmp_path: Path, kind: str) -> None:
     """Its own classes, none of ours: parameters by name, values, constraints, the front, importances; and it goes on with it."""
     import optuna
 
-    engine = Engine(problem=lambda: PROBLEM, constraints=lambda e: {"max_bytes": e.bytes / 1000 - 1})
+    engine = Engine(problem=lambda: PROBLEM, constraints=lambda e: {"max_size": e.bytes / 1000 - 1})
     search = open_search(url(tmp_path, kind), "run", SPACE, engine)
     search.enqueue(DENSE, "dense")
     told = [step(search) for _ in range(12)]
@@ -206,7 +206,7 @@ def test_a_study_is_one_that_optuna_reads(tmp_path: Path, kind: str) -> None:
         named = {f"width/{g}": w for g, w in widths.items()} | {f"method/{m}": str(how) for m, how in methods.items()}
         assert trial.params == {name: named[name] for name in trial.params}
         assert len(trial.params) == sum(len(options) > 1 for options in SPACE.options)
-        assert trial.constraints == {"max_bytes": pytest.approx(evaluation.bytes / 1000 - 1)}
+        assert trial.constraints == {"max_size": pytest.approx(evaluation.bytes / 1000 - 1)}
         assert trial.user_attrs["source"] == evaluation.source
     assert {trial.number for trial in study.best_trials} <= set(range(12))
     assert study.metric_names == ["divergence", "target: seconds / dense"]
