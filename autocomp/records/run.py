@@ -71,11 +71,27 @@ class Verified:
 
 
 @dataclass(frozen=True)
+class Deployed:
+    """The validation metrics of a point as a ``file`` of it computes them, or why they were not read (``note``).
+
+    ``errors`` has standard errors of the differences from torch, sample by sample, of metrics that differ and are means over samples;
+    ``differs`` names those that differ by more than noise.
+    """
+
+    file: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
+    differs: tuple[str, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class FrontPoint:
     """One point of the measured front: metrics on the held-out split, checks by kind of file (``so``, ``onnx``), files.
 
     ``files`` are paths relative to the run folder by kind (``so``, ``onnx``, ``manifest``, ``weights``). ``test_errors`` and
-    ``test_drop_errors`` are standard errors, as an `Evaluation` has them of the validation split.
+    ``test_drop_errors`` are standard errors, as an `Evaluation` has them of the validation split. ``deployed`` has by profile what the metric
+    is of what was written for it.
     """
 
     evaluation: Evaluation
@@ -84,6 +100,7 @@ class FrontPoint:
     files: Mapping[str, str] = field(default_factory=dict)
     test_errors: Mapping[str, float] = field(default_factory=dict)
     test_drop_errors: Mapping[str, float] = field(default_factory=dict)
+    deployed: Mapping[str, Deployed] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -354,7 +371,8 @@ def _missing(value: Any) -> bool:
 
 
 def _point_to_json(point: FrontPoint) -> dict[str, Any]:
-    later = {"test_errors": dict(point.test_errors), "test_drop_errors": dict(point.test_drop_errors)}
+    later: dict[str, Any] = {"test_errors": dict(point.test_errors), "test_drop_errors": dict(point.test_drop_errors)}
+    later["deployed"] = {profile: asdict(read) for profile, read in point.deployed.items()}
     return {
         "evaluation": evaluation_to_json(point.evaluation),
         "test_metrics": dict(point.test_metrics),
@@ -374,7 +392,14 @@ def _check_to_json(check: Verified) -> dict[str, Any]:
 def _point_from_json(data: Mapping[str, Any]) -> FrontPoint:
     verified = {kind: Verified(**check) for kind, check in data["verified"].items()}
     errors = data.get("test_errors", {}), data.get("test_drop_errors", {})
-    return FrontPoint(_measured(data["evaluation"]), data["test_metrics"], verified, _texts(data["files"]), *errors)
+    read = {profile: _deployed(found) for profile, found in data.get("deployed", {}).items()}
+    return FrontPoint(
+        _measured(data["evaluation"]), data["test_metrics"], verified, _texts(data["files"]), *errors, read
+    )
+
+
+def _deployed(data: Mapping[str, Any]) -> Deployed:
+    return Deployed(**{**data, "differs": tuple(data["differs"])})
 
 
 def _measured(data: Mapping[str, Any]) -> Evaluation:

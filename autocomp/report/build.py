@@ -22,6 +22,7 @@ from autocomp.records.evaluation import Evaluation, Reference, Sensitivity
 from autocomp.records.run import (
     FORMAT_VERSION,
     OURS,
+    Deployed,
     FrontPoint,
     Run,
     comparable,
@@ -244,9 +245,23 @@ class _Page:
             "size": format_bytes(e.bytes),
             "smaller": f"{self.dense.bytes / e.bytes:.1f}×" if e.bytes else "–",
             "files": self._files(point),
+            "deployed": [self._deployed(profile, read, e) for profile, read in point.deployed.items()],
+            "differs": [profile for profile, read in point.deployed.items() if read.differs],
             "choices": figures.choices_text(e, self.dense),
             "layers": self.layers(e),
         }
+
+    def _deployed(self, profile: str, read: Deployed, torchs: Evaluation) -> str:
+        """What the metric is of a written file, in a line."""
+        where = f"{self.metric.name} as {read.file} computes it" + (f" ({profile})" if len(self.profiles) > 1 else "")
+        if read.note:
+            return f"{where}: {read.note}"
+        now, then = read.metrics.get(self.metric.name), torchs.metrics.get(self.metric.name)
+        change, error = self.metric.change(now, then), self.metric.error(read.errors.get(self.metric.name))
+        said = "as torch" if now == then else f"{change} {error}".strip() + " against torch"
+        if read.differs:
+            said += f"; more than noise: {', '.join(read.differs)}"
+        return f"{where}: {self.metric.text(now)}, {said}"
 
     def _files(self, point: FrontPoint) -> list[dict[str, Any]]:
         """Kinds of files with their check, where one was made, and their path, where it is there to be opened."""

@@ -21,7 +21,7 @@ from autocomp.run.folder import CONFIG
 from autocomp.run.found import Found
 from autocomp.run.held_out import HeldOut
 from autocomp.run.identity import profiles_identity
-from autocomp.run.points import timed_in_turn, write_points
+from autocomp.run.points import read_as_deployed, timed_in_turn, write_points
 from autocomp.run.prepare import Prepared
 from autocomp.run.provenance import profile_line, write_provenance
 from autocomp.run.references import references
@@ -69,6 +69,7 @@ def _make_run(prepared: Prepared, found: Found) -> Run:
     objective = objective_of(task, found.dense().metrics)
     dense, points = _verified_front(prepared, found)
     dense, points = _timed_again(prepared, found, dense, points)
+    points = read_as_deployed(prepared, points)
     held_out = HeldOut(prepared, found, dense)
     dense_point = held_out.read(next((p for p in points if p.evaluation.trial == dense.trial), FrontPoint(dense)))
     points = [dense_point if p.evaluation.trial == dense.trial else held_out.read(p) for p in points]
@@ -185,6 +186,12 @@ def _warnings(found: Found, points: Sequence[FrontPoint]) -> list[str]:
         "A steadier point is recommended in its place" if steady else "No point of the front is steadier: run it again"
     )
     for point in points:
+        for profile, read in point.deployed.items():
+            if read.differs:
+                warnings.append(
+                    f"{point.evaluation.candidate.id} on {profile}: {', '.join(f'{m} is {read.metrics[m]:.4g}' for m in read.differs)} by "
+                    f"{read.file}, {', '.join(f'{point.evaluation.metrics[m]:.4g}' for m in read.differs)} by torch: more than noise"
+                )
         for kind, check in point.verified.items():
             if not check.ok:
                 warnings.append(f"{point.evaluation.candidate.id}: {kind} failed: {check.note}")

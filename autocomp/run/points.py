@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autocomp.export.files import export_point, files_of, library_of
+from autocomp.export.files import ONNX, export_point, files_of, library_of
+from autocomp.export.onnx import onnx_runner
 from autocomp.hardware.timing import steady
+from autocomp.measurement.deployed import SECONDS, read_deployed
 from autocomp.measurement.measurer import reason_of
 from autocomp.measurement.side_by_side import side_by_side
 from autocomp.processes.outcome import Outcome
 from autocomp.records.evaluation import Evaluation
-from autocomp.records.run import FrontPoint, Verified
+from autocomp.records.run import Deployed, FrontPoint, Verified
 
 if TYPE_CHECKING:
     from autocomp.devices.device import Compiled, Device
@@ -59,6 +62,49 @@ def timed_in_turn(
     for evaluation in {e.trial: e for e in renewed if e.earlier}.values():
         found.search.update(evaluation.trial, evaluation)
     return renewed
+
+
+def read_as_deployed(prepared: Prepared, points: Sequence[FrontPoint]) -> list[FrontPoint]:
+    """The points with the metric of what was written for each profile: of the library itself where it can be run here or on its board, of the
+    ONNX file where the library would have to be emulated. With ``minutes``, half of what is left of them may be spent on it."""
+    seconds = min(SECONDS, prepared.budget.left() / (2 * max(1, len(points)) * len(prepared.devices)))
+    if seconds <= 0:
+        return list(points)
+    read: dict[int, dict[str, Deployed]] = {point.evaluation.trial: {} for point in points}
+    with prepared.progress.stage(
+        "reading the metric of what was written", len(points) * len(prepared.devices)
+    ) as stage:
+        for name in prepared.devices:
+            file, runner = _runner(prepared, name)
+            for point in points:
+                path = prepared.folder / "models" / point.evaluation.candidate.id / file
+                if path.exists():
+                    read[point.evaluation.trial][name] = _deployed(prepared, point, path, runner, seconds)
+                stage.advance()
+    return [replace(point, deployed=read[point.evaluation.trial]) for point in points]
+
+
+def _runner(prepared: Prepared, name: str) -> tuple[str, Callable[[Path], Callable[..., object]]]:
+    """The file that stands for a profile, and what makes it a function of input tensors."""
+    if prepared.devices[name].profile.reach == "estimate":
+        return ONNX, onnx_runner
+
+    @cache
+    def base() -> Compiled:
+        return prepared.measurer.dense_module(name)
+
+    return library_of(name, list(prepared.devices)), lambda path: base().reload(path).run
+
+
+def _deployed(
+    prepared: Prepared, point: FrontPoint, path: Path, runner: Callable[[Path], Callable[..., object]], seconds: float
+) -> Deployed:
+    try:
+        run = runner(path)
+    except Exception as error:
+        return Deployed(path.name, note=f"not read: {reason_of(error)}")
+    model = prepared.stitch(point.evaluation.candidate)
+    return read_deployed(prepared.task, point.evaluation, model, run, path.name, seconds)
 
 
 def _again(prepared: Prepared, name: str, device: Device, evaluations: list[Evaluation]) -> list[Evaluation]:

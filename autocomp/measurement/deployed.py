@@ -1,0 +1,127 @@
+"""A compiled module behind the face of the model it was made of, so that a task's own metric can be read from what is deployed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from autocomp.errors import AutocompError, UsageError, last_line
+from autocomp.graph.batches import part, shape_of
+from autocomp.graph.program import CanonicalModel
+from autocomp.records.run import Deployed
+from autocomp.tasks.reading import SAME, Metrics
+from autocomp.tasks.task import evaluate_task
+
+if TYPE_CHECKING:
+    from autocomp.records.evaluation import Evaluation
+    from autocomp.tasks.task import Task
+
+SECONDS = 60.0  # that reading the metric of one file may take; chosen by hand, not measured
+NOISE = 2.0  # standard errors of a difference, within which none is claimed
+
+Run = Callable[..., object]
+
+
+class TooSlow(AutocompError):
+    """The time that a metric may take to be read is up."""
+
+
+class DeployedModel(nn.Module):
+    """``run``, compiled for the shapes of ``example``, called like ``model``: with any number of samples, its outputs in the same structure.
+
+    A batch is cut into such as ``run`` takes, the last one filled up with its last sample. UsageError for samples of other shapes;
+    TooSlow once its calls have taken ``seconds``.
+    """
+
+    def __init__(self, model: CanonicalModel, run: Run, example: tuple[Tensor, ...], seconds: float) -> None:
+        super().__init__()
+        self._names, self._returns, self._batch = model.code.parameters, model.code.returns, model.code.batch
+        self._order: Callable[..., tuple[Tensor, ...]] = model._in_order
+        self._run, self._example, self._left = run, example, seconds
+        with torch.no_grad():  # what of the outputs is no tensor is the same each time
+            self._leaves = _pytree.tree_flatten(model(*example))[0]
+        self.eval()
+
+    def __deepcopy__(self, _memo: Any) -> DeployedModel:
+        return self  # a compiled module keeps no state
+
+    def forward(self, *inputs: Tensor, **named: Any) -> Any:
+        given = self._order(inputs, named)
+        axes = self._batch.inputs
+        if shape_of(given, axes) != shape_of(self._example, axes):
+            shapes, known = ([list(tensor.shape) for tensor in batch] for batch in (given, self._example))
+            raise UsageError(f"it was called with inputs of the shapes {shapes}, and is compiled for {known}")
+        size, samples = self._count(self._example), self._count(given)
+        if size is None or samples is None:
+            return self._as_model(self._timed(given))
+        found = []
+        for start in range(0, samples, size):
+            found.append(self._timed(_filled(given, start, min(size, samples - start), size, axes)))
+        return self._as_model(
+            [self._joined(values, samples, index) for index, values in enumerate(zip(*found, strict=True))]
+        )
+
+    def _count(self, inputs: Sequence[Tensor]) -> int | None:
+        return next((t.shape[a] for t, a in zip(inputs, self._batch.inputs, strict=True) if a is not None), None)
+
+    def _timed(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        began = time.monotonic()
+        result = self._run(*inputs)
+        self._left -= time.monotonic() - began
+        if self._left < 0:
+            raise TooSlow("reading the metric takes too long")
+        return list(result) if isinstance(result, tuple | list) else [result]  # type: ignore[list-item] # of `Run`
+
+    def _joined(self, values: Sequence[Tensor], samples: int, index: int) -> Tensor:
+        tensors = [k for k, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
+        axis = self._batch.outputs[tensors[index]]
+        return values[0] if axis is None else torch.cat(list(values), axis).narrow(axis, 0, samples)
+
+    def _as_model(self, outputs: Sequence[Tensor]) -> Any:
+        waiting = iter(outputs)
+        leaves = [next(waiting) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        return _pytree.tree_unflatten(leaves, self._returns)
+
+
+def _filled(
+    inputs: tuple[Tensor, ...], start: int, length: int, size: int, axes: tuple[int | None, ...]
+) -> tuple[Tensor, ...]:
+    """``size`` samples: ``length`` from ``start`` on, the last of them as often as is lacking."""
+    if length == size:
+        return part(inputs, start, size, axes)
+    index = (torch.arange(size) + start).clamp(max=start + length - 1)
+    return tuple(t if axis is None else t.index_select(axis, index) for t, axis in zip(inputs, axes, strict=True))
+
+
+def read_deployed(
+    task: Task, evaluation: Evaluation, model: nn.Module, run: Run, file: str, seconds: float = SECONDS
+) -> Deployed:
+    """The validation metrics of ``model`` as ``run``, the deployed ``file``, computes it; or why they could not be read.
+
+    Where the metric is a mean over samples and the two differ, torch is read once more, for the standard error of their difference.
+    """
+    if not isinstance(model, CanonicalModel):
+        return Deployed(file, note="the model is not in canonical form")
+    deployed = DeployedModel(model, run, task.example_inputs, seconds)
+    try:
+        found = evaluate_task(task, deployed, names=tuple(evaluation.metrics))
+        errors = found.drop_errors(evaluate_task(task, model)) if _differing(found, evaluation.metrics, {}) else {}
+    except Exception as error:
+        late = deployed._left < 0
+        return Deployed(file, note=f"not read in {seconds:.0f} s" if late else f"not read: {last_line(error)}")
+    return Deployed(file, dict(found), errors, tuple(_differing(found, evaluation.metrics, errors)))
+
+
+def _differing(now: Metrics, torchs: Mapping[str, float], errors: Mapping[str, float]) -> list[str]:
+    """Metrics that differ from torch's by more than two standard errors of the difference; by more than rounding, where none is known."""
+    far = {name: abs(value - torchs[name]) for name, value in now.items()}
+    return [
+        name
+        for name, difference in far.items()
+        if difference > SAME * abs(torchs[name]) + 1e-8 and difference > NOISE * errors.get(name, 0.0)
+    ]
