@@ -21,7 +21,8 @@ import autocomp
 from autocomp.config.settings import Goals
 from autocomp.front.goals import Judge
 from autocomp.hardware.profile import load_profile
-from autocomp.records.run import read_evaluations, speedup
+from autocomp.records.run import speedup
+from autocomp.records.table import read_evaluations
 
 DROP = 0.01
 

@@ -13,7 +13,8 @@ from autocomp.front.pareto import hypervolume_history, pareto_set, spaced
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation, Reference, Sensitivity, Source
 from autocomp.records.latency import KernelTime, Latency
-from autocomp.records.run import FrontPoint, LayerInfo, Run, Summary, TaskInfo, Verified, write_evaluations, write_front
+from autocomp.records.run import Decider, FrontPoint, Kept, LayerInfo, Run, Summary, TaskInfo, Verified, write_front
+from autocomp.records.table import write_evaluations
 from autocomp.study.solver import solve_front
 
 PROFILE = "x86-host"
@@ -183,6 +184,13 @@ def make_run(
                 for n in (1, 2, 3)
             ),
             Sensitivity("head", "precision", "w8a8", 0.002, 0.26),
+        ),
+        deciders=tuple(
+            Decider(f.layer, 0.5 / (k + 1) - 0.03, 0.4 / (k + 1)) for k, f in enumerate(PROBLEM.factors[:8])
+        ),
+        kept=(
+            Kept("head", "width", "its channels are the model's output", 0.11),
+            Kept("stem", "rank", "it has a single input channel", 0.04),
         ),
         warnings=(
             "the clock was not steady: samples of 2 of 27 modules spread by more than 3 %; close other programs and measure again",

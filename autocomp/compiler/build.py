@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from autocomp.compiler.importer import export_program, import_program, unsupported
 from autocomp.compiler.layout import to_channels_last
 from autocomp.compiler.lower import lower
@@ -20,6 +22,9 @@ from autocomp.tuning.tune import Tuner
 
 if TYPE_CHECKING:
     import torch
+
+
+FEWEST = 100  # single inferences of which a 99th percentile says something
 
 
 class CompiledModel:
@@ -80,6 +85,16 @@ class CompiledModel:
     def time(self, *inputs: torch.Tensor, repeats: int = 20, seconds: float = 0.01) -> Latency:
         """Measure one inference: pinned, warmed up, ``repeats`` samples that each average over about ``seconds``."""
         return time_in_turn([self], *inputs, repeats=repeats, seconds=seconds)[0]
+
+    def tail(self, *inputs: torch.Tensor, seconds: float = 2.0, most: int = 1000) -> dict[str, float]:
+        """Percentiles of the seconds of single inferences, one by one; none where fewer than 100 of them fit into ``seconds``."""
+        arguments = self._arguments(inputs)
+        with quiet_core(self.profile.cores):
+            count = int(min(most, seconds / max(min(self.sample(arguments, number=1, repeat=5)), 1e-9)))
+            if count < FEWEST:
+                return {}
+            taken = np.array(self.sample(arguments, number=1, repeat=count))
+        return {f"p{q}": float(np.percentile(taken, q)) for q in (50, 95, 99)}
 
     def sample(self, arguments: Sequence[Any], number: int, repeat: int) -> list[float]:
         """Seconds of one inference, ``repeat`` averages of ``number`` runs each."""

@@ -44,6 +44,8 @@ def check_device(device: Device) -> None:
     assert compiled.checked_inputs > 0, "a module is worth comparing with torch"
     _computes(compiled, model, inputs)
     _latency(device.time(compiled, inputs[0]), device)
+    tail = list(compiled.tail(*inputs[0]).values())
+    assert tail == sorted(tail), "percentiles rise"
     _predicts(device)
     with tempfile.TemporaryDirectory() as folder:
         path = compiled.save(Path(folder) / "model.so")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -43,6 +43,10 @@ class Compiled(Protocol):
 
     def time(self, *inputs: torch.Tensor) -> Latency:
         """Seconds of one inference, and how they were obtained."""
+        ...
+
+    def tail(self, *inputs: torch.Tensor) -> Mapping[str, float]:
+        """Percentiles of the seconds of single inferences, as `Latency.tail`; empty where they cannot be told one by one."""
         ...
 
 

@@ -169,6 +169,10 @@ class RemoteModel:
         """Measure one inference on a board: warmed up, 20 samples of about 10 ms. BoardError if two tries fail."""
         return time_in_turn([self], inputs)[0]
 
+    def tail(self, *inputs: torch.Tensor) -> dict[str, float]:
+        """None: over the network a single inference is not told from the call."""
+        return {}
+
     def _on_a_board(self, job: Callable[[Session], Any]) -> Any:
         return on_a_board(rpc_of(self.profile), job, self.limits, self.profile.cores)
 

@@ -17,7 +17,8 @@ from autocomp.progress import Progress
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation
 from autocomp.records.latency import Latency
-from autocomp.records.run import FrontPoint, Run, Summary, TaskInfo, Verified, write_evaluations, write_front
+from autocomp.records.run import FrontPoint, Run, Summary, TaskInfo, Verified, write_front
+from autocomp.records.table import write_evaluations
 from autocomp.tasks.reading import Metrics, otherwise
 from autocomp.tasks.task import Task, evaluate_task
 

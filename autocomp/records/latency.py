@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 How = Literal["measured", "estimated"]
@@ -32,7 +32,8 @@ class Latency:
 
     ``seconds`` is the median, ``spread`` the interquartile range over the median, ``how`` is ``measured`` or ``estimated``, ``device`` what it
     was taken on, ``error`` the known relative error of an estimate (None when measured), ``samples`` the raw repeats in seconds, ``kernels``
-    the calls of one inference, in order. ``noisy``: other work on the machine disturbed it, and went on when it was measured again.
+    the calls of one inference, in order. ``noisy``: other work on the machine disturbed it, and went on when it was measured again. ``tail`` has
+    percentiles of single inferences in seconds (``p50``, ``p95``, ``p99``), where they were taken one by one: samples are averages of many.
 
     Examples:
         >>> latency = Latency(seconds=2e-4, spread=0.01, how="measured", profile="x86-host")
@@ -49,6 +50,7 @@ class Latency:
     kernels: tuple[KernelTime, ...] = ()
     error: float | None = None
     noisy: bool = False
+    tail: Mapping[str, float] = field(default_factory=dict)
 
 
 def latency_to_json(latency: Latency) -> dict[str, Any]:
@@ -56,8 +58,10 @@ def latency_to_json(latency: Latency) -> dict[str, Any]:
     data = dict(latency.__dict__)
     data["samples"] = list(latency.samples)
     data["kernels"] = [dict(kernel.__dict__) for kernel in latency.kernels]
-    if not latency.noisy:  # which files of before do not say
-        del data["noisy"]
+    data["tail"] = dict(latency.tail)
+    for name in ("noisy", "tail"):  # which files of before do not say
+        if not data[name]:
+            del data[name]
     return data
 
 

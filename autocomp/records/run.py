@@ -1,20 +1,18 @@
-"""What a run hands over: ``front.json`` and ``evaluations.csv``, written and read back; the report is made from them alone."""
+"""What a run hands over: ``front.json``, written and read back; the report is made from it and the table of evaluations alone."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from autocomp.cache import write_atomically
-from autocomp.config.files import RECORDS_BYTES, read_json, read_text
-from autocomp.config.versions import check_version, current
+from autocomp.config.files import read_json
+from autocomp.config.versions import current
 from autocomp.errors import CorruptError, UsageError, shown
-from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import (
     Evaluation,
     Reference,
@@ -25,11 +23,9 @@ from autocomp.records.evaluation import (
     reference_to_json,
     sound,
 )
-from autocomp.records.latency import Latency
 
 FORMAT_VERSION = 1
 FRONT = "front.json"
-EVALUATIONS = "evaluations.csv"
 OURS = "dense, tuned"  # how the reference begins that is our own dense module, called as the other runtimes are
 
 
@@ -44,6 +40,29 @@ class TaskInfo:
     parameters: int
     bytes: int
     unit: str = ""  # of the objective; ``%``: a share between 0 and 1
+
+
+@dataclass(frozen=True)
+class Decider:
+    """How much of what told a search's candidates apart lay in one layer: its shares of the variance of the divergence and of the seconds.
+
+    Both are of the additive model as it was fitted at the end; over all layers each sums to 1 (a layer that works against the others has a
+    share below 0).
+    """
+
+    layer: str
+    divergence: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is not offered, why, and how much of the dense model's predicted time that leaves untouched."""
+
+    subject: str
+    option: str
+    reason: str
+    share: float
 
 
 @dataclass(frozen=True)
@@ -136,6 +155,8 @@ class Run:
     warnings: tuple[str, ...] = ()
     sensitivity: tuple[Sensitivity, ...] = ()
     identity: Mapping[str, str] = field(default_factory=dict)
+    deciders: tuple[Decider, ...] = ()
+    kept: tuple[Kept, ...] = ()
 
 
 def speedup(evaluation: Evaluation, dense: Evaluation, profile: str) -> float:
@@ -185,8 +206,13 @@ def write_front(folder: Path, run: Run) -> Path:
         "layers": [asdict(layer) for layer in run.layers],
         "warnings": list(run.warnings),
     }
-    if run.sensitivity:  # a later addition: runs without it are written as they always were
-        data["sensitivity"] = [asdict(row) for row in run.sensitivity]
+    for name in (
+        "sensitivity",
+        "deciders",
+        "kept",
+    ):  # later additions: runs without them are written as they always were
+        if rows := getattr(run, name):
+            data[name] = [asdict(row) for row in rows]
     if run.identity:
         data["identity"] = dict(run.identity)
     path = folder / FRONT
@@ -223,46 +249,14 @@ def read_run(folder: Path) -> Run:
             warnings=tuple(str(warning) for warning in data["warnings"]),
             sensitivity=tuple(Sensitivity(**row) for row in data.get("sensitivity", ())),
             identity=_texts(data.get("identity", {})),
+            deciders=tuple(Decider(**row) for row in data.get("deciders", ())),
+            kept=tuple(Kept(**row) for row in data.get("kept", ())),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptError(
             f"{path} has format_version {FORMAT_VERSION} but not its content ({type(error).__name__}: {shown(error)}): "
             "write it again with `autocomp search --resume`"
         ) from error
-
-
-def write_evaluations(folder: Path, evaluations: Sequence[Evaluation]) -> Path:
-    """Write ``evaluations.csv``: a row for every told trial, columns per metric and profile; latencies in milliseconds."""
-    import pandas as pd
-
-    rows = [_row(evaluation) for evaluation in evaluations]
-    columns = list(dict.fromkeys(name for row in rows for name in row)) or ["id", "trial"]
-    grouped = sorted(columns, key=lambda name: _COLUMN_ORDER.index(name.partition(":")[0]))
-    path = folder / EVALUATIONS
-    write_atomically(path, pd.DataFrame(rows, columns=grouped).to_csv(index=False).encode())
-    return path
-
-
-def read_evaluations(folder: Path) -> list[Evaluation]:
-    """Read ``evaluations.csv`` back; kernels, raw samples and devices of latencies are not in it. Errors as ``read_run``."""
-    import pandas as pd
-
-    path = folder / EVALUATIONS
-    try:
-        text = read_text(path, RECORDS_BYTES)
-    except UsageError as error:
-        raise CorruptError(str(error)) from error
-    except FileNotFoundError as error:
-        raise UsageError(
-            f"{folder} holds no {EVALUATIONS}: it is no run folder, or its search has not finished"
-        ) from error
-    try:
-        table = pd.read_csv(io.StringIO(text), dtype={"id": str, "failure": str})
-        for version in table.get("format_version", pd.Series(dtype=int)).unique():
-            check_version(int(version), path, FORMAT_VERSION)
-        return [_evaluation({str(k): v for k, v in row.items() if not _missing(v)}) for row in table.to_dict("records")]
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise CorruptError(f"{path} does not read as a table of evaluations: {shown(error)}") from error
 
 
 def finite(value: Any) -> Any:
@@ -272,102 +266,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-_COLUMN_ORDER = [
-    "id",
-    "trial",
-    "source",
-    "state",
-    "tier",
-    "error",
-    "kl",
-    "metric",
-    "metric_error",
-    "drop_error",
-    "predicted_ms",
-    "latency_ms",
-    "latency_how",
-    "latency_spread",
-    "latency_error",
-    "earlier_ms",
-    "bytes",
-    "seconds_spent",
-    "failure",
-    "widths",
-    "methods",
-    "format_version",
-]
-
-
-def _row(evaluation: Evaluation) -> dict[str, Any]:
-    candidate = evaluation.candidate.to_json()
-    row: dict[str, Any] = {
-        "id": evaluation.candidate.id,
-        "trial": evaluation.trial,
-        "source": evaluation.source,
-        "state": evaluation.state,
-        "tier": evaluation.tier,
-        "error": evaluation.error,
-        "kl": evaluation.kl,
-        **{f"metric:{name}": value for name, value in evaluation.metrics.items()},
-        **{f"metric_error:{name}": value for name, value in evaluation.errors.items()},
-        **{f"drop_error:{name}": value for name, value in evaluation.drop_errors.items()},
-        **{f"predicted_ms:{profile}": _milliseconds(seconds) for profile, seconds in evaluation.predicted.items()},
-    }
-    for profile, latency in evaluation.latency.items():
-        row[f"latency_ms:{profile}"] = _milliseconds(latency.seconds)
-        row[f"latency_how:{profile}"] = latency.how
-        row[f"latency_spread:{profile}"] = latency.spread
-        row[f"latency_error:{profile}"] = latency.error
-    row |= {f"earlier_ms:{profile}": _milliseconds(latency.seconds) for profile, latency in evaluation.earlier.items()}
-    row |= {
-        "bytes": evaluation.bytes,
-        "seconds_spent": evaluation.seconds_spent,
-        "failure": evaluation.failure,
-        "widths": json.dumps(candidate["widths"], separators=(",", ":")),
-        "methods": json.dumps(candidate["methods"], separators=(",", ":")),
-        "format_version": FORMAT_VERSION,
-    }
-    return row
-
-
-def _evaluation(row: Mapping[str, Any]) -> Evaluation:
-    def part(prefix: str) -> dict[str, Any]:
-        return {name.partition(":")[2]: value for name, value in row.items() if name.startswith(prefix + ":")}
-
-    how, spread, error = part("latency_how"), part("latency_spread"), part("latency_error")
-    latency = {
-        profile: Latency(ms * 1e-3, spread.get(profile, 0.0), how[profile], profile, error=error.get(profile))
-        for profile, ms in part("latency_ms").items()
-    }
-    earlier = {profile: Latency(ms * 1e-3, 0.0, how[profile], profile) for profile, ms in part("earlier_ms").items()}
-    choice = {"widths": json.loads(row["widths"]), "methods": json.loads(row["methods"])}
-    return Evaluation(
-        trial=int(row["trial"]),
-        candidate=Candidate.from_json(choice),
-        source=row["source"],
-        state=row["state"],
-        error=float(row.get("error", math.nan)),
-        bytes=int(row["bytes"]),
-        predicted={profile: ms * 1e-3 for profile, ms in part("predicted_ms").items()},
-        kl=float(row["kl"]) if "kl" in row else None,
-        metrics=part("metric"),
-        errors=part("metric_error"),
-        drop_errors=part("drop_error"),
-        latency=latency,
-        earlier=earlier,
-        failure=row.get("failure"),
-        seconds_spent=float(row.get("seconds_spent", 0.0)),
-    )
-
-
-def _milliseconds(seconds: float) -> float:
-    return float(f"{seconds * 1e3:.12g}")  # without the last bits, so that reading and writing again changes nothing
-
-
-def _missing(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
 
 
 def _point_to_json(point: FrontPoint) -> dict[str, Any]:

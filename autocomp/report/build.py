@@ -14,7 +14,7 @@ from urllib.parse import quote
 from autocomp.cache import write_atomically
 from autocomp.config.files import read_json, read_yaml, validated
 from autocomp.config.quantities import format_bytes, parse_factor
-from autocomp.config.settings import Goals
+from autocomp.config.settings import Goals, renamed
 from autocomp.config.versions import current
 from autocomp.errors import CorruptError, InfeasibleError, UsageError, shown
 from autocomp.front.goals import Judge
@@ -28,10 +28,10 @@ from autocomp.records.run import (
     comparable,
     comparable_reference,
     finite,
-    read_evaluations,
     read_run,
     speedup,
 )
+from autocomp.records.table import read_evaluations
 from autocomp.report import figures
 from autocomp.report.curves import sensitivity_figures
 from autocomp.report.figures import Metric, milliseconds, plain
@@ -91,6 +91,7 @@ def render(
             page.metric,
         ),
         rows=[page.row(run.dense), *(page.row(point) for point in run.front if not page.is_dense(point))],
+        offers=_embedded({"unit": "pt" if page.metric.percent else page.metric.unit, "points": page.offers()}),
         others=[page.other(item) for item in page.comparisons()],
         figures=drawn,
         figure_json=_embedded({name: figure for name, (figure, _) in drawn.items()}),
@@ -246,10 +247,50 @@ class _Page:
             "smaller": f"{self.dense.bytes / e.bytes:.1f}×" if e.bytes else "–",
             "files": self._files(point),
             "deployed": [self._deployed(profile, read, e) for profile, read in point.deployed.items()],
+            "tails": [self._tail(profile, latency.tail) for profile, latency in e.latency.items() if latency.tail],
             "differs": [profile for profile, read in point.deployed.items() if read.differs],
             "choices": figures.choices_text(e, self.dense),
             "layers": self.layers(e),
         }
+
+    def _tail(self, profile: str, tail: Mapping[str, float]) -> str:
+        """Percentiles of single inferences, in a line."""
+        where = f" on {profile}" if len(self.profiles) > 1 else ""
+        return f"Single inferences{where}: " + ", ".join(f"{name} {milliseconds(s)}" for name, s in tail.items())
+
+    def offers(self) -> list[dict[str, Any]]:
+        """What each point of the front costs in the objective and gives, for the question what a larger loss would buy."""
+        rows = []
+        for point in (self.run.dense, *self.run.front):
+            e = point.evaluation
+            value, dense = e.metrics.get(self.metric.name), self.dense.metrics.get(self.metric.name)
+            if value is None or dense is None or e.noisy:
+                continue
+            times = {p: comparable(e, self.dense, p) for p in self.profiles if p in e.latency}
+            rows.append(
+                {
+                    "id": "" if self.is_dense(point) else e.candidate.id,
+                    "loss": max(0.0, self.metric.loss(value, dense)) * self.metric.scale,
+                    "change": self.metric.change(value, dense),
+                    "value": self.metric.text(value),
+                    "size": format_bytes(e.bytes),
+                    "seconds": times,
+                    "faster": {p: f"{self.dense.latency[p].seconds / s:.1f}×" for p, s in times.items()},
+                    "time": {p: milliseconds(s) for p, s in times.items()},
+                }
+            )
+        return rows
+
+    def deciders(self) -> list[dict[str, Any]]:
+        """Layers with their shares, each with the length of its two bars."""
+        longest = max((max(abs(d.divergence), abs(d.seconds)) for d in self.run.deciders), default=1.0) or 1.0
+        return [
+            {
+                "layer": d.layer,
+                "bars": [{"share": s, "length": max(0.0, s) / longest} for s in (d.divergence, d.seconds)],
+            }
+            for d in self.run.deciders
+        ]
 
     def _deployed(self, profile: str, read: Deployed, torchs: Evaluation) -> str:
         """What the metric is of a written file, in a line."""
@@ -399,7 +440,7 @@ def _goals(data: Any) -> Goals:
     if data is not None and not isinstance(data, Mapping):
         raise TypeError(f"goals are {shown(data)}")
     try:
-        return validated(Goals, data or {}, "goals.")
+        return validated(Goals, renamed(data or {}), "goals.")
     except UsageError as error:
         raise TypeError(str(error)) from error
 

@@ -71,6 +71,42 @@
     root.dataset.theme = now === "dark" ? "light" : "dark";
     if (window.Plotly) draw();
   });
+  // The slider: the fastest point on each target within the loss that is allowed.
+  var offers = JSON.parse((document.getElementById("offers") || { textContent: '{"points": []}' }).textContent);
+  var most = offers.points.reduce(function (found, point) { return Math.max(found, point.loss); }, 0);
+  if (most > 0) {
+    var slider = document.getElementById("loss");
+    var ask = function () {
+      var allowed = most * Math.pow(slider.value / 100, 2);  // finer where losses are small
+      var text = allowed.toPrecision(2).replace(/^0\.0+e.*$/, "0");
+      document.getElementById("allowed").textContent = (Number(text) + " " + offers.unit).trim();
+      var within = offers.points.filter(function (point) { return point.loss <= allowed + 1e-12; });
+      var got = document.getElementById("got");
+      got.textContent = "";
+      var names = Object.keys(offers.points[0].seconds);
+      names.forEach(function (name) {
+        var best = within.reduce(function (found, point) {
+          return point.seconds[name] < (found ? found.seconds[name] : Infinity) ? point : found;
+        }, null);
+        var line = document.createElement("span");
+        if (best === null || best.id === "") {
+          line.textContent = "nothing faster than dense";
+        } else {
+          var link = document.createElement("a");
+          link.href = "#p-" + best.id;
+          link.textContent = best.id;
+          link.addEventListener("click", function () { show(best.id); });
+          line.append(best.faster[name] + " (" + best.time[name] + "), " + best.value + ", " + best.change + ", " + best.size + ": ", link);
+        }
+        if (names.length > 1) line.prepend(name + ": ");
+        got.append(line, document.createElement("br"));
+      });
+    };
+    slider.addEventListener("input", ask);
+    document.getElementById("allow").hidden = false;
+    ask();
+  }
+
   // The drawing library lies deflated in the page.
   function unpacked(text) {
     var bytes = Uint8Array.from(atob(text), function (character) { return character.charCodeAt(0); });

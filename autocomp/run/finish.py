@@ -16,7 +16,8 @@ from autocomp.export.files import renew_manifest
 from autocomp.front.goals import Judge, delivered
 from autocomp.measurement.boards import remeasured
 from autocomp.records.evaluation import Evaluation, as_searched
-from autocomp.records.run import FrontPoint, LayerInfo, Run, Summary, TaskInfo, write_evaluations, write_front
+from autocomp.records.run import FrontPoint, LayerInfo, Run, Summary, TaskInfo, write_front
+from autocomp.records.table import write_evaluations
 from autocomp.run.folder import CONFIG
 from autocomp.run.found import Found
 from autocomp.run.held_out import HeldOut
@@ -25,6 +26,7 @@ from autocomp.run.points import read_as_deployed, timed_in_turn, write_points
 from autocomp.run.prepare import Prepared
 from autocomp.run.provenance import profile_line, write_provenance
 from autocomp.run.references import references
+from autocomp.study.deciders import deciders, kept
 from autocomp.tasks.task import objective_of
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ def _make_run(prepared: Prepared, found: Found) -> Run:
     held_out = HeldOut(prepared, found, dense)
     dense_point = held_out.read(next((p for p in points if p.evaluation.trial == dense.trial), FrontPoint(dense)))
     points = [dense_point if p.evaluation.trial == dense.trial else held_out.read(p) for p in points]
+    problem = found.costs.problem()
     parameters = sum(parameter.numel() for parameter in task.model.parameters())
     return Run(
         task=TaskInfo(
@@ -91,6 +94,8 @@ def _make_run(prepared: Prepared, found: Found) -> Run:
         ),
         warnings=tuple(_warnings(found, points)),
         sensitivity=tuple(curves(found.costs.tables)),
+        deciders=deciders(problem, [e.candidate for e in found.told if e.state != "failed"]),
+        kept=kept(prepared.graph, prepared.space, problem),
         identity={**prepared.identity, **profiles_identity(d.profile for d in prepared.devices.values())},
     )
 

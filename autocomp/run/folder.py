@@ -11,7 +11,7 @@ from typing import Any
 from autocomp.cache import sweep, unwritable_reason, write_atomically
 from autocomp.config.settings import Settings, differences, dump_settings, read_settings
 from autocomp.errors import AutocompError, UsageError, cut
-from autocomp.records.run import read_evaluations
+from autocomp.records.table import read_evaluations
 from autocomp.study.storage import JOURNAL, Recorded, masked, read_study
 
 CONFIG = "config.yaml"

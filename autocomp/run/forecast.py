@@ -24,10 +24,11 @@ from autocomp.processes.pool import cores
 from autocomp.progress import Progress
 from autocomp.records.evaluation import Evaluation
 from autocomp.records.latency import Latency
-from autocomp.records.run import speedup
+from autocomp.records.run import Kept, speedup
 from autocomp.run.prepare_task import PreparedTask, compressed_layers, prepare_task
 from autocomp.space.file import load_space
 from autocomp.study.costs import Costs
+from autocomp.study.deciders import MOST_ROWS, kept
 from autocomp.study.solver import Problem, solve_front
 from autocomp.tasks.task import Task
 
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 POINTS = 12  # of the predicted front
 LOOKED_AT = 6  # of them are stitched
 DRAWN = 32  # random candidates that the tables are fitted to
-MOST_ROWS = 12  # layers and refusals that are told
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,6 @@ class PlannedLayer:
     share: float
     saves: float
     divergence: float
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What is not offered and how much of the dense model's predicted time that leaves untouched."""
-
-    subject: str
-    option: str
-    reason: str
-    share: float
 
 
 @dataclass(frozen=True)
@@ -135,7 +125,7 @@ def forecast(settings: Settings, task: Task, progress: Progress) -> Plan:
     }
     errors = {name: device.model.kernel_error for name, device in devices.items()}
     return Plan(
-        task.name, ready.space.size, points, _layers(problem), _kept(ready, problem), errors, seconds,
+        task.name, ready.space.size, points, _layers(problem), kept(ready.graph, ready.space, problem), errors, seconds,
         tuple(_notes(settings, points, errors)),
     )  # fmt: skip
 
@@ -174,21 +164,6 @@ def _layers(problem: Problem) -> tuple[PlannedLayer, ...]:
             PlannedLayer(factor.layer, dense, dense - float(factor.seconds[best]), min(float(factor.error[best]), 1e9))
         )
     return tuple(sorted(rows, key=lambda row: -row.saves)[:MOST_ROWS])
-
-
-def _kept(ready: PreparedTask, problem: Problem) -> tuple[Kept, ...]:
-    """Groups and layers that nothing is offered for, by the share of the dense model's time in the layers they concern, and the first reason."""
-    shares = {factor.layer: float(factor.seconds[0, 0, 0]) for factor in problem.factors}
-    rows: dict[str, Kept] = {}
-    for refusal in ready.space.refused:
-        group = ready.graph.groups.get(refusal.subject)
-        offered = ready.space.widths if group else ready.space.methods
-        if len(offered.get(refusal.subject, ())) > 1:
-            continue
-        layers = (*group.producers, *group.consumers) if group else (refusal.subject,)
-        share = sum(shares.get(layer, 0.0) for layer in dict.fromkeys(layers))
-        rows.setdefault(refusal.subject, Kept(refusal.subject, refusal.option, refusal.reason, share))
-    return tuple(sorted(rows.values(), key=lambda row: -row.share)[:MOST_ROWS])
 
 
 def _notes(settings: Settings, points: Sequence[PlannedPoint], errors: Mapping[str, float | None]) -> list[str]:

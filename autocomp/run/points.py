@@ -118,7 +118,8 @@ def _again(prepared: Prepared, name: str, device: Device, evaluations: list[Eval
         if evaluation.trial != dense.trial and path.exists():
             modules[evaluation.trial] = base.reload(path)
     taken = steady(lambda: device.time_in_turn(list(modules.values()), prepared.inputs[0]))
-    latencies = dict(zip(modules, taken, strict=True))
+    tails = [module.tail(*prepared.inputs[0]) for module in modules.values()]
+    latencies = {trial: replace(latency, tail=tail) for trial, latency, tail in zip(modules, taken, tails, strict=True)}
 
     def renewed(evaluation: Evaluation) -> Evaluation:
         if evaluation.trial not in latencies:

@@ -16,7 +16,8 @@ from autocomp.config.files import read_mapping
 from autocomp.config.settings import Goals, Settings, dump_settings, load_settings, read_settings
 from autocomp.errors import AutocompError
 from autocomp.hardware.profile import load_profile
-from autocomp.records.run import read_evaluations, read_run
+from autocomp.records.run import read_run
+from autocomp.records.table import read_evaluations
 from autocomp.run.folder import open_run_folder
 from autocomp.space.file import load_space
 from autocomp.tuning.exchange import read_export

@@ -24,7 +24,8 @@ import autocomp
 from autocomp.cli.main import main
 from autocomp.database.database import read_checked
 from autocomp.errors import AutocompError, CorruptError, UsageError
-from autocomp.records.run import read_evaluations, speedup
+from autocomp.records.run import speedup
+from autocomp.records.table import read_evaluations
 from autocomp.run import found as found_module
 from autocomp.run import judged as judged_module
 from autocomp.run.identity import identity_of, source_of

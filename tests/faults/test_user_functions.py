@@ -19,7 +19,7 @@ from autocomp.api import SearchResult
 from autocomp.errors import AutocompError, UsageError
 from autocomp.layers.w8a8 import QuantConv2d
 from autocomp.processes import interrupt
-from autocomp.records.run import read_evaluations
+from autocomp.records.table import read_evaluations
 from autocomp.tasks.task import load_task
 
 pytestmark = pytest.mark.usefixtures("short_tuning", "without_exports")

@@ -65,7 +65,8 @@ def test_any_number_of_samples_gives_what_torch_gives(size: int, samples: int) -
     deployed = DeployedModel(model, fixed(model, size), (INPUTS[:size],), 60.0)
     with torch.no_grad():
         found, expected = deployed(INPUTS[:samples]), model(INPUTS[:samples])
-    assert list(found) == ["logits", "more"] and found["more"][1] is None
+    assert list(found) == ["logits", "more"]
+    assert found["more"][1] is None
     assert torch.allclose(found["logits"], expected["logits"], atol=1e-6)
     assert torch.allclose(found["more"][0], expected["more"][0], atol=1e-6)
 
@@ -108,12 +109,14 @@ def test_a_difference_is_held_to_its_noise() -> None:
     torch.manual_seed(0)
     task, told = task_of(lambda logits: logits[:, 0])
     noise = read_deployed(task, told, task.model, off(task.model, torch.tensor(0.05)), "model.so")
-    assert noise.differs == () and noise.errors["metric"] > 0, "it differs, by no more than chance"
+    assert noise.differs == (), "it differs, by no more than chance"
+    assert noise.errors["metric"] > 0
     wrong = read_deployed(task, told, task.model, lambda *x: tuple(v + 1 for v in fixed(task.model, 2)(*x)), "model.so")  # type: ignore[attr-defined]
     assert wrong.differs == ("metric",)
     task, told = task_of(lambda logits: float(logits.mean()))
     unknown = read_deployed(task, told, task.model, off(task.model, torch.tensor(0.5)), "model.so")
-    assert unknown.differs == ("metric",) and not unknown.errors, "no noise is known"
+    assert unknown.differs == ("metric",)
+    assert not unknown.errors, "no noise is known"
 
 
 def test_why_it_was_not_read_is_said() -> None:
@@ -140,7 +143,7 @@ def test_a_run_reads_the_metric_from_its_libraries(tmp_path: Path, spaces: dict[
     points = [point.record for point in result.front]
     for point in points:
         read = point.deployed["x86-host"]
-        assert read.file == "model.so" and not read.note
+        assert (read.file, read.note) == ("model.so", "")
         assert read.metrics["accuracy"] == pytest.approx(point.evaluation.metrics["accuracy"], abs=0.02)
     again = autocomp.SearchResult(tmp_path / "run")
     assert [point.record for point in again.front] == points

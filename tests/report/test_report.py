@@ -18,7 +18,8 @@ from places import TESTS
 from autocomp.errors import CorruptError, UsageError
 from autocomp.records.evaluation import Sensitivity
 from autocomp.records.latency import Latency
-from autocomp.records.run import Run, comparable, read_evaluations, read_run, speedup, write_evaluations, write_front
+from autocomp.records.run import Run, comparable, read_run, speedup, write_front
+from autocomp.records.table import read_evaluations, write_evaluations
 from autocomp.report.build import build_report, render, render_sensitivity
 from autocomp.report.curves import sensitivity_figures
 from autocomp.report.figures import Metric, front_figure, milliseconds

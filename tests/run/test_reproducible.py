@@ -11,7 +11,7 @@ import tiny_task
 
 import autocomp
 from autocomp.errors import UsageError
-from autocomp.records.run import read_evaluations
+from autocomp.records.table import read_evaluations
 from autocomp.run import explore, prepare_task, tell
 
 pytestmark = pytest.mark.usefixtures("short_tuning", "without_exports")
