@@ -88,6 +88,11 @@ def _goal_options(command: F) -> F:
             type=Quantity("size", one_size),
             help="Largest size, such as 500KB, or how many times smaller, such as 5x.",
         ),
+        click.option(
+            "--max-memory",
+            type=Quantity("size", one_size),
+            help="Most memory that the compiled model may need, such as 2MB, or how many times less, such as 3x.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)

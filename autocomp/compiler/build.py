@@ -12,6 +12,7 @@ import numpy as np
 from autocomp.compiler.importer import export_program, import_program, unsupported
 from autocomp.compiler.layout import to_channels_last
 from autocomp.compiler.lower import lower
+from autocomp.compiler.memory import planned_bytes
 from autocomp.errors import ExportError, UsageError
 from autocomp.hardware.link import link_shared
 from autocomp.hardware.profile import Profile
@@ -30,17 +31,21 @@ FEWEST = 100  # single inferences of which a 99th percentile says something
 class CompiledModel:
     """A module of tuned kernels for one profile, run through TVM's virtual machine.
 
-    ``kernels`` lists each kernel call of one inference with the seconds it took alone when it was tuned.
+    ``kernels`` lists each kernel call of one inference with the seconds it took alone when it was tuned, ``memory`` the bytes one needs; of what
+    was read from a file neither is known.
     """
 
     checked_inputs = 16
 
-    def __init__(self, executable: Any, profile: Profile, kernels: Sequence[KernelTime] = ()) -> None:
+    def __init__(
+        self, executable: Any, profile: Profile, kernels: Sequence[KernelTime] = (), memory: int | None = None
+    ) -> None:
         import tvm
         from tvm import relax
 
         self.profile = profile
         self.kernels = tuple(kernels)
+        self.memory = memory
         self._executable = executable
         self._device = tvm.cpu()
         self._machine = relax.VirtualMachine(executable, self._device)
@@ -114,19 +119,20 @@ def time_in_turn(
 ) -> list[Latency]:
     """Measure one inference of each of several models of one profile on this machine, sample after sample in turn."""
     arguments = models[0]._arguments(inputs)
-    samples: list[list[float]] = [[] for _ in models]
+    found: list[list[float]] = [[] for _ in models]
     with quiet_core(models[0].profile.cores):
         warm = [min(model.sample(arguments, number=2, repeat=3)) for model in models]
         numbers = [int(min(max(seconds / max(one, 1e-7), 1), 100_000)) for one in warm]
         turns = 1 if len(models) == 1 else repeats  # nobody to take turns with: all samples at once
         for _ in range(turns):
-            for model, number, taken in zip(models, numbers, samples, strict=True):
+            for model, number, taken in zip(models, numbers, found, strict=True):
                 taken += model.sample(arguments, number, repeats // turns)
     latencies = []
-    for model, taken in zip(models, samples, strict=True):
+    for model, taken in zip(models, found, strict=True):
         middle, spread = median_and_spread(taken)
         device = describe_device(model.profile)
-        latencies.append(Latency(middle, spread, "measured", model.profile.name, device, tuple(taken), model.kernels))
+        name, samples = model.profile.name, tuple(taken)
+        latencies.append(Latency(middle, spread, "measured", name, device, samples, model.kernels, memory=model.memory))
     return latencies
 
 
@@ -138,10 +144,12 @@ def describe_device(profile: Profile) -> str:
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A Relax module whose functions are scheduled, not yet machine code; ``kernels`` are the calls of one inference, in order."""
+    """A Relax module whose functions are scheduled, not yet machine code; ``kernels`` are the calls of one inference, in order, ``memory`` the
+    bytes that it needs."""
 
     module: Any
     kernels: tuple[KernelTime, ...]
+    memory: int
 
 
 def schedule(
@@ -183,7 +191,7 @@ def schedule(
         )
         for name in calls if name in records
     ]  # fmt: skip
-    return Scheduled(mod, tuple(times))
+    return Scheduled(mod, tuple(times), planned_bytes(mod))
 
 
 def build(
@@ -193,7 +201,7 @@ def build(
     import tvm
 
     scheduled = schedule(model, example_inputs, profile, tuner)
-    return CompiledModel(tvm.compile(scheduled.module, tuner.target), profile, scheduled.kernels)
+    return CompiledModel(tvm.compile(scheduled.module, tuner.target), profile, scheduled.kernels, scheduled.memory)
 
 
 def _peak_fraction(record: Any, tuner: Tuner) -> float | None:

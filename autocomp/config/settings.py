@@ -71,6 +71,12 @@ class Goals(BaseModel):
         default=None, description="bytes of stored weights, text with a unit (500KB), or how many times smaller (5x)"
     )
 
+    max_memory: Annotated[int | str | None, BeforeValidator(read_size)] = Field(
+        default=None,
+        description="bytes that the compiled module may need while it runs, on every profile: text with a unit (2MB), or how many times less "
+        "than the uncompressed model (3x)",
+    )
+
     def latency(self, profile: str) -> Limit | None:
         """The limit on a profile's latency."""
         return _of(self.max_latency, profile)
@@ -85,10 +91,10 @@ class Goals(BaseModel):
     @property
     def any(self) -> bool:
         """Whether there is a goal at all."""
-        return any(value is not None for value in (self.max_drop, self.max_latency, self.max_size))
+        return any(value is not None for value in (self.max_drop, self.max_latency, self.max_size, self.max_memory))
 
     def __str__(self) -> str:
-        named = {"max_drop": self.max_drop, "max_latency": self.max_latency, "max_size": self.max_size}
+        named = {name: getattr(self, name) for name in ("max_drop", "max_latency", "max_size", "max_memory")}
         return ", ".join(f"{name} {_goal_text(value)}" for name, value in named.items() if value is not None) or "none"
 
 

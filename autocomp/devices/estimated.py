@@ -85,6 +85,7 @@ class EstimatedModel:
     def __init__(self, scheduled: Scheduled, profile: Profile, target: Any, library: bytes | None = None) -> None:
         self.profile = profile
         self.kernels = scheduled.kernels
+        self.memory = scheduled.memory
         self._scheduled = scheduled
         self._target = target
         self._library = library
@@ -108,7 +109,9 @@ class EstimatedModel:
         """
         seconds = sum(kernel.seconds + _CALL_SECONDS for kernel in self.kernels)
         device = describe_estimate(self.profile) + self._unknown()
-        return Latency(seconds, 0.0, "estimated", self.profile.name, device, (), self.kernels, ERROR)
+        return Latency(
+            seconds, 0.0, "estimated", self.profile.name, device, (), self.kernels, ERROR, memory=self.memory
+        )
 
     def tail(self, *inputs: torch.Tensor) -> dict[str, float]:
         """None: an estimate is the same every time."""

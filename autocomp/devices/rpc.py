@@ -120,12 +120,18 @@ class RemoteModel:
     checked_inputs = 16
 
     def __init__(
-        self, library: bytes, profile: Profile, kernels: Sequence[KernelTime] = (), limits: Limits | None = None
+        self,
+        library: bytes,
+        profile: Profile,
+        kernels: Sequence[KernelTime] = (),
+        limits: Limits | None = None,
+        memory: int | None = None,
     ) -> None:
         self.library = library
         self.profile = profile
         self.kernels = tuple(kernels)
         self.limits = limits or Limits()
+        self.memory = memory
 
     @classmethod
     def load(cls, path: str | Path, profile: Profile, limits: Limits | None = None) -> RemoteModel:
@@ -204,7 +210,9 @@ def time_in_turn(models: Sequence[RemoteModel], inputs: tuple[torch.Tensor, ...]
         middle, spread = median_and_spread(list(timed.samples))
         device = _describe(model.profile, timed)
         name = model.profile.name
-        latencies.append(Latency(middle, spread, "measured", name, device, timed.samples, model.kernels))
+        latencies.append(
+            Latency(middle, spread, "measured", name, device, timed.samples, model.kernels, memory=model.memory)
+        )
     return latencies
 
 
@@ -249,7 +257,7 @@ class RpcDevice:
 
         scheduled = schedule(model, inputs, self.profile, self.tuner)
         library = temporary_library(tvm.compile(scheduled.module, self.tuner.target), self.profile.target)
-        return RemoteModel(library, self.profile, scheduled.kernels, self.limits)
+        return RemoteModel(library, self.profile, scheduled.kernels, self.limits, scheduled.memory)
 
 
 def board_of(profile: Profile, limits: Limits | None = None) -> RpcDevice | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from autocomp.errors import ExportError
+from autocomp.errors import ExportError, last_line
 from autocomp.records.precisions import FAMILIES, load
 
 if TYPE_CHECKING:
@@ -37,17 +37,40 @@ def export_onnx(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...]
 
     try:
         with _quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                with_onnx_recurrences(fold_batchnorm(model).eval()), example_inputs, dynamo=True, verbose=False, external_data=False,
-                custom_translation_table=_translations(),
-            )  # fmt: skip
-            assert program is not None  # only dynamo=False returns nothing
+            program = _program(with_onnx_recurrences(fold_batchnorm(model).eval()), example_inputs)
             _write_zero_points(program.model)
             program.save(str(path), external_data=False)
     except Exception as error:
-        detail = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ExportError(f"the model cannot be exported to ONNX: {detail}") from error
+        raise ExportError(f"the model cannot be exported to ONNX: {_cause(error)}") from error
     return path
+
+
+def _program(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...]) -> Any:
+    """The ONNX program. Operations that torch's exporter knows in their usual form alone (attention of other than four axes) are taken apart
+    where it fails on one; else they stay whole, which runtimes are faster at."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    options: dict[str, Any] = {"dynamo": True, "verbose": False, "external_data": False}
+    options["custom_translation_table"] = _translations()
+    try:
+        program = torch.onnx.export(model, example_inputs, **options)
+    except torch.onnx.OnnxExporterError as error:
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                taken_apart = torch.export.export(model, example_inputs).run_decompositions()
+                program = torch.onnx.export(taken_apart, **options)
+        except Exception:
+            raise error from error.__cause__
+    assert program is not None  # only dynamo=False returns nothing
+    return program
+
+
+def _cause(error: BaseException) -> str:
+    """What was wrong at the bottom of an exporter's error, in a line without colours."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return last_line(error)
 
 
 def onnx_session(path: Path, threads: int = 1, profile_to: Path | None = None, exact: bool = False) -> Any:

@@ -20,7 +20,7 @@ from autocomp.records.run import Run, comparable, speedup
 class Held(NamedTuple):
     """One limit and what an evaluation comes to: ``subject`` is a metric or a profile, empty for a size; ``slack`` is what rounding may add."""
 
-    goal: Literal["max_drop", "max_latency", "max_size"]
+    goal: Literal["max_drop", "max_latency", "max_size", "max_memory"]
     subject: str
     limit: float
     value: float
@@ -41,7 +41,8 @@ class Held(NamedTuple):
         if self.goal == "max_latency":
             value, limit = format_milliseconds(self.value), format_milliseconds(self.limit)
             return f"{value} on {self.subject}, more than max_latency {limit}"
-        return f"{format_bytes(self.value)}, more than max_size {format_bytes(self.limit)}"
+        where = f" of memory on {self.subject}" if self.goal == "max_memory" else ""
+        return f"{format_bytes(self.value)}{where}, more than {self.goal} {format_bytes(self.limit)}"
 
 
 class Miss(NamedTuple):
@@ -89,8 +90,15 @@ class Judge:
             return there.seconds / parse_factor(limit) if there else None
         return limit
 
+    def max_memory(self, profile: str) -> float | None:
+        """The limit on a profile, in bytes; None where there is none, or the uncompressed model's memory is not known."""
+        limit, there = self.goals.max_memory, self.dense.latency.get(profile)
+        if isinstance(limit, str):
+            return there.memory / parse_factor(limit) if there and there.memory else None
+        return limit
+
     def met_by_dense(self) -> list[str]:
-        """The goals on latency and size that the uncompressed model meets already: they steer nothing."""
+        """The goals on latency, size and memory that the uncompressed model meets already: they steer nothing."""
         met = [
             f"max_latency ({format_milliseconds(latency.seconds)} on {profile})"
             for profile, latency in self.dense.latency.items()
@@ -98,6 +106,9 @@ class Judge:
         ]
         if self.max_size is not None and self.dense.bytes <= self.max_size:
             met.append(f"max_size ({format_bytes(self.dense.bytes)})")
+        for profile, latency in self.dense.latency.items():
+            if (most := self.max_memory(profile)) is not None and latency.memory and latency.memory <= most:
+                met.append(f"max_memory ({format_bytes(latency.memory)} on {profile})")
         return met
 
     def drop(self, evaluation: Evaluation, metric: str | None = None) -> float:
@@ -125,6 +136,9 @@ class Judge:
                 found.append(Held("max_latency", profile, most, seconds, most * 1e-9))
         if self.max_size is not None:
             found.append(Held("max_size", "", self.max_size, evaluation.bytes))
+        for profile, latency in evaluation.latency.items():
+            if (most := self.max_memory(profile)) is not None and latency.memory is not None:
+                found.append(Held("max_memory", profile, most, latency.memory))
         return found
 
     def misses(self, evaluation: Evaluation) -> list[Miss]:
@@ -135,6 +149,8 @@ class Judge:
         found += [Miss(str(held), held.excess) for held in self.held(evaluation) if not held.met]
         if self.goals.max_latency is not None and not evaluation.latency:
             found.append(Miss("its latency was not measured", float("inf")))
+        if self.goals.max_memory is not None and not any(latency.memory for latency in evaluation.latency.values()):
+            found.append(Miss("its memory is not known", float("inf")))
         return found
 
     def violations(self, evaluation: Evaluation) -> list[str]:

@@ -51,7 +51,8 @@ def describe(model: CanonicalModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
     modules = {name: module for name, module in model.named_modules() if name and type(module) is not nn.Module}
     owned = [f"{name}." for name in modules]
     tensors, kinds, aliases = {}, {}, {}
-    first: dict[int, str] = {}
+    first: dict[Any, str] = {}
+    memories: set[int] = set()
     named: list[tuple[str, Tensor, str]] = [
         *((n, t, "parameter") for n, t in model.named_parameters(remove_duplicate=False))
     ]
@@ -59,11 +60,16 @@ def describe(model: CanonicalModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name, tensor, kind in named:
         if not name.startswith(tuple(owned)):
             kinds[name] = kind
-        if id(tensor) in first:
-            aliases[name] = first[id(tensor)]
+        memory = tensor.untyped_storage().data_ptr()
+        same = memory, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+        if memory and same in first:  # a size of none has no memory, and is shared by nobody
+            aliases[name] = first[same]
         else:
-            first[id(tensor)] = name
+            first[same] = name
             tensors[name] = tensor.detach().contiguous()
+            if memory in memories:  # another part of a memory that is written already
+                tensors[name] = tensors[name].clone()
+            memories.add(memory)
     structure = {
         "format_version": FORMAT_VERSION,
         "parameters": list(code.parameters),

@@ -34,6 +34,7 @@ class Latency:
     was taken on, ``error`` the known relative error of an estimate (None when measured), ``samples`` the raw repeats in seconds, ``kernels``
     the calls of one inference, in order. ``noisy``: other work on the machine disturbed it, and went on when it was measured again. ``tail`` has
     percentiles of single inferences in seconds (``p50``, ``p95``, ``p99``), where they were taken one by one: samples are averages of many.
+    ``memory`` is how many bytes the module needs while it runs: weights, inputs, outputs and the buffers between kernels, as they are laid out.
 
     Examples:
         >>> latency = Latency(seconds=2e-4, spread=0.01, how="measured", profile="x86-host")
@@ -51,6 +52,7 @@ class Latency:
     error: float | None = None
     noisy: bool = False
     tail: Mapping[str, float] = field(default_factory=dict)
+    memory: int | None = None
 
 
 def latency_to_json(latency: Latency) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def latency_to_json(latency: Latency) -> dict[str, Any]:
     data["samples"] = list(latency.samples)
     data["kernels"] = [dict(kernel.__dict__) for kernel in latency.kernels]
     data["tail"] = dict(latency.tail)
-    for name in ("noisy", "tail"):  # which files of before do not say
+    for name in ("noisy", "tail", "memory"):  # which files of before do not say
         if not data[name]:
             del data[name]
     return data

@@ -245,6 +245,7 @@ class _Page:
             "latency": [self.time(profile, e) for profile in self.profiles],
             "size": format_bytes(e.bytes),
             "smaller": f"{self.dense.bytes / e.bytes:.1f}×" if e.bytes else "–",
+            "memory": self._memory(e),
             "files": self._files(point),
             "deployed": [self._deployed(profile, read, e) for profile, read in point.deployed.items()],
             "tails": [self._tail(profile, latency.tail) for profile, latency in e.latency.items() if latency.tail],
@@ -252,6 +253,11 @@ class _Page:
             "choices": figures.choices_text(e, self.dense),
             "layers": self.layers(e),
         }
+
+    def _memory(self, evaluation: Evaluation) -> str:
+        """What its compiled modules need while they run; of several targets the most."""
+        known = [latency.memory for latency in evaluation.latency.values() if latency.memory]
+        return format_bytes(max(known)) if known else "–"
 
     def _tail(self, profile: str, tail: Mapping[str, float]) -> str:
         """Percentiles of single inferences, in a line."""

@@ -30,6 +30,8 @@ def _told(held: Held, metric: Metric) -> tuple[str, Callable[[float], str]]:
         return f"latency on {held.subject}", format_milliseconds
     if held.goal == "max_size":
         return "size of the weights", format_bytes
+    if held.goal == "max_memory":
+        return f"memory on {held.subject}", format_bytes
     if metric.percent and (held.subject == metric.name or held.subject.startswith(f"{metric.name}/")):
         return f"drop of {held.subject}", lambda value: f"{value * 100:.2g} pt"
     return f"drop of {held.subject}", lambda value: f"{value:.3g}"

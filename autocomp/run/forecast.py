@@ -115,7 +115,7 @@ def forecast(settings: Settings, task: Task, progress: Progress) -> Plan:
                 if np.isfinite(value := _read(ready, database, candidate)):
                     read[candidate] = value
                 stage.advance()
-    limits = settings.goals.model_copy(update={"max_drop": None})  # of which nothing is known yet
+    limits = settings.goals.model_copy(update={"max_drop": None, "max_memory": None})  # of which nothing is known yet
     judge = Judge(_thought(costs, problem, ready.space.dense()), limits, "")
     points = tuple(_point(judge, _thought(costs, problem, candidate), read.get(candidate)) for candidate in front)
     seconds = {
@@ -183,6 +183,8 @@ def _notes(settings: Settings, points: Sequence[PlannedPoint], errors: Mapping[s
     limits = (settings.goals.max_latency, settings.goals.max_size)
     if any(limit is not None for limit in limits) and not any(point.meets for point in points):
         notes.append("no point of the predicted front meets the goals on latency and size: expect none to be found")
+    if settings.goals.max_memory is not None:
+        notes.append("the memory of a module is known once it is compiled: max_memory is not planned for")
     if settings.goals.max_drop is not None:
         notes.append(
             "what a nat costs in the metric is not known before candidates are judged: max_drop is not planned for"

@@ -126,7 +126,9 @@ def _again(prepared: Prepared, name: str, device: Device, evaluations: list[Eval
             return evaluation
         before = evaluation.latency[name]
         # read back from a file, a module does not know its kernels; its profile may be named by a file of the user's
-        after = replace(latencies[evaluation.trial], kernels=before.kernels, profile=before.profile)
+        after = replace(
+            latencies[evaluation.trial], kernels=before.kernels, profile=before.profile, memory=before.memory
+        )
         earlier = {name: before, **evaluation.earlier}
         return replace(evaluation, latency={**evaluation.latency, name: after}, earlier=earlier)
 

@@ -130,17 +130,20 @@ class SearchResult:
         max_drop: float | str | Mapping[str, float | str] | None = None,
         max_latency: float | str | Mapping[str, float | str] | None = None,
         max_size: int | str | None = None,
+        max_memory: int | str | None = None,
     ) -> Point:
         """The point to take: the fastest within ``max_drop``, else the most accurate within the other limits.
 
         ``max_drop`` in units of the objective, or text (``1%`` of the uncompressed model's value, ``0.5pt``), or by metric; ``max_latency`` in
-        seconds, or text (``0.5ms``, ``2x`` as fast), or by profile; ``max_size`` of stored weights, or text (``500KB``, ``5x`` smaller).
+        seconds, or text (``0.5ms``, ``2x`` as fast), or by profile; ``max_size`` of stored weights, or text (``500KB``, ``5x`` smaller);
+        ``max_memory`` that the compiled module needs, likewise.
         Without any, the knee of the front. A point whose latency is noisy is taken only where all are.
 
         Raises:
             InfeasibleError: No point meets the limits; it says what the nearest one misses.
         """
-        limits = validated(Goals, {"max_drop": max_drop, "max_latency": max_latency, "max_size": max_size}, "")
+        given = {"max_drop": max_drop, "max_latency": max_latency, "max_size": max_size, "max_memory": max_memory}
+        limits = validated(Goals, given, "")
         self._refuse_unknown(limits)
         return self._point(Judge.of(self.run, limits).best(self._evaluations()))
 

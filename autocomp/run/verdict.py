@@ -313,7 +313,7 @@ def _chosen(found: SearchResult, settings: Settings, point: str | None) -> Point
         if not settings.goals.any:
             return found.best()
         goals = settings.goals
-        return found.best(goals.max_drop, goals.max_latency, goals.max_size)
+        return found.best(goals.max_drop, goals.max_latency, goals.max_size, goals.max_memory)
     for known in (*found.front, found.dense):
         if known.candidate.id == point:
             return known

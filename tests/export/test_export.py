@@ -11,17 +11,18 @@ import pytest
 import tiny_task
 import torch
 from points import EVALUATION
-from torch import nn
+from torch import Tensor, nn
 from wholes import quantise_all
 
 from autocomp.compiler import build as build_module
 from autocomp.compiler.build import CompiledModel
 from autocomp.compiler.verify import relative_error
 from autocomp.devices.local import LocalDevice
-from autocomp.errors import AutocompError, BoardError
+from autocomp.errors import AutocompError, BoardError, ExportError
 from autocomp.export import files as export
 from autocomp.export.files import MANIFEST, export_point, load_model
 from autocomp.export.onnx import export_onnx, onnx_session, run_session
+from autocomp.graph.canonical import canonical
 from autocomp.hardware import link
 
 torch.set_num_threads(1)
@@ -147,3 +148,35 @@ def test_onnx_holds_integers(tmp_path: Path) -> None:
     assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
     weights = [tensor for tensor in exported.graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
     assert sorted(list(tensor.dims) for tensor in weights) == [[64], [64, 16]]  # the zero points, too
+
+
+class OddAttention(nn.Module):
+    """Attention over five axes, which torch's exporter refuses to translate, beside a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).reshape(x.shape[0], 2, 3, 4, 3, 2, 8).permute(4, 0, 1, 5, 2, 3, 6)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)  # [N, 2, heads, 3, 4, 8]
+        return self.out(mixed.transpose(2, 3).reshape(x.shape[0], 24, 16).mean(1))
+
+
+def test_attention_of_any_rank_is_exported_to_onnx(tmp_path: Path) -> None:
+    x = torch.randn(1, 24, 16)
+    model = canonical(OddAttention().eval(), (x,))
+    session = onnx_session(export_onnx(model, (x,), tmp_path / "model.onnx"))
+    with torch.no_grad():
+        assert torch.allclose(run_session(session, x), model(x), atol=1e-5)
+
+
+def test_what_onnx_cannot_be_is_told_in_one_line(tmp_path: Path) -> None:
+    class Uncommon(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.bessel_j0(x)
+
+    with pytest.raises(ExportError, match="bessel_j0") as caught:
+        export_onnx(Uncommon().eval(), (torch.randn(2, 3),), tmp_path / "model.onnx")
+    assert "\x1b" not in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -140,3 +140,18 @@ def test_what_the_goals_ask_for_is_delivered_though_it_is_beaten() -> None:
 def test_a_name_wins_over_the_rest() -> None:
     for goals in ({"accuracy": 0.05, "*": 0.01}, {"*": 0.01, "accuracy": 0.05}):
         assert Goals(max_drop=goals).drops("accuracy") == {"accuracy": 0.05}
+
+
+def test_memory_is_a_goal_on_every_profile() -> None:
+    def with_memory(e: Evaluation, memory: int) -> Evaluation:
+        return replace(e, latency={name: replace(latency, memory=memory) for name, latency in e.latency.items()})
+
+    dense, small = with_memory(DENSE, 900_000), with_memory(evaluation(1, 0.97, 0.9), 300_000)
+    large = with_memory(evaluation(2, 0.975, 0.3), 500_000)
+    for limit in (400_000, "2.5x"):
+        judge = Judge(dense, Goals(max_memory=limit), "accuracy")
+        assert judge.best([dense, small, large]) == small
+        assert delivered([dense, small, large], judge, [], ["x86-host"]).count(small) == 1, "dominated, yet asked for"
+    assert judge.violations(large) == ["500 kB of memory on x86-host, more than max_memory 360 kB"]
+    assert judge.violations(evaluation(3, 0.9, 0.1)) == ["its memory is not known"]
+    assert Judge(dense, Goals(max_memory=10**6), "accuracy").met_by_dense() == ["max_memory (900 kB on x86-host)"]

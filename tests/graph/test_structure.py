@@ -162,3 +162,33 @@ def test_what_is_no_model_is_refused_in_one_message(tmp_path: Path) -> None:
         save_file(tensors, path, {"autocomp": json.dumps({**structure, **change})})
         with pytest.raises(UsageError, match=words):
             load_model(tmp_path)
+
+
+class Overlapping(nn.Module):
+    """Buffers of one memory: the same, the same in another shape, a part, and none at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        table = torch.arange(12.0)
+        self.first = nn.Linear(12, 12)
+        self.register_buffer("a", table)
+        self.register_buffer("b", table[:])
+        self.register_buffer("c", table.reshape(3, 4))
+        self.register_buffer("d", table[4:8])
+        self.register_buffer("e", table[::3])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x) * self.a + self.b
+        return y.reshape(-1, 3, 4) * self.c + self.d + self.e
+
+
+def test_tensors_of_one_memory_are_written_and_read_back(tmp_path: Path) -> None:
+    from safetensors.torch import load, save
+
+    model = canonical(Overlapping().eval(), (torch.randn(2, 12),))
+    model.a, model.b, model.d = (table := torch.arange(12.0)), table[:], table[4:8]  # as folded constants may lie
+    structure, tensors = describe(model)
+    again = rebuild(json.loads(json.dumps(structure)), load(save(tensors)))
+    x = torch.randn(5, 12)
+    assert torch.equal(again(x), model(x))
+    assert structure["aliases"] == {"b": "a"}, "the same tensor is written once"

@@ -1,0 +1,58 @@
+"""The memory of a compiled module: what its planner lays out, counted by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from autocomp.compiler.build import schedule
+from autocomp.devices.open import open_device
+from autocomp.hardware.profile import load_profile
+from autocomp.tuning.store import KernelStore
+
+FLOAT = 4  # bytes
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory):
+    profile = replace(load_profile("x86-64-v3"), precisions=("fp32",))
+    device = open_device(profile, KernelStore.open(profile, tmp_path_factory.mktemp("kernels")))
+    device.tuner.budget = 1
+
+    def memory(model: nn.Module, *inputs: torch.Tensor) -> int:
+        return schedule(model.eval(), inputs, profile, device.tuner).memory
+
+    return memory
+
+
+def test_inputs_weights_outputs_and_buffers_are_counted(planned) -> None:
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32))
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert planned(model, torch.randn(1, 64)) == FLOAT * (64 + weights + 128 + 32)
+
+
+def test_buffers_that_are_read_no_more_are_used_again(planned) -> None:
+    def deep(layers: int) -> int:
+        parts = [nn.Sequential(nn.Linear(64, 64, bias=False), nn.ReLU()) for _ in range(layers)]
+        return planned(nn.Sequential(*parts), torch.randn(8, 64)) - FLOAT * layers * 64 * 64
+
+    assert deep(9) == deep(5), "two buffers take turns"
+
+
+def test_a_narrower_model_needs_less(planned) -> None:
+    def wide(channels: int) -> int:
+        return planned(nn.Sequential(nn.Linear(64, channels), nn.ReLU(), nn.Linear(channels, 32)), torch.randn(4, 64))
+
+    assert wide(32) < wide(64) < wide(128)
+
+
+def test_a_module_says_it_with_its_latency(tmp_path: Path) -> None:
+    import autocomp
+
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32)).eval()
+    latency = autocomp.measure(model, (torch.randn(1, 64),), profile="x86-64-v3")
+    assert latency.memory == FLOAT * (64 + 64 * 128 + 128 + 128 * 32 + 32 + 128 + 32)
