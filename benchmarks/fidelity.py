@@ -17,7 +17,7 @@ from common import earlier, publish
 from prepared import TASKS, Prepared, correlations, draw, in_floats, prepare
 
 from autocomp.hardware.profile import load_profile
-from autocomp.recover.distill import distil
+from autocomp.recovery.distill import distil
 
 GOALS = {"tier 0, fitted, against KL": 0.90, "KL against metric": 0.95}
 

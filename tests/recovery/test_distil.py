@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autocomp.errors import AutocompError, UsageError
-from autocomp.recover.distill import COLD, HOT, distil, distillation_loss, temperature
+from autocomp.recovery.distill import COLD, HOT, distil, distillation_loss, temperature
 from autocomp.tasks.divergence import Comparison, compare, total
 from autocomp.tasks.outputs import Output
 
