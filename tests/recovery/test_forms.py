@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from autocomp.compress.rounding import Metric
 from autocomp.database.store import Inputs, store
 from autocomp.layers.convolution import Geometry
-from autocomp.layers.part import Part, Place, Stored
+from autocomp.layers.part import Place, Stored
 from autocomp.layers.recurrent import Recurrence
 from autocomp.records.precisions import FORMATS, FP32, PRECISIONS, Precision, load
 from autocomp.recovery.forms.form import Training

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autocomp.layers.part import Part, Stored
+from autocomp.layers.part import Stored
 from autocomp.layers.weight_only import HIGHEST, LOWEST, WeightOnlyConv2d, WeightOnlyLinear, pack_levels
 from autocomp.recovery.forms.form import Training, divisor, levels
 
