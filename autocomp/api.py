@@ -21,6 +21,7 @@ from autocomp.processes.chatter import LOG, caught
 from autocomp.progress import Progress
 from autocomp.records.evaluation import Sensitivity
 from autocomp.records.latency import Latency
+from autocomp.recovery.recipe import load_recipe
 from autocomp.run.folder import abandon_run_folder, check_run_folder, open_run_folder, probe
 from autocomp.run.result import Point as Point
 from autocomp.run.result import SearchResult as SearchResult
@@ -413,7 +414,9 @@ def refuse_unsupported(task: Task, profile: Profile) -> None:
 
 
 def _check_names(settings: Settings) -> tuple[list[Profile], SpaceFile]:
-    """Load the profiles and the search space, so that a wrong name is refused before a task is trained or a folder made."""
+    """Load the profiles, the search space and the recipe, so that a wrong name is refused before a task is trained or a folder made."""
+    if settings.training[0]:
+        load_recipe(settings.recipe)
     return [load_profile(name) for name in settings.profiles], load_space(settings.space)
 
 
@@ -430,6 +433,7 @@ def _run(
     from autocomp.run.explore import explore
     from autocomp.run.finish import finish, refuse_infeasible
     from autocomp.run.prepare import prepare
+    from autocomp.run.training import train_candidates
     from autocomp.tasks.training import one_thread
     from autocomp.tasks.untouched import in_float32
 
@@ -442,6 +446,7 @@ def _run(
                 abandon_run_folder(folder)
             raise
         with explore(prepared) as found:
+            train_candidates(prepared, found)
             run = finish(prepared, found)
     with progress.stage("writing the report"):
         _report(folder, progress)

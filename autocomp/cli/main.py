@@ -111,6 +111,10 @@ def cli() -> None:
 @click.option("--trials", type=int, help="Candidates told to the study.")
 @click.option("--measure", type=int, help="Candidates compiled and timed as whole modules.")
 @click.option("--minutes", type=float, help="Minutes of the whole run, the files of its end included.")
+@click.option(
+    "--recover", help="How long to train compressed models beyond the front: 10min, 500steps, 5epochs; 0: none."
+)
+@click.option("--recipe", help="How they are trained; a recipe or its YAML file.")
 @click.option("--out", help="Run folder; runs/NAME OF THE TASK unless given.")
 @click.option("--resume", is_flag=True, help="Continue the run in the run folder.")
 @click.option(

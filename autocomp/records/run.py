@@ -24,6 +24,13 @@ from autocomp.records.evaluation import (
     reference_to_json,
 )
 from autocomp.records.latency import Latency
+from autocomp.records.recovery import (
+    RecoverySummary,
+    recovery_from_json,
+    recovery_summary_from_json,
+    recovery_summary_to_json,
+    recovery_to_json,
+)
 
 FORMAT_VERSION = 1
 FRONT = "front.json"
@@ -101,7 +108,8 @@ class Run:
     """Everything in ``front.json``. ``profiles`` maps names to a line each; metrics are of the validation split unless said.
 
     ``dense`` and ``baselines`` (uniform compression) are measured like the ``front``; ``references`` come from other runtimes
-    and carry validation metrics too. ``hypervolume`` has a value in [0, 1] for every told trial.
+    and carry validation metrics too. ``hypervolume`` has a value in [0, 1] for every told trial. ``recovery`` is there where candidates were
+    trained.
     """
 
     task: TaskInfo
@@ -115,6 +123,7 @@ class Run:
     layers: tuple[LayerInfo, ...] = ()
     warnings: tuple[str, ...] = ()
     sensitivity: tuple[Sensitivity, ...] = ()
+    recovery: RecoverySummary | None = None
 
 
 def speedup(evaluation: Evaluation, dense: Evaluation, profile: str) -> float:
@@ -166,6 +175,8 @@ def write_front(folder: Path, run: Run) -> Path:
     }
     if run.sensitivity:  # a later addition: runs without it are written as they always were
         data["sensitivity"] = [asdict(row) for row in run.sensitivity]
+    if run.recovery is not None:
+        data["recovery"] = recovery_summary_to_json(run.recovery)
     path = folder / FRONT
     write_atomically(path, (json.dumps(finite(data), indent=1, allow_nan=False) + "\n").encode())
     return path
@@ -200,6 +211,7 @@ def read_run(folder: Path) -> Run:
             layers=tuple(LayerInfo(**layer) for layer in data["layers"]),
             warnings=tuple(data["warnings"]),
             sensitivity=tuple(Sensitivity(**row) for row in data.get("sensitivity", ())),
+            recovery=recovery_summary_from_json(data["recovery"]) if data.get("recovery") else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptError(
@@ -232,7 +244,10 @@ def write_evaluations(folder: Path, evaluations: Sequence[Evaluation]) -> Path:
 
 
 def read_evaluations(folder: Path) -> list[Evaluation]:
-    """Read ``evaluations.csv`` back; kernels, raw samples and devices of latencies are not in it. Errors as ``read_run``."""
+    """Read ``evaluations.csv`` back; kernels, raw samples and devices of latencies and curves of trainings are not in it.
+
+    Errors as ``read_run``.
+    """
     import pandas as pd
 
     path = folder / EVALUATIONS
@@ -245,7 +260,7 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
             f"{folder} holds no {EVALUATIONS}: it is no run folder, or its search has not finished"
         ) from error
     try:
-        table = pd.read_csv(io.StringIO(text), dtype={"id": str, "failure": str})
+        table = pd.read_csv(io.StringIO(text), dtype={"id": str, "failure": str, "recovered": str})
         for version in table.get("format_version", pd.Series(dtype=int)).unique():
             check_version(int(version), path)
         return [_evaluation({str(k): v for k, v in row.items() if not _missing(v)}) for row in table.to_dict("records")]
@@ -273,6 +288,7 @@ _COLUMN_ORDER = [
     "metric",
     "metric_error",
     "drop_error",
+    "recovered",
     "predicted_ms",
     "latency_ms",
     "latency_how",
@@ -286,6 +302,9 @@ _COLUMN_ORDER = [
     "methods",
     "format_version",
 ]
+
+
+_CURVES = ("losses", "readings")  # left out of the table
 
 
 def _row(evaluation: Evaluation) -> dict[str, Any]:
@@ -309,6 +328,9 @@ def _row(evaluation: Evaluation) -> dict[str, Any]:
         row[f"latency_spread:{profile}"] = latency.spread
         row[f"latency_error:{profile}"] = latency.error
     row |= {f"earlier_ms:{profile}": _milliseconds(latency.seconds) for profile, latency in evaluation.earlier.items()}
+    if evaluation.recovered is not None:
+        brief = {key: value for key, value in recovery_to_json(evaluation.recovered).items() if key not in _CURVES}
+        row["recovered"] = json.dumps(brief, separators=(",", ":"))
     row |= {
         "bytes": evaluation.bytes,
         "seconds_spent": evaluation.seconds_spent,
@@ -347,6 +369,7 @@ def _evaluation(row: Mapping[str, Any]) -> Evaluation:
         earlier=earlier,
         failure=row.get("failure"),
         seconds_spent=float(row.get("seconds_spent", 0.0)),
+        recovered=recovery_from_json(json.loads(row["recovered"])) if "recovered" in row else None,
     )
 
 

@@ -27,7 +27,7 @@ class TrainingCentroids(Training):
         self.grown = nn.Parameter(torch.zeros_like(layer.scale))
 
     def weight(self) -> Tensor:
-        books = in_half(self.centroids)
+        books = in_half(self.centroids) if self.rounding else self.centroids
         flat = decode(self.indices, books, self.scale * torch.exp(self.grown), self.columns)
         return flat if self.place.linear else flat.unflatten(1, self.place.kernel)
 

@@ -26,9 +26,11 @@ class Training(nn.Module):
         super().__init__()
         self.place = place_of(layer)
         self.bias = nn.Parameter(layer.bias.detach().clone())
+        self.rounding = True  # False: in floats, in both modes
+        self.seen: list[Tensor] = []  # samples of the input, where they are kept
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
+        if not self.training and self.rounding:
             with torch.no_grad():
                 result: Tensor = self.stored()(x)
             return result
@@ -47,6 +49,9 @@ class Training(nn.Module):
     def stored(self) -> Stored:
         """The layer that is delivered, on tensors of its own."""
         raise NotImplementedError
+
+    def refit(self) -> None:
+        """Find scales anew, after a training without rounding; nothing where there are none."""
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``x`` multiplied by, or convolved with, a weight."""

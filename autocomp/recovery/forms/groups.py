@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autocomp.compress.scales import quantise_groups
 from autocomp.layers.part import Stored
 from autocomp.layers.weight_only import HIGHEST, LOWEST, WeightOnlyConv2d, WeightOnlyLinear, pack_levels
 from autocomp.recovery.forms.form import Training, divisor, levels
@@ -25,8 +26,10 @@ class TrainingGroups(Training):
         self.latent = nn.Parameter(layer.float_weight().detach().flatten(1).clone())
 
     def weight(self) -> Tensor:
-        whole, own = self._levels()
-        flat: Tensor = (whole * own[:, :, None]).flatten(1)[:, : self.latent.shape[1]]
+        flat: Tensor = self.latent
+        if self.rounding:
+            whole, own = self._levels()
+            flat = (whole * own[:, :, None]).flatten(1)[:, : self.latent.shape[1]]
         return flat if self.place.linear else flat.unflatten(1, self.place.kernel)
 
     def stored(self) -> Stored:
@@ -43,6 +46,11 @@ class TrainingGroups(Training):
         assert issubclass(self.make, WeightOnlyConv2d)
         geometry = self.place.geometry
         return self.make(weight, own, bias, self.place.kernel, self.bits, self.group, geometry).eval()
+
+    def refit(self) -> None:
+        with torch.no_grad():
+            self.scales.copy_(quantise_groups(self.latent, self.bits, self.group)[1])
+            self.grown.zero_()
 
     def _levels(self) -> tuple[Tensor, Tensor]:
         """Levels [O, G, group], padded with zeros, and their scales [O, G]."""

@@ -21,10 +21,10 @@ class TrainingHalf(Training):
         self.rounds_inputs = isinstance(layer, HalfLinear) or self.place.geometry.is_plain
 
     def computed(self, x: Tensor) -> Tensor:
-        return self.product(in_half(x) if self.rounds_inputs else x, self.weight(), self.bias)
+        return self.product(in_half(x) if self.rounds_inputs and self.rounding else x, self.weight(), self.bias)
 
     def weight(self) -> Tensor:
-        return in_half(self.latent.clamp(-LARGEST, LARGEST))
+        return in_half(self.latent.clamp(-LARGEST, LARGEST)) if self.rounding else self.latent
 
     def stored(self) -> Stored:
         weight = self.latent.detach().clamp(-LARGEST, LARGEST).half()
