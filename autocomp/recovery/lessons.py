@@ -119,7 +119,7 @@ class Lessons:
     @property
     def each_pass(self) -> int:
         """Lessons in a pass; 0 where that is not known."""
-        return len(self.pool) // max(1, self.passes)
+        return len(self.pool) // self.passes if self.passes else 0
 
     def begin(self, step: int) -> Iterator[Lesson]:
         """Lessons from number ``step`` on, for ever."""

@@ -54,8 +54,9 @@ def recovered(
     shared: dict[str, Tensor | None] | None = None,
     teaching: Teaching | None = None,
     checkpoint: Path | None = None,
+    epochs: int | None = None,
 ) -> Recovered:
-    """Train a compressed model of a task for a span, against the task's own model.
+    """Train a compressed model of a task for a span, or so many ``epochs``, against the task's own model.
 
     Raises:
         UsageError: Nothing can be trained, the task's data or loss cannot be used, or the span is too short.
@@ -63,7 +64,11 @@ def recovered(
     before = evaluate_task(task, model)
     if teaching is None:
         teaching = Teaching.of(task)
-        teaching.lessons.draw(DRAWING * span.seconds if span.seconds else float("inf"), span.steps or 1 << 30)
+        teaching.lessons.draw(
+            DRAWING * span.seconds if span.seconds else float("inf"), max(LEAST_STEPS, span.steps or 1 << 30)
+        )
+    if epochs is not None:
+        span = Span(steps=epochs * (teaching.lessons.each_pass or LEAST_STEPS))
     rates = search_rate(model, teaching, recipe)
     refuse_too_short(span, rates.step_seconds, teaching)
     done = train(model, teaching, recipe, span, rates.taken, shared, checkpoint)
