@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autocomp.api import check, compile, gate, measure, plan, rebuild_report, search, sensitivity
+    from autocomp.api import check, compile, gate, measure, plan, rebuild_report, recover, search, sensitivity
     from autocomp.errors import (
         AutocompError,
         BoardError,
@@ -50,6 +50,7 @@ __all__ = [
     "measure",
     "plan",
     "rebuild_report",
+    "recover",
     "search",
     "sensitivity",
 ]
@@ -78,6 +79,7 @@ _HOMES = {
     "measure": "autocomp.api",
     "plan": "autocomp.api",
     "rebuild_report": "autocomp.api",
+    "recover": "autocomp.api",
     "search": "autocomp.api",
     "sensitivity": "autocomp.api",
 }

@@ -6,21 +6,23 @@ import tempfile
 import threading
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from autocomp.cache import cache_dir, unwritable_reason
+from autocomp.config.quantities import LARGEST, parse_training
 from autocomp.config.settings import Settings, load_settings
-from autocomp.errors import ExportError, Interrupted, ModelWarning, UsageError
+from autocomp.errors import ExportError, Interrupted, ModelWarning, UsageError, shown
 from autocomp.hardware.profile import Profile, load_profile
 from autocomp.processes import interrupt
 from autocomp.processes.chatter import LOG, caught
 from autocomp.progress import Progress
 from autocomp.records.evaluation import Sensitivity
 from autocomp.records.latency import Latency
+from autocomp.recovery.recipe import load_recipe
 from autocomp.run.folder import abandon_run_folder, check_run_folder, open_run_folder, probe
 from autocomp.run.result import Point as Point
 from autocomp.run.result import SearchResult as SearchResult
@@ -34,7 +36,10 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
     from autocomp.devices.device import Compiled
+    from autocomp.recovery.one import Recovered
     from autocomp.run.forecast import Plan
+    from autocomp.run.found import Found
+    from autocomp.run.prepare import Prepared
     from autocomp.run.verdict import Gated
 
 
@@ -133,17 +138,27 @@ def _search(
         progress.warn(note)
     if settings.evaluate_timeout is not None:
         task = within(task, settings.evaluate_timeout)
+    given = task
+
+    def work() -> SearchResult:
+        # under the lock: a search that is refused leaves the settings as they are
+        known = open_run_folder(settings, resume, folder)
+        with caught(folder / LOG, progress.console):
+            return _run(settings, given, folder, known, progress, sampler)
+
+    return _locked(folder, work, f"continue with --resume --out {folder}")
+
+
+def _locked(folder: Path, work: Callable[[], SearchResult], go_on: str) -> SearchResult:
+    """What ``work`` returns, nothing else being at work in a run's folder; stops and full disks are told with how to ``go_on``."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with interrupt.remembered(), FileLock(folder / ".lock", timeout=0):
-            # under the lock: a search that is refused leaves the settings as they are
-            known = open_run_folder(settings, resume, folder)
-            with caught(folder / LOG, progress.console):
-                return _run(settings, task, folder, known, progress, sampler)
+            return work()
     except Timeout as error:
         raise UsageError(f"another search is running in {folder}; wait for it, or choose another --out") from error
     except KeyboardInterrupt as error:
-        stopped = Interrupted(f"stopped; every finished trial is kept: continue with --resume --out {folder}")
+        stopped = Interrupted(f"stopped; every finished trial is kept: {go_on}")
         stopped.exit_code = getattr(error, "exit_code", stopped.exit_code)
         raise stopped from error
     except OSError as error:
@@ -164,6 +179,119 @@ def _where(error: OSError, folder: Path) -> str:
         Path(tempfile.gettempdir()): f"the folder for temporary files {tempfile.gettempdir()} (TMPDIR)",
     }
     return next((text for place, text in places.items() if place in (file, *file.parents)), f"the file {file}")
+
+
+def recover(
+    what: torch.nn.Module | Point | SearchResult | str | Path,
+    task: Task | str | None = None,
+    recipe: str | Path = "default",
+    minutes: float | None = None,
+    *,
+    length: str | None = None,
+    points: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Recovered | SearchResult:
+    """Train what was compressed, against the uncompressed model of its task, and keep what is better on validation.
+
+    ``what`` is a compressed model or a `Point`: a `Recovered` is returned, with the ``model`` and how it went. Or it is a run, by its folder or
+    its `SearchResult`: its front, or the ``points`` of these ids, are trained, their files written again and verified, front and report
+    renewed, and the `SearchResult` returned. ``task`` is a `Task` or a name; of a run it is needed where no name leads to it. ``recipe`` is a
+    name or a YAML file; ``minutes`` (10 unless given) is how long, or ``length``, such as ``500steps`` or ``5epochs`` of each.
+
+    Raises:
+        UsageError: The task has no data or loss to train with, nothing can be trained, the time is too short, or there is no such point.
+        Interrupted: Ctrl-C or a signal; the same call goes on where it was.
+
+    Examples:
+        >>> import autocomp
+        >>> point = autocomp.SearchResult("runs/digits").best()  # doctest: +SKIP
+        >>> done = autocomp.recover(point, "digits", minutes=3)  # doctest: +SKIP
+        >>> done.before, done.after  # doctest: +SKIP
+        >>> autocomp.recover("runs/nothing")
+        Traceback (most recent call last):
+        autocomp.errors.UsageError: there is no run in runs/nothing to train (no config.yaml): ...
+    """
+    from autocomp.recovery.one import recovered
+    from autocomp.recovery.schedules import Span
+    from autocomp.tasks.training import one_thread
+    from autocomp.tasks.untouched import in_float32
+
+    progress, amount = progress or Progress(), _length(minutes, length)
+    read = load_recipe(recipe)
+    if isinstance(what, SearchResult | str | Path):
+        folder = what.folder if isinstance(what, SearchResult) else Path(what)
+        return _recover_run(folder.absolute(), task, str(recipe), amount, points, progress)
+    if points:
+        raise UsageError("points are of a run: give its folder, or the point alone")
+    if task is None:
+        raise UsageError("a model is trained with the data of its task: autocomp.recover(model, task=…)")
+    found = task if isinstance(task, Task) else load_task(task, progress)
+    with one_thread(), in_float32(), caught(None, progress.console), progress.stage("training"):
+        model = what.load() if isinstance(what, Point) else what
+        if amount[1] == "epochs":
+            return recovered(model, found, read, Span(steps=None), epochs=int(amount[0]))
+        span = Span(seconds=amount[0]) if amount[1] == "seconds" else Span(steps=int(amount[0]))
+        return recovered(model, found, read, span)
+
+
+def _length(minutes: float | None, length: str | None) -> tuple[float, str]:
+    if minutes is not None and length is not None:
+        raise UsageError("minutes and length are both given: give one")
+    try:
+        amount, unit = (
+            (60.0 * (minutes if minutes is not None else 10.0), "seconds") if length is None else parse_training(length)
+        )
+    except ValueError as error:
+        raise UsageError(f"length: {error}") from None
+    if not 0 < amount < LARGEST:
+        raise UsageError(
+            f"how long to train must be more than nothing, got {shown(length if length is not None else minutes)}"
+        )
+    return amount, unit
+
+
+def _recover_run(
+    folder: Path,
+    task: Task | str | None,
+    recipe: str,
+    amount: tuple[float, str],
+    points: Sequence[str],
+    progress: Progress,
+) -> SearchResult:
+    from autocomp.config.settings import read_settings
+    from autocomp.run.folder import CONFIG
+    from autocomp.run.training import train_points
+
+    if not (folder / CONFIG).exists():
+        raise UsageError(
+            f"there is no run in {_near(folder)} to train (no {CONFIG}): name the folder of a finished search"
+        )
+    settings = read_settings(folder / CONFIG).model_copy(update={"out": str(folder)})
+    SearchResult(folder)  # UsageError where the search has not finished
+    _check_names(settings)
+    if not isinstance(task, Task):
+        if task is None and settings.task is None:
+            raise UsageError(f"the run in {folder} does not name its task: give it")
+        task = load_task(task or settings.task or "", progress)
+    if settings.evaluate_timeout is not None:
+        task = within(task, settings.evaluate_timeout)
+    given = task
+
+    def train(prepared: Prepared, found: Found) -> None:
+        train_points(prepared, found, points, recipe, amount)
+
+    def work() -> SearchResult:
+        known = open_run_folder(settings, True, folder)
+        with caught(folder / LOG, progress.console):
+            return _run(settings, given, folder, known, progress, None, train)
+
+    return _locked(folder, work, "the same command goes on")
+
+
+def _near(folder: Path) -> str:
+    """A folder as people name it, from where they stand."""
+    here = Path.cwd()
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
 
 def rebuild_report(run: str | Path) -> Path:
@@ -413,7 +541,9 @@ def refuse_unsupported(task: Task, profile: Profile) -> None:
 
 
 def _check_names(settings: Settings) -> tuple[list[Profile], SpaceFile]:
-    """Load the profiles and the search space, so that a wrong name is refused before a task is trained or a folder made."""
+    """Load the profiles, the search space and the recipe, so that a wrong name is refused before a task is trained or a folder made."""
+    if settings.training[0]:
+        load_recipe(settings.recipe)
     return [load_profile(name) for name in settings.profiles], load_space(settings.space)
 
 
@@ -424,12 +554,16 @@ def _run(
     known: Mapping[str, Any] | None,
     progress: Progress,
     sampler: BaseSampler | None,
+    train: Callable[[Prepared, Found], None] | None = None,
 ) -> SearchResult:
+    """A search; or, with ``train``, no search but that of what was found before."""
     import torch
 
     from autocomp.run.explore import explore
     from autocomp.run.finish import finish, refuse_infeasible
+    from autocomp.run.found import Found
     from autocomp.run.prepare import prepare
+    from autocomp.run.training import train_candidates
     from autocomp.tasks.training import one_thread
     from autocomp.tasks.untouched import in_float32
 
@@ -441,7 +575,8 @@ def _run(
             if known is None and not interrupt.is_stop(error):  # nothing is told yet
                 abandon_run_folder(folder)
             raise
-        with explore(prepared) as found:
+        with explore(prepared) if train is None else Found(prepared) as found:
+            (train or train_candidates)(prepared, found)
             run = finish(prepared, found)
     with progress.stage("writing the report"):
         _report(folder, progress)

@@ -13,11 +13,11 @@ from __future__ import annotations
 import argparse
 import time
 
+from autocomp.recovery.distill import distil
 from common import earlier, publish
 from prepared import TASKS, Prepared, correlations, draw, in_floats, prepare
 
 from autocomp.hardware.profile import load_profile
-from autocomp.recover.distill import distil
 
 GOALS = {"tier 0, fitted, against KL": 0.90, "KL against metric": 0.95}
 

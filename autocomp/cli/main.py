@@ -20,6 +20,7 @@ from autocomp.cli import tables as terminal
 from autocomp.cli.device import device
 from autocomp.cli.kernels import kernels
 from autocomp.cli.options import Commands, F, LimitType, common_options, together
+from autocomp.cli.recover import recipes, recover
 from autocomp.cli.verdict import gate
 from autocomp.config.files import read_mapping
 from autocomp.config.limits import one_drop, one_latency, one_size
@@ -116,6 +117,10 @@ def cli() -> None:
 @click.option("--measurements", type=int, help="Candidates compiled and timed as whole modules.")
 @click.option("--measure", type=int, hidden=True)  # its name of version 0.2 and before
 @click.option("--minutes", type=float, help="Minutes of the whole run, the files of its end included.")
+@click.option(
+    "--recover", help="How long to train compressed models beyond the front: 10min, 500steps, 5epochs; 0: none."
+)
+@click.option("--recipe", help="How they are trained; a recipe or its YAML file.")
 @click.option("--out", help="Run folder; runs/NAME OF THE TASK unless given.")
 @click.option("--resume", is_flag=True, help="Continue the run in the run folder.")
 @click.option(
@@ -300,19 +305,27 @@ def sensitivity(
 
 
 @cli.command()
-@click.argument("kind", type=click.Choice(["config", "profile", "space"]), default="config")
+@click.argument("kind", type=click.Choice(["config", "profile", "recipe", "space"]), default="config")
 @common_options
 def schema(kind: str, as_json: bool) -> None:
-    """Print the JSON schema of a config file, a hardware profile or a search space."""
+    """Print the JSON schema of a config file, a hardware profile, a recipe or a search space."""
+    from autocomp.recovery.recipe import Recipe
     from autocomp.space.file import SpaceFile
 
-    schemas = {"config": settings_schema, "profile": profile_schema, "space": SpaceFile.model_json_schema}
+    schemas = {
+        "config": settings_schema,
+        "profile": profile_schema,
+        "recipe": Recipe.model_json_schema,
+        "space": SpaceFile.model_json_schema,
+    }
     click.echo(json.dumps(schemas[kind](), indent=None if as_json else 2))
 
 
 cli.add_command(kernels)
 cli.add_command(device)
 cli.add_command(gate)
+cli.add_command(recover)
+cli.add_command(recipes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

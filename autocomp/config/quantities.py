@@ -8,6 +8,10 @@ import re
 from autocomp.errors import shown
 
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+TRAINING = {
+    "s": (1.0, "seconds"), "min": (60.0, "seconds"), "h": (3600.0, "seconds"),
+    "step": (1.0, "steps"), "steps": (1.0, "steps"), "epoch": (1.0, "epochs"), "epochs": (1.0, "epochs"),
+}  # fmt: skip
 BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 LARGEST = 1e18  # seconds or bytes: past all that there is, and whole numbers up to here are exact enough
 LEAST_FACTOR = 1.0  # times: a goal of less would ask for a slower or larger model
@@ -58,6 +62,25 @@ def parse_share(text: str) -> float:
 def parse_points(text: str) -> float:
     """Read ``0.5pt``, points of a metric that is a share (hundredths), as 0.005; ValueError says what is wrong."""
     return _percent(text, "pt", "points, such as 0.5pt")
+
+
+def parse_training(text: str) -> tuple[float, str]:
+    """Read how long to train as (amount, ``seconds`` or ``steps`` or ``epochs``); ``0`` is none. ValueError says what is wrong.
+
+    Examples:
+        >>> parse_training("10min"), parse_training("500 steps"), parse_training("0")
+        ((600.0, 'seconds'), (500.0, 'steps'), (0.0, 'seconds'))
+    """
+    if text.strip() == "0":
+        return 0.0, "seconds"
+    match = _NUMBER.fullmatch(text) if len(text) <= _LONGEST else None
+    unit = TRAINING.get(match[2].lower()) if match is not None else None
+    if match is None or unit is None:
+        raise ValueError(f"must be how long to train, such as 10min, 90s, 500steps or 5epochs, or 0; got {shown(text)}")
+    amount = float(match[1]) * unit[0]
+    if amount > LARGEST or (unit[1] != "seconds" and amount != int(amount)):
+        raise ValueError(f"must be a whole number of steps or epochs, or a duration; got {shown(text)}")
+    return amount, unit[1]
 
 
 def _percent(text: str, sign: str, wanted: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from autocomp.config.files import is_number, read_mapping, validated
 from autocomp.config.limits import ALL, read_drops, read_family, read_latencies, read_size
-from autocomp.config.quantities import LARGEST, parse_factor, parse_seconds
+from autocomp.config.quantities import LARGEST, parse_factor, parse_seconds, parse_training
 from autocomp.config.versions import KEY, current_by_hand
 from autocomp.errors import UsageError, cut, shown, suggest
 
@@ -24,11 +25,22 @@ ENV_PREFIX = "AUTOCOMP_"
 # Variables of autocomp that are no settings of a run.
 ENV_RESERVED = {"AUTOCOMP_CACHE"}
 # What a resumed run may change: how much more to do, and where its folder now lies.
-BUDGET_KEYS = {"trials", "measurements", "minutes", "out", "evaluate_timeout", "stop_when_met"}
+BUDGET_KEYS = {"trials", "measurements", "minutes", "out", "evaluate_timeout", "stop_when_met", "recover", "recipe"}
+TRAINED = "trained"  # the search space of a run that trains, unless another is named
 
 
 def _seconds(value: Any) -> Any:
     return parse_seconds(value) if _has_unit(value) else value
+
+
+def _training(value: Any) -> Any:
+    """A length of training as text; a bare 0 may come as a number."""
+    if value == 0 and not isinstance(value, bool):
+        return "0"
+    if not isinstance(value, str):
+        raise ValueError(f"must be how long to train, such as 10min, 500steps or 5epochs, or 0; got {shown(value)}")
+    parse_training(value)
+    return "0" if parse_training(value)[0] == 0 else value.strip()
 
 
 def _has_unit(value: Any) -> bool:
@@ -130,6 +142,11 @@ class Settings(BaseModel):
         default="autocomp", description="what proposes candidates: autocomp's engine, or a sampler of Optuna's"
     )
     calibration_samples: int = Field(default=256, ge=1, le=MOST, description="samples of the calibration data to use")
+    recover: Annotated[str, BeforeValidator(_training)] = Field(
+        default="0",
+        description="how long to train candidates beyond the front: the whole stage (10min), or each finalist (500steps, 5epochs); 0: none",
+    )
+    recipe: Text = Field(default="default", description="how they are trained, a name or a YAML file")
     references: bool = Field(default=True, description="measure ONNX Runtime on the same model as reference points")
     evaluate_timeout: Annotated[float | None, BeforeValidator(_seconds)] = Field(
         default=None,
@@ -155,6 +172,31 @@ class Settings(BaseModel):
         if isinstance(data, dict) and isinstance(data.get("task"), str) and data["task"] and "out" not in data:
             return {**data, "out": f"runs/{data['task'].rpartition(':')[2]}"}
         return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _space_of_what_is_trained(cls, data: Any) -> Any:
+        """What is trained afterwards may be narrower than what must be good at once."""
+        recover = data.get("recover") if isinstance(data, dict) else None
+        if isinstance(recover, str) and "space" not in data and not re.fullmatch(r"[\s0.]*[a-z]*\s*", recover):
+            return {**data, "space": TRAINED}
+        return data
+
+    @model_validator(mode="after")
+    def _recovery_in_time(self) -> Settings:
+        amount, unit = self.training
+        if unit == "seconds" and amount and self.deterministic:
+            raise ValueError("recover by the clock cannot be deterministic: give it in steps, such as 500steps")
+        if unit == "seconds" and self.minutes is not None and amount >= 60 * self.minutes:
+            raise ValueError(
+                f"recover ({self.recover}) is a part of minutes ({self.minutes:g}): leave time to search, and to write the models"
+            )
+        return self
+
+    @property
+    def training(self) -> tuple[float, str]:
+        """How long to train, and in what: ``seconds``, ``steps`` or ``epochs``."""
+        return parse_training(self.recover)
 
     @model_validator(mode="after")
     def _no_clock(self) -> Settings:
@@ -293,7 +335,7 @@ def _typed(name: str, text: str) -> Any:
     """A variable is always text: give it the type of its setting where it reads as one, else leave it to be refused."""
     if name == "profiles":
         return [part.strip() for part in text.split(",") if part.strip()]
-    if name in ("task", "space", "out", "storage", "sampler"):
+    if name in ("task", "space", "out", "storage", "sampler", "recover", "recipe"):
         return text
     if name == "family":
         return [part.strip() for part in text.split(",") if part.strip()]

@@ -20,6 +20,7 @@ from autocomp.export.onnx import EXACT, export_onnx, onnx_session, run_session
 from autocomp.records.evaluation import FORMAT_VERSION, Evaluation
 from autocomp.records.latency import latency_to_json
 from autocomp.records.precisions import INT8
+from autocomp.records.recovery import recovery_to_json
 from autocomp.records.run import Verified
 
 if TYPE_CHECKING:
@@ -200,6 +201,7 @@ def _write_manifest(
             {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")} for tensor in example
         ],
         "metrics": dict(evaluation.metrics),
+        **({} if evaluation.recovered is None else {"recovered": recovery_to_json(evaluation.recovered)}),
         "bytes": evaluation.bytes,
         "latency": {name: _brief(latency_to_json(latency)) for name, latency in evaluation.latency.items()},
         "verified": {kind: asdict(check) for kind, check in verified.items()},

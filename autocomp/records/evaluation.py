@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from autocomp.records.candidate import Candidate
 from autocomp.records.latency import Latency, latency_from_json, latency_to_json
+from autocomp.records.recovery import Recovery, recovery_from_json, recovery_to_json
 
 FORMAT_VERSION = 1
 
@@ -25,7 +26,7 @@ class Evaluation:
     kernel-sum model's seconds by profile, ``latency`` whole compiled modules by profile, ``bytes`` the size of the stored weights.
     ``earlier`` has the latencies taken while searching, of profiles where ``latency`` was taken again, beside dense and the front.
     ``errors`` has the standard error of each metric that is a mean over samples, ``drop_errors`` that of its difference from dense's, sample by
-    sample.
+    sample. ``recovered`` says how it was trained, where it was: ``metrics`` are then those after it, ``kl`` is still that before.
     """
 
     trial: int
@@ -43,6 +44,7 @@ class Evaluation:
     earlier: Mapping[str, Latency] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
     drop_errors: Mapping[str, float] = field(default_factory=dict)
+    recovered: Recovery | None = None
 
     @property
     def tier(self) -> int:
@@ -89,6 +91,15 @@ def as_searched(evaluation: Evaluation) -> Evaluation:
     return replace(evaluation, latency={**evaluation.latency, **evaluation.earlier}, earlier={})
 
 
+def untrained(evaluation: Evaluation) -> Evaluation:
+    """The evaluation as it was before any training."""
+    if (done := evaluation.recovered) is None:
+        return evaluation
+    return replace(
+        evaluation, metrics=done.before, errors=done.before_errors, drop_errors=done.before_drop_errors, recovered=None
+    )
+
+
 def evaluation_to_json(evaluation: Evaluation) -> dict[str, Any]:
     data = dict(evaluation.__dict__)
     data["candidate"] = evaluation.candidate.to_json()
@@ -100,6 +111,10 @@ def evaluation_to_json(evaluation: Evaluation) -> dict[str, Any]:
         data[name] = dict(data[name])
         if not data[name]:
             del data[name]
+    if evaluation.recovered is None:  # nor do they say this
+        del data["recovered"]
+    else:
+        data["recovered"] = recovery_to_json(evaluation.recovered)
     return data
 
 
@@ -108,6 +123,8 @@ def evaluation_from_json(data: Mapping[str, Any]) -> Evaluation:
     fields["candidate"] = Candidate.from_json(data["candidate"])
     for name in ("latency", "earlier"):
         fields[name] = {profile: latency_from_json(value) for profile, value in data.get(name, {}).items()}
+    if data.get("recovered") is not None:
+        fields["recovered"] = recovery_from_json(data["recovered"])
     return Evaluation(**fields)
 
 
@@ -115,7 +132,7 @@ def sound(evaluation: Evaluation, trial: int, candidate: Candidate) -> Evaluatio
     """The evaluation, if it can be that of this trial; ValueError for values that no search writes."""
     numbers = [evaluation.error, evaluation.seconds_spent, *evaluation.predicted.values(), *evaluation.metrics.values()]
     numbers += [] if evaluation.kl is None else [evaluation.kl]
-    numbers += [*evaluation.errors.values(), *evaluation.drop_errors.values()]
+    numbers += [*evaluation.errors.values(), *evaluation.drop_errors.values(), *untrained(evaluation).metrics.values()]
     times = [latency.seconds for latency in (*evaluation.latency.values(), *evaluation.earlier.values())]
     good = (
         evaluation.trial == trial and evaluation.candidate == candidate

@@ -75,7 +75,8 @@ class Family:
     """Precisions that store a weight in one way: what has kernels for it, and the code of each stage that knows how.
 
     ``layer`` makes the torch module of a stored weight (`layers.part`), ``forms`` are the modules that a file may hold (`layers.form`),
-    ``store`` rounds a float weight (`database.store`), ``size`` is the bytes that it then takes. ``lowering`` translates the modules' custom
+    ``store`` rounds a float weight (`database.store`), ``size`` is the bytes that it then takes. ``trains`` makes the form in which a module
+    is trained (`recovery.forms`); torch's own layers train as they are. ``lowering`` translates the modules' custom
     ops to Relax, ``onnx`` to ONNX: modules that are made of torch's operations need none.
 
     ``covers`` are the layers with kernels: linear ones, plain convolutions (`Layer.is_plain`), other ones; ``loops`` the kinds of recurrent
@@ -90,6 +91,7 @@ class Family:
     size: Callable[[Format, int, int, bool], int]
     store: str = ""
     forms: str = ""
+    trains: str = ""
     lowering: str = ""
     onnx: str = ""
     covers: tuple[Literal["linear", "plain", "other"], ...] = ()
@@ -161,6 +163,7 @@ HALF = Family(
     size=_plain_bytes,
     store="autocomp.database.store:store_half",
     forms="autocomp.layers.fp16:FORMS",
+    trains="autocomp.recovery.forms.half:TrainingHalf",
     lowering="autocomp.compiler.fp16:lowering",
     onnx="autocomp.export.onnx_fp16:translations",
     covers=("linear", "plain"),
@@ -172,6 +175,7 @@ INTEGER = Family(
     size=_scaled_bytes,
     store="autocomp.database.store:store_integers",
     forms="autocomp.layers.w8a8:FORMS",
+    trains="autocomp.recovery.forms.integers:TrainingIntegers",
     lowering="autocomp.compiler.w8a8:lowering",
     onnx="autocomp.export.onnx_w8a8:translations",
     covers=("linear", "plain", "other"),
@@ -185,6 +189,7 @@ GROUPED = Family(
     size=_grouped_bytes,
     store="autocomp.database.store:store_groups",
     forms="autocomp.layers.weight_only:FORMS",
+    trains="autocomp.recovery.forms.groups:TrainingGroups",
     lowering="autocomp.compiler.weight_only:lowering",
     onnx="autocomp.export.onnx_weight_only:translations",
     covers=("linear",),
@@ -198,6 +203,7 @@ CODEBOOK = Family(
     size=_codebook_bytes,
     store="autocomp.database.store:store_indices",
     forms="autocomp.layers.codebook:FORMS",
+    trains="autocomp.recovery.forms.centroids:TrainingCentroids",
     flat=True,
 )
 FAMILIES = (FLOAT, HALF, INTEGER, GROUPED, CODEBOOK)

@@ -23,6 +23,11 @@ from autocomp.records.evaluation import (
     reference_to_json,
     sound,
 )
+from autocomp.records.recovery import (
+    RecoverySummary,
+    recovery_summary_from_json,
+    recovery_summary_to_json,
+)
 
 FORMAT_VERSION = 1
 FRONT = "front.json"
@@ -140,7 +145,8 @@ class Run:
 
     ``dense`` and ``baselines`` (uniform compression) are measured like the ``front``; ``references`` come from other runtimes
     and carry validation metrics too. ``hypervolume`` has a value in [0, 1] for every told trial. ``identity`` has digests of what the numbers
-    belong to, by what a message calls them: the model's weights, the calibration data, each profile.
+    belong to, by what a message calls them: the model's weights, the calibration data, each profile. ``recovery`` is there where
+    candidates were trained.
     """
 
     task: TaskInfo
@@ -157,6 +163,7 @@ class Run:
     identity: Mapping[str, str] = field(default_factory=dict)
     deciders: tuple[Decider, ...] = ()
     kept: tuple[Kept, ...] = ()
+    recovery: RecoverySummary | None = None
 
 
 def speedup(evaluation: Evaluation, dense: Evaluation, profile: str) -> float:
@@ -215,6 +222,8 @@ def write_front(folder: Path, run: Run) -> Path:
             data[name] = [asdict(row) for row in rows]
     if run.identity:
         data["identity"] = dict(run.identity)
+    if run.recovery is not None:
+        data["recovery"] = recovery_summary_to_json(run.recovery)
     path = folder / FRONT
     write_atomically(path, (json.dumps(finite(data), indent=1, allow_nan=False) + "\n").encode())
     return path
@@ -251,6 +260,7 @@ def read_run(folder: Path) -> Run:
             identity=_texts(data.get("identity", {})),
             deciders=tuple(Decider(**row) for row in data.get("deciders", ())),
             kept=tuple(Kept(**row) for row in data.get("kept", ())),
+            recovery=recovery_summary_from_json(data["recovery"]) if data.get("recovery") else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptError(

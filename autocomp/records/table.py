@@ -16,6 +16,7 @@ from autocomp.errors import CorruptError, UsageError, shown
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import FORMAT_VERSION, Evaluation
 from autocomp.records.latency import Latency
+from autocomp.records.recovery import recovery_from_json, recovery_to_json
 
 EVALUATIONS = "evaluations.csv"
 
@@ -33,7 +34,10 @@ def write_evaluations(folder: Path, evaluations: Sequence[Evaluation]) -> Path:
 
 
 def read_evaluations(folder: Path) -> list[Evaluation]:
-    """Read ``evaluations.csv`` back; kernels, raw samples and devices of latencies are not in it. Errors as ``read_run``."""
+    """Read ``evaluations.csv`` back; kernels, raw samples and devices of latencies and curves of trainings are not in it.
+
+    Errors as ``read_run``.
+    """
     import pandas as pd
 
     path = folder / EVALUATIONS
@@ -46,7 +50,7 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
             f"{folder} holds no {EVALUATIONS}: it is no run folder, or its search has not finished"
         ) from error
     try:
-        table = pd.read_csv(io.StringIO(text), dtype={"id": str, "failure": str})
+        table = pd.read_csv(io.StringIO(text), dtype={"id": str, "failure": str, "recovered": str})
         for version in table.get("format_version", pd.Series(dtype=int)).unique():
             check_version(int(version), path, FORMAT_VERSION)
         return [_evaluation({str(k): v for k, v in row.items() if not _missing(v)}) for row in table.to_dict("records")]
@@ -65,6 +69,7 @@ _COLUMN_ORDER = [
     "metric",
     "metric_error",
     "drop_error",
+    "recovered",
     "predicted_ms",
     "latency_ms",
     "latency_how",
@@ -78,6 +83,9 @@ _COLUMN_ORDER = [
     "methods",
     "format_version",
 ]
+
+
+_CURVES = ("losses", "readings")  # left out of the table
 
 
 def _row(evaluation: Evaluation) -> dict[str, Any]:
@@ -101,6 +109,9 @@ def _row(evaluation: Evaluation) -> dict[str, Any]:
         row[f"latency_spread:{profile}"] = latency.spread
         row[f"latency_error:{profile}"] = latency.error
     row |= {f"earlier_ms:{profile}": _milliseconds(latency.seconds) for profile, latency in evaluation.earlier.items()}
+    if evaluation.recovered is not None:
+        brief = {key: value for key, value in recovery_to_json(evaluation.recovered).items() if key not in _CURVES}
+        row["recovered"] = json.dumps(brief, separators=(",", ":"))
     row |= {
         "bytes": evaluation.bytes,
         "seconds_spent": evaluation.seconds_spent,
@@ -139,6 +150,7 @@ def _evaluation(row: Mapping[str, Any]) -> Evaluation:
         earlier=earlier,
         failure=row.get("failure"),
         seconds_spent=float(row.get("seconds_spent", 0.0)),
+        recovered=recovery_from_json(json.loads(row["recovered"])) if "recovered" in row else None,
     )
 
 

@@ -21,6 +21,7 @@ class Budget:
         self.start = time.monotonic()
         self.total = minutes * 60 if minutes is not None else math.inf
         self.kept = 0.0  # seconds for the end of the run
+        self.training = 0.0  # seconds for training candidates, until that begins
 
     def keep_for_the_end(self, point: float, together: int, references: bool) -> None:
         """Keep what writing a front should take, where one point takes ``point`` seconds and ``together`` are written side by side."""
@@ -36,8 +37,8 @@ class Budget:
         return self.total - self.spent()
 
     def to_search(self) -> float:
-        """Seconds until the end of the run must begin."""
-        return self.left() - self.kept
+        """Seconds until training, or the end of the run, must begin."""
+        return self.left() - self.kept - self.training
 
     def late(self, seconds: float = 0.0) -> bool:
         """Whether something that takes so long would run into the time kept for the end."""
@@ -47,7 +48,7 @@ class Budget:
         """What to warn of if a stage needs so many more seconds and that leaves no time to search; "" if it does."""
         if self.to_search() > seconds:
             return ""
-        needed = math.ceil((self.spent() + seconds + 2 * self.kept + 60) / 60)
+        needed = math.ceil((self.spent() + seconds + 2 * self.kept + self.training + 60) / 60)
         return (
             f"--minutes {self.minutes:g} cannot be kept: {stage} will have taken about {_text(self.spent() + seconds)}, and writing the "
             f"models takes about {_text(self.kept)}. The search does the least it must; give it --minutes {needed} or more"

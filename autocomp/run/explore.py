@@ -14,7 +14,7 @@ from autocomp.front.pareto import promising
 from autocomp.processes.pool import cores, map_in_processes
 from autocomp.progress import Stage
 from autocomp.records.candidate import Candidate, Method
-from autocomp.records.evaluation import Evaluation
+from autocomp.records.evaluation import Evaluation, untrained
 from autocomp.records.precisions import FORMATS, FP32
 from autocomp.run.budget import BASELINES, TELLING
 from autocomp.run.found import Found, is_baseline
@@ -314,7 +314,7 @@ class _Explorer:
             )
 
     def _measured(self) -> list[Evaluation]:
-        return [e for e in self.search.told if e.state == "measured" and e.kl is not None]
+        return [untrained(e) for e in self.search.told if e.state == "measured" and e.kl is not None]
 
     def _searched(self) -> list[Evaluation]:
         return [e for e in self.search.told if not is_baseline(e.source)]

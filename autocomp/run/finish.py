@@ -15,7 +15,7 @@ from autocomp.errors import AutocompError, InfeasibleError
 from autocomp.export.files import renew_manifest
 from autocomp.front.goals import Judge, delivered
 from autocomp.measurement.boards import remeasured
-from autocomp.records.evaluation import Evaluation, as_searched
+from autocomp.records.evaluation import Evaluation, as_searched, untrained
 from autocomp.records.run import FrontPoint, LayerInfo, Run, Summary, TaskInfo, write_front
 from autocomp.records.table import write_evaluations
 from autocomp.run.folder import CONFIG
@@ -26,6 +26,7 @@ from autocomp.run.points import read_as_deployed, timed_in_turn, write_points
 from autocomp.run.prepare import Prepared
 from autocomp.run.provenance import profile_line, write_provenance
 from autocomp.run.references import references
+from autocomp.run.training import correlations, summary_of
 from autocomp.study.deciders import deciders, kept
 from autocomp.tasks.task import objective_of
 
@@ -97,6 +98,7 @@ def _make_run(prepared: Prepared, found: Found) -> Run:
         deciders=deciders(problem, [e.candidate for e in found.told if e.state != "failed"]),
         kept=kept(prepared.graph, prepared.space, problem),
         identity={**prepared.identity, **profiles_identity(d.profile for d in prepared.devices.values())},
+        recovery=summary_of(found),
     )
 
 
@@ -121,9 +123,15 @@ def _verified_front(prepared: Prepared, found: Found) -> tuple[Evaluation, list[
             written[evaluation.trial] = point
             wrong = next((check.note for kind, check in point.verified.items() if check.wrong and _decides(kind)), "")
             if wrong and evaluation.trial != dense.trial:
-                prepared.progress.warn(f"candidate {evaluation.candidate.id} failed: {wrong}")
-                found.search.update(evaluation.trial, replace(evaluation, state="failed", failure=wrong))
                 measured = [e for e in measured if e.trial != evaluation.trial]
+                if evaluation.recovered is not None:  # it may be right as it was before
+                    prepared.progress.warn(f"candidate {evaluation.candidate.id} as it was trained failed: {wrong}")
+                    found.search.update(evaluation.trial, untrained(evaluation))
+                    measured.append(as_searched(untrained(evaluation)))
+                    del written[evaluation.trial]
+                else:
+                    prepared.progress.warn(f"candidate {evaluation.candidate.id} failed: {wrong}")
+                    found.search.update(evaluation.trial, replace(evaluation, state="failed", failure=wrong))
                 shutil.rmtree(prepared.folder / "models" / evaluation.candidate.id, ignore_errors=True)
 
 
@@ -155,11 +163,12 @@ def _summary(prepared: Prepared, found: Found, objective: str) -> Summary:
     told = found.told
     measured = [evaluation for evaluation in told if evaluation.state == "measured"]
     sign = -1.0 if prepared.task.higher_is_better else 1.0
-    losses = [sign * evaluation.metrics[objective] for evaluation in measured]
+    losses = [sign * untrained(evaluation).metrics[objective] for evaluation in measured]
     correlation = {
         "tier 0 (additive error)": _spearman([e.error for e in measured], losses),
         "tier 1 (KL)": _spearman([e.kl if e.kl is not None else np.nan for e in measured], losses),
     }
+    correlation |= correlations(summary_of(found), _spearman)
     whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)  # the largest process, with what it shares with others
     peak = max(resource.getrusage(who).ru_maxrss for who in whose) * 1024  # Linux counts kilobytes
     return Summary(

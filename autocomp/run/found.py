@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autocomp.errors import AutocompError
 from autocomp.front.goals import Judge
-from autocomp.records.evaluation import Evaluation, Source, as_searched
+from autocomp.records.candidate import Candidate
+from autocomp.records.evaluation import Evaluation, Source, as_searched, untrained
 from autocomp.run.folder import study_of
 from autocomp.run.judged import ignores_its_model, judged_otherwise
 from autocomp.run.prepare import Prepared
@@ -23,6 +24,9 @@ from autocomp.study.aims import thought_misses
 from autocomp.study.costs import Costs
 from autocomp.study.study import Choices, Engine, Search, open_search
 from autocomp.tasks.task import evaluate_task, objective_of
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Found:
@@ -47,6 +51,7 @@ class Found:
         )
         self._said: list[str] = self.search.get_attr("warnings", [])  # by earlier starts of the run
         self._spent: dict[str, float] = self.search.get_attr("seconds", {})
+        prepared.measurer.stitch = self._stitch
         try:
             self._take_up()
         except BaseException:
@@ -83,6 +88,13 @@ class Found:
                 f"the uncompressed model was not measured: {(found and found.failure) or 'the time was up'}"
             )
         return found
+
+    def _stitch(self, candidate: Candidate) -> torch.nn.Module:
+        """A candidate's model, with what it learnt since it was compressed."""
+        learnt = next((e.recovered for e in self.told if e.recovered is not None and e.candidate == candidate), None)
+        if learnt is None:
+            return self.prepared.stitch_untrained(candidate)
+        return self.prepared.trained(candidate, learnt.weights)
 
     def judge(self) -> Judge:
         """What evaluations are held against, once the untouched model is measured."""
@@ -134,6 +146,12 @@ class Found:
     def _take_up(self) -> None:
         """Bring what earlier starts left into the state that this one goes on from."""
         search, measurer = self.search, self.prepared.measurer
+        for evaluation in search.told:  # what was learnt may be lost, or another's
+            if evaluation.recovered is not None and not self._is_there(evaluation.recovered.weights):
+                self._warn(
+                    f"the weights that {evaluation.candidate.id} learnt are lost: it stands as it was before it was trained"
+                )
+                search.update(evaluation.trial, untrained(evaluation))
         # times from the end of an earlier start are of another moment than all others
         for evaluation in search.told:
             if evaluation.earlier:
@@ -149,6 +167,15 @@ class Found:
             search.set_attr("seconds of a point", measurer.rehearsed.seconds)
         else:
             self.prepared.keep_for_the_end(search.get_attr("seconds of a point", 0.0))
+
+    def _is_there(self, weights: str) -> bool:
+        from autocomp.recovery.stored import read
+
+        try:
+            read(self.prepared.folder / weights)
+        except (OSError, AutocompError):
+            return False
+        return True
 
     def _settle_times(self) -> None:
         """Fit the latency models to the kernel times that were stored when the run began, and to nothing that it measures itself."""
@@ -171,7 +198,7 @@ class Found:
             for evaluation in again:
                 empty: dict[str, Any] = {}
                 forgotten = replace(
-                    evaluation,
+                    untrained(evaluation),
                     state="told",
                     latency=empty,
                     earlier=empty,

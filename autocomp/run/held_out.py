@@ -59,7 +59,8 @@ class HeldOut:
 
     def _key(self, evaluation: Evaluation) -> str:
         """Under which the study keeps a point's test metrics; those of test data that changed since have another number."""
-        return f"test:{self.found.search.get_attr('test data', 0)}:{evaluation.candidate.id}"
+        learnt = "" if evaluation.recovered is None else f":{evaluation.recovered.weights}:{evaluation.recovered.steps}"
+        return f"test:{self.found.search.get_attr('test data', 0)}:{evaluation.candidate.id}{learnt}"
 
     def _check(self) -> None:
         """Read what was read before once more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from autocomp.progress import Progress, Stage
 from autocomp.records.candidate import Candidate
 from autocomp.run.budget import Budget
 from autocomp.run.identity import compression_of, identity_of, refuse_another
-from autocomp.run.prepare_task import compressed_layers, prepare_task
+from autocomp.run.prepare_task import check_training, compressed_layers, prepare_task
 from autocomp.space.file import load_space
 from autocomp.space.space import Space
 from autocomp.tasks.task import Task
@@ -65,6 +66,28 @@ class Prepared:
         """The candidate as a model of its own."""
         return self.measurer.stitch(candidate)
 
+    def stitch_untrained(self, candidate: Candidate) -> torch.nn.Module:
+        """The candidate as it was compressed, whatever was learnt since."""
+        from autocomp.database.stitch import stitch
+
+        return stitch(self.task.model, self.graph, self.database, candidate)
+
+    def trained(self, candidate: Candidate, weights: str) -> torch.nn.Module:
+        """The candidate with what a file of the run folder says it learnt. CorruptError, FileNotFoundError if it does not."""
+        from autocomp.database.stitch import stitch
+        from autocomp.recovery.stored import restored
+
+        model = stitch(self.task.model, self.graph, self.database, candidate, reestimate=False)
+        return restored(model, self.folder / weights)
+
+    def shared_layers(self, candidate: Candidate) -> dict[str, torch.Tensor | None]:
+        """The layers whose outputs a candidate shares with the uncompressed model, and which of its channels it kept (None: all)."""
+        candidate = self.space.normalise(candidate)
+        return {
+            name: None if layer.out_group is None else self.database.rows(name, candidate.widths[layer.out_group])
+            for name, layer in list(self.graph.layers.items())[:-1]
+        }
+
     def keep_for_the_end(self, point: float) -> None:
         """Keep the minutes that the end of the run takes, where writing one point takes so many seconds."""
         self.budget.keep_for_the_end(point, self.measurer.together, self.settings.references)
@@ -94,6 +117,11 @@ def prepare(
     profiles = [device.profile for device in devices.values()]
     ready = prepare_task(task, rules, profiles, settings.calibration_samples, progress)
     task, graph, inputs = ready.task, ready.graph, ready.inputs
+    amount, unit = settings.training
+    if amount:
+        with progress.stage("trying to train"):
+            check_training(task, settings.recipe, amount if unit == "seconds" else math.inf)
+        budget.training = amount if unit == "seconds" else 0.0
     measurer = Measurer(task, devices, inputs, lambda candidate: stitch(task.model, graph, database, candidate))
     if not (known and (folder / "layers").exists()):  # else a run got past this before
         measurer.rehearsed = rehearse(task, devices, inputs, progress)

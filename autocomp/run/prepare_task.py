@@ -5,12 +5,15 @@ Whatever looks at a task before anything is compressed (a search, a study of sen
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autocomp.errors import UsageError
 from autocomp.graph.batches import first, like
 from autocomp.processes.pool import cores
 from autocomp.progress import Progress
@@ -65,6 +68,29 @@ def prepare_task(
         with progress.stage("equalising channels"):
             task = _rewritten(task, graph, equalised)
     return PreparedTask(_settled(task, samples), graph, space)
+
+
+def check_training(task: Task, recipe: str, seconds: float = math.inf) -> None:
+    """Try a batch of a task's training data, its loss and a recipe, before anything is searched.
+
+    UsageError says what cannot be used, or that so many seconds are too short.
+    """
+    from autocomp.recovery.lessons import Teaching
+    from autocomp.recovery.one import refuse_too_short
+    from autocomp.recovery.recipe import load_recipe
+    from autocomp.recovery.schedules import Span
+    from autocomp.recovery.train import losses
+
+    read, teaching = load_recipe(recipe), Teaching.of(task)
+    teaching.lessons.draw(most=1)
+    begun = time.monotonic()
+    found = losses(task.model, teaching, read, Span(steps=2), 0.0)
+    if seconds < math.inf:
+        refuse_too_short(Span(seconds=seconds), (time.monotonic() - begun) / 2, teaching)
+    if len(found) < 2 or not math.isfinite(found[-1]):
+        raise UsageError(
+            "the loss of the uncompressed model on the first batch of training data is not finite: look at Task.loss and Task.train"
+        )
 
 
 def compressed_layers(

@@ -26,13 +26,17 @@ def useful_divergence(measured: Sequence[Evaluation], judge: Judge) -> float:
     The drop is taken to be proportional to the divergence, which small ones are; the rate is the median of what
     was measured. `UNKNOWN` where nothing measured lost anything.
     """
+    most = tolerated(judge)
+    rate = float(np.median(rates)) if (rates := loss_rates(measured, judge, judge.objective)) else 0.0
+    return max(LEAST, most / rate) if rate > 0 and most > 0 else UNKNOWN
+
+
+def tolerated(judge: Judge) -> float:
+    """The drop of the objective, in its units, up to which a front is of use."""
     allowed = judge.max_drops.get(judge.objective)
     if allowed is not None:
-        tolerated = BEYOND * allowed
-    else:
-        tolerated = (METRIC if judge.higher_is_better else ERROR) * abs(judge.dense.metrics[judge.objective])
-    rate = float(np.median(rates)) if (rates := loss_rates(measured, judge, judge.objective)) else 0.0
-    return max(LEAST, tolerated / rate) if rate > 0 and tolerated > 0 else UNKNOWN
+        return BEYOND * allowed
+    return (METRIC if judge.higher_is_better else ERROR) * abs(judge.dense.metrics[judge.objective])
 
 
 def loss_rates(measured: Sequence[Evaluation], judge: Judge, metric: str) -> list[float]:

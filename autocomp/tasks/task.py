@@ -39,7 +39,9 @@ class Task:
     named ``metric/slice``. A metric may be a number, or the values of samples of which it is the mean (a tensor, array or list: right or
     wrong for each image, in an order that no model changes), and then its standard error is known. ``test`` does the same on data nothing else
     has seen: the final report calls it once for each front point. ``train`` yields ``(inputs, target)`` pairs, ``inputs`` a tuple of
-    tensors, afresh each time it is iterated; ``loss(output, target)`` is the scalar to minimise. ``unit`` is how the objective is shown:
+    tensors, afresh each time it is iterated; ``loss(output, target)`` is the scalar to minimise: compressed models are trained with them where
+    a search may (``recover``). Without ``train`` they learn from the calibration data, changed anew by ``augment`` (a batch to a batch like it)
+    where that is given. ``unit`` is how the objective is shown:
     ``"%"`` says that it is a share between 0 and 1, shown in percent and points, anything else (``"dB"``) stands behind its values as they are.
 
     ``batch_axes`` says along which axis of each input samples lie, None for an input that has none (a table); by default it is found by
@@ -90,6 +92,7 @@ class Task:
     description: str = ""
     outputs: str | Sequence[str] | Mapping[str, str] | None = None
     batch_axes: tuple[int | None, ...] | None = None
+    augment: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None
     converted: tuple[str, ...] = ()  # written by the Task: how model and inputs differ from those given (`plain`)
 
     def __post_init__(self) -> None:
@@ -111,7 +114,7 @@ class Task:
         self.batch_axes = self._checked_axes()
         self.calibration = self._checked_calibration()
         self.outputs = parse(self.outputs)
-        for name, optional in (("evaluate", False), ("test", True), ("loss", True)):
+        for name, optional in (("evaluate", False), ("test", True), ("loss", True), ("augment", True)):
             value = getattr(self, name)
             if not (callable(value) or (optional and value is None)):
                 raise UsageError(f"Task.{name} must be a function, got {_kind(value)}")

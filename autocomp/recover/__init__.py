@@ -1,1 +1,0 @@
-"""Getting accuracy back after compression: training the finalists against the model they came from."""

@@ -1,0 +1,100 @@
+"""One compressed model recovered: trained, judged on validation, and handed back only where that made it better."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from autocomp.errors import UsageError
+from autocomp.recovery.forms.whole import frozen
+from autocomp.recovery.lessons import Teaching
+from autocomp.recovery.rate import search_rate
+from autocomp.recovery.recipe import Recipe
+from autocomp.recovery.schedules import Span
+from autocomp.recovery.train import train
+from autocomp.tasks.task import Task, evaluate_task, objective_of
+
+if TYPE_CHECKING:
+    pass
+
+DRAWING = 0.1  # of the seconds of a training at most, for the teacher's answers
+LEAST_STEPS = 20  # of a training, or a pass through the data where that is less: fewer learn nothing
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A model after its training, in evaluation mode, and how it went.
+
+    ``model`` is the one that was given where training made it no better on validation (``better`` is false). ``before`` and ``after`` are its
+    metrics, ``rate`` the learning rate taken, ``frozen`` the layers that did not train, ``curve`` (share of the training, loss).
+    """
+
+    model: nn.Module
+    better: bool
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    rate: float
+    steps: int
+    seconds: float
+    recipe: str
+    curve: list[tuple[float, float]]
+    frozen: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def recovered(
+    model: nn.Module,
+    task: Task,
+    recipe: Recipe,
+    span: Span,
+    shared: dict[str, Tensor | None] | None = None,
+    teaching: Teaching | None = None,
+    checkpoint: Path | None = None,
+    epochs: int | None = None,
+) -> Recovered:
+    """Train a compressed model of a task for a span, or so many ``epochs``, against the task's own model.
+
+    Raises:
+        UsageError: Nothing can be trained, the task's data or loss cannot be used, or the span is too short.
+    """
+    before = evaluate_task(task, model)
+    if teaching is None:
+        teaching = Teaching.of(task)
+        teaching.lessons.draw(
+            DRAWING * span.seconds if span.seconds else float("inf"), max(LEAST_STEPS, span.steps or 1 << 30)
+        )
+    if epochs is not None:
+        span = Span(steps=epochs * (teaching.lessons.each_pass or LEAST_STEPS))
+    rates = search_rate(model, teaching, recipe)
+    refuse_too_short(span, rates.step_seconds, teaching)
+    done = train(model, teaching, recipe, span, rates.taken, shared, checkpoint)
+    after = before if done.failure else evaluate_task(task, done.model, names=before)
+    better = not done.failure and is_better(task, after, before)
+    notes = (*done.notes, f"learning rate {rates}", *([done.failure] if done.failure else []))
+    return Recovered(
+        done.model if better else model, better, before, after if better else before, rates.taken, done.steps, done.seconds,
+        recipe.name, done.curve, tuple(frozen(model)), notes,
+    )  # fmt: skip
+
+
+def is_better(task: Task, after: Mapping[str, float], before: Mapping[str, float]) -> bool:
+    """Whether the objective is better, not only as good."""
+    name = objective_of(task, before)
+    return after[name] > before[name] if task.higher_is_better else after[name] < before[name]
+
+
+def refuse_too_short(span: Span, step: float, teaching: Teaching) -> None:
+    """UsageError where the span has time for less than a pass through the data, or for `LEAST_STEPS`; it says what that takes."""
+    lessons = teaching.lessons
+    wanted = min(LEAST_STEPS, lessons.each_pass or LEAST_STEPS)
+    if span.steps is not None and span.steps < wanted:
+        raise UsageError(f"{span.steps} steps are too few to learn anything: give {wanted} at least")
+    if span.seconds is not None and span.seconds < wanted * step:
+        raise UsageError(
+            f"{span.seconds:.3g} s are too short: a step takes {step:.2g} s here, {wanted} of them {wanted * step:.2g} s; a pass through the "
+            f"data {(lessons.each_pass or wanted) * step:.2g} s"
+        )

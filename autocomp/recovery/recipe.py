@@ -1,0 +1,114 @@
+"""Recipes: how a compressed model is trained, stage by stage; files beside the search spaces, found by name or path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from autocomp.config.files import read_yaml, validated
+from autocomp.config.shipped import shipped_files
+from autocomp.errors import UsageError, shown, suggest
+
+FOLDER = "recipes"
+DEFAULT = "default"
+Weight = Annotated[float, Field(ge=0.0, le=1e6)]
+
+
+class Phase(BaseModel):
+    """One stage of a recipe: what is learnt from, and for how much of the budget."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: str = Field(description="what the report calls it")
+    share: float = Field(1.0, gt=0.0, le=1.0, description="of the budget; the shares of all stages are 1 together")
+    logits: Weight = Field(
+        1.0, description="weight of the divergence from the uncompressed model's answers, T² KL for classes"
+    )
+    labels: Weight = Field(0.5, description="weight of Task.loss, where the task has labels")
+    features: Weight = Field(
+        0.0, description="weight of the squared error of layers' outputs, in the channels that were kept"
+    )
+    temperature: Literal["constant", "cosine", "entropy"] = Field(
+        "cosine",
+        description="constant (hot), cosine (hot to cold), or entropy: hotter where the uncompressed model is surer",
+    )
+    hot: float = Field(4.0, ge=1.0, le=100.0, description="the highest temperature")
+    cold: float = Field(1.0, ge=1.0, le=100.0, description="the lowest temperature")
+    rounding: bool = Field(
+        True,
+        description="train in the precisions of the candidate; false: its shapes in floats, scales found anew after",
+    )
+
+
+class Recipe(BaseModel):
+    """How to train a compressed model; what a file in ``recipes/`` holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    format_version: Literal[1]
+    name: str = Field("", description="set when it is read: the name or path it was asked for by")
+    description: str = Field("", description="a line for `autocomp recipes`")
+    stages: list[Phase] = Field(min_length=1, max_length=16, description="one after the other")
+    learning_rate: float | None = Field(None, gt=0.0, le=1.0, description="the highest; searched unless given")
+    learning_rates: tuple[float, float] = Field(
+        (1e-6, 1e-2), description="the range that is searched, where no rate is given"
+    )
+    schedule: Literal["one-cycle", "cosine", "constant"] = Field("one-cycle", description="of the learning rate")
+    weight_decay: float = Field(0.0, ge=0.0, le=1.0, description="of AdamW")
+    clip: float = Field(1.0, gt=0.0, le=1e6, description="largest norm of all gradients together")
+    ema: float = Field(0.0, ge=0.0, lt=1.0, description="decay of the moving average of weights; 0: the last weights")
+    autocast: Literal["off", "bf16"] = Field(
+        "off", description="bf16: float layers multiply in bfloat16; norms, softmax and stored layers stay in fp32"
+    )
+
+    @model_validator(mode="after")
+    def _whole(self) -> Recipe:
+        total = sum(stage.share for stage in self.stages)
+        if abs(total - 1.0) > 1e-3:
+            raise ValueError(f"the shares of the stages must be 1 together, got {total:g}")
+        low, high = self.learning_rates
+        if not 0 < low < high <= 1:
+            raise ValueError(f"learning_rates must be two rates, the lower first, up to 1; got {low:g} and {high:g}")
+        for stage in self.stages:
+            if stage.logits == stage.labels == stage.features == 0:
+                raise ValueError(f"stage {shown(stage.name)} learns from nothing: give one of its weights a value")
+            if stage.cold > stage.hot:
+                raise ValueError(
+                    f"stage {shown(stage.name)}: cold ({stage.cold:g}) must not be above hot ({stage.hot:g})"
+                )
+        return self
+
+    @property
+    def rounds_last(self) -> bool:
+        """Whether the last stage trains what is delivered."""
+        return self.stages[-1].rounding
+
+
+def list_recipes() -> list[str]:
+    """Return the names of the recipes that ship with autocomp."""
+    return list(shipped_files(FOLDER))
+
+
+def load_recipe(name: str | Path = DEFAULT) -> Recipe:
+    """Read a recipe by shipped name or path. UsageError names the file, the key, the rule and the value."""
+    shipped = shipped_files(FOLDER)
+    path = shipped.get(str(name), Path(name))
+    try:
+        data: Any = read_yaml(path)
+    except FileNotFoundError:
+        raise UsageError(
+            f"unknown recipe {shown(str(name))}.{suggest(str(name), shipped)} Known: {', '.join(shipped)}, or a path"
+        ) from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: a recipe must be a mapping with 'format_version' and 'stages'")
+    version = data.get("format_version")
+    if isinstance(version, int) and version > 1:
+        raise UsageError(
+            f"{path}: format_version {shown(version)} is newer than this autocomp knows (1): update autocomp"
+        )
+    recipe = validated(Recipe, data, f"{path}: ")
+    if not recipe.rounds_last:
+        raise UsageError(f"{path}: the last stage must train what is delivered: leave out its rounding: false")
+    return recipe.model_copy(update={"name": str(name)})

@@ -1,0 +1,45 @@
+"""Files of a training: written whole, and read back only as they were written."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autocomp.cache import write_atomically
+from autocomp.errors import CorruptError
+from autocomp.recovery.forms.whole import converted, trainable
+
+HEADER = b"autocomp training 1 "
+FORM = "form"  # the key of the weights
+
+
+def write(path: Path, data: dict[str, Any]) -> None:
+    """Write what ``torch.save`` can hold; OSError where the disk does not take it."""
+    buffer = io.BytesIO()
+    torch.save(data, buffer)
+    payload = buffer.getvalue()
+    write_atomically(path, HEADER + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read it again. FileNotFoundError if there is none, CorruptError if it is not what was written; nothing in it is run."""
+    head, _, payload = path.read_bytes().partition(b"\n")
+    if head != HEADER + hashlib.sha256(payload).hexdigest().encode():
+        raise CorruptError(f"{path} is damaged, or no file of a training")
+    data: dict[str, Any] = torch.load(io.BytesIO(payload), weights_only=True)
+    return data
+
+
+def restored(model: nn.Module, path: Path) -> nn.Module:
+    """The model that was trained from ``model``, a freshly stitched candidate, with the weights of a file. Errors as `read`."""
+    form = trainable(model)
+    try:
+        form.load_state_dict(read(path)[FORM])
+    except (KeyError, RuntimeError) as error:
+        raise CorruptError(f"{path} holds the weights of another candidate: {str(error).splitlines()[0]}") from error
+    return converted(form)

@@ -1,0 +1,310 @@
+"""One compressed model trained in the form it is delivered in, along a recipe; safe to stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from autocomp.compress.batchnorm import reestimate_batchnorm
+from autocomp.errors import CorruptError, UsageError, last_line
+from autocomp.graph.batches import part
+from autocomp.recovery import stored
+from autocomp.recovery.forms.whole import converted, trainable
+from autocomp.recovery.lessons import Lesson, Teaching
+from autocomp.recovery.losses import Features, distillation_loss, labels_loss, sureness
+from autocomp.recovery.recipe import Phase, Recipe
+from autocomp.recovery.refit import observed, refit, set_rounding
+from autocomp.recovery.schedules import Span, learning_rate, temperature
+
+CHECKPOINT = 20.0  # seconds between two
+CURVE = 60  # points of a curve at most
+SMOOTH = 0.9  # of the losses that a curve shows
+STOPPED = "it was stopped"
+PARTS = 64  # of a batch at most, where memory runs out
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of a training: the delivered model, the weights it is made of, and the curve of its loss as (share of the training, loss).
+
+    ``failure`` says why it ended early (it diverged): the model is then of no use.
+    """
+
+    model: nn.Module
+    weights: dict[str, Tensor]
+    steps: int
+    seconds: float
+    curve: list[tuple[float, float]]
+    failure: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def train(
+    model: nn.Module,
+    teaching: Teaching,
+    recipe: Recipe,
+    span: Span,
+    rate: float,
+    shared: dict[str, Tensor | None] | None = None,
+    checkpoint: Path | None = None,
+    begun: dict[str, Any] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Trained:
+    """Train a copy of a compressed model for a span; ``rate`` is the highest learning rate (AdamW).
+
+    ``shared`` are the layers matched where the recipe says so (`losses.Features`). With a ``checkpoint`` the training goes on where that left
+    it; ``begun`` are the weights to begin with, those of ``model`` unless given. Where ``stop`` says so it writes down where it is and ends.
+    UsageError if nothing of the model can be trained.
+    """
+    form = trainable(model)
+    if begun is not None:
+        form.load_state_dict(begun)
+    run = _Run(form, teaching, recipe, span, rate, Features(teaching.teacher, shared or {}), checkpoint, stop)
+    failure = run.all_stages()
+    if not failure:
+        run.settle()
+    weights = {name: tensor.detach().clone() for name, tensor in form.state_dict().items()}
+    if checkpoint is not None and failure != STOPPED:
+        for path in (checkpoint, _previous(checkpoint)):
+            path.unlink(missing_ok=True)
+    notes = (f"batches were split into {run.parts} for want of memory",) if run.parts > 1 else ()
+    return Trained(converted(form), weights, run.step, run.seconds, run.thinned(), failure, notes)
+
+
+def losses(model: nn.Module, teaching: Teaching, recipe: Recipe, span: Span, rate: float) -> list[float]:
+    """The loss of each step of a short training at one rate, of which nothing is kept; fewer where it diverged."""
+    steady = recipe.model_copy(
+        update={"schedule": "constant", "ema": 0.0, "stages": [recipe.stages[-1].model_copy(update={"share": 1.0})]}
+    )
+    run = _Run(trainable(model), teaching, steady, span, rate, Features(teaching.teacher, {}), None)
+    run.all_stages()
+    return [loss for _, loss in run.curve]
+
+
+@dataclass
+class _Run:
+    """A training under way."""
+
+    form: nn.Module
+    teaching: Teaching
+    recipe: Recipe
+    span: Span
+    rate: float
+    features: Features
+    checkpoint: Path | None
+    stop: Callable[[], bool] = lambda: False
+    step: int = 0
+    seconds: float = 0.0
+    parts: int = 1  # that a batch is split into
+    curve: list[tuple[float, float]] = field(default_factory=list)
+    average: dict[str, Tensor] = field(default_factory=dict)
+    stage: int = 0
+
+    def all_stages(self) -> str:
+        """Train until the span is over; why it diverged, if it did."""
+        self.parameters = [p for p in self.form.parameters() if p.requires_grad and p.is_floating_point()]
+        if not self.parameters:
+            raise UsageError("nothing of this model can be trained: it has no weights in a form that learns")
+        self.optimizer = self._optimizer()
+        self._take_up()
+        lessons = self.teaching.lessons.begin(self.step)
+        set_rounding(self.form, self.recipe.stages[self.stage].rounding)
+        self.form.train()
+        clock, saved = time.monotonic() - self.seconds, time.monotonic()
+        while (along := self.span.along(self.step, self.seconds)) < 1.0:
+            index, within = self._place(along)
+            if index != self.stage:
+                self._next_stage(index)
+            loss = self._step(self.recipe.stages[index], within, lessons)
+            self.step += 1
+            self.seconds = time.monotonic() - clock
+            if not math.isfinite(loss):
+                return f"the loss was not finite at step {self.step} (learning rate {self.rate:.1e})"
+            self._note(along, loss)
+            if self.stop():
+                if self.checkpoint is not None:
+                    self._save(self.checkpoint)
+                return STOPPED
+            if self.checkpoint is not None and time.monotonic() - saved > CHECKPOINT:
+                self._save(self.checkpoint)
+                saved = time.monotonic()
+        return ""
+
+    def settle(self) -> None:
+        """The end: averaged weights, and BatchNorm statistics of the calibration data."""
+        set_rounding(self.form, True)
+        with torch.no_grad():
+            for name, parameter in self.form.named_parameters():
+                if name in self.average:
+                    parameter.copy_(self.average[name])
+        self.form.eval()
+        reestimate_batchnorm(self.form, self.teaching.calibration, self.teaching.axes)
+
+    def thinned(self) -> list[tuple[float, float]]:
+        """The curve in `CURVE` points at most, smoothed."""
+        found, smooth = [], self.curve[0][1] if self.curve else 0.0
+        for along, loss in self.curve:
+            smooth = SMOOTH * smooth + (1 - SMOOTH) * loss
+            found.append((round(along, 5), float(f"{smooth:.5g}")))
+        return found[:: max(1, -(-len(found) // CURVE))]
+
+    def _place(self, along: float) -> tuple[int, float]:
+        """The stage at a share of the whole, and the share of it that is done."""
+        begun = 0.0
+        for index, stage in enumerate(self.recipe.stages):
+            if along < begun + stage.share or index == len(self.recipe.stages) - 1:
+                return index, min(1.0, (along - begun) / stage.share)
+            begun += stage.share
+        raise AssertionError("a recipe has a stage")
+
+    def _next_stage(self, index: int) -> None:
+        before, after = self.recipe.stages[self.stage].rounding, self.recipe.stages[index].rounding
+        if after and not before:
+            with observed(self.form):
+                self.form.eval()
+                with torch.no_grad():
+                    for batch in self.teaching.calibration:
+                        self.form(*batch)
+            refit(self.form)
+            self.form.train()
+        set_rounding(self.form, after)
+        self.stage, self.optimizer, self.average = index, self._optimizer(), {}
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        # fused: a third of the time where parameters are many and small
+        return torch.optim.AdamW(self.parameters, lr=self.rate, weight_decay=self.recipe.weight_decay, fused=True)
+
+    def _step(self, stage: Phase, within: float, lessons: Iterator[Lesson]) -> float:
+        lesson = next(lessons)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * learning_rate(self.recipe.schedule, within)
+        while True:
+            self.optimizer.zero_grad()
+            try:
+                total = sum(self._backward(stage, within, piece, lesson.samples) for piece in self._pieces(lesson))
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error) or 2 * self.parts > min(PARTS, lesson.samples):
+                    raise
+            self.parts *= 2
+        if not math.isfinite(total):
+            return total
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
+        self.optimizer.step()
+        if self.recipe.ema:
+            self._average()
+        return total
+
+    def _pieces(self, lesson: Lesson) -> list[Lesson]:
+        """The lesson, in parts where memory does not suffice; a target that is no tensor of samples cannot be split."""
+        if self.parts == 1:
+            return [lesson]
+        pieces = []
+        for k in range(self.parts):
+            start, stop = (lesson.samples * j // self.parts for j in (k, k + 1))
+            target = lesson.target
+            if isinstance(target, Tensor) and target.dim() and len(target) == lesson.samples:
+                target = target[start:stop]
+            elif target is not None:
+                raise UsageError(
+                    "memory ran out, and batches cannot be split as their targets are no tensor of samples: use smaller ones"
+                )
+            rows = [row[start:stop] for row in lesson.rows]
+            pieces.append(
+                Lesson(part(lesson.inputs, start, stop - start, self.teaching.axes), target, rows, stop - start)
+            )
+        return pieces
+
+    def _backward(self, stage: Phase, within: float, lesson: Lesson, samples: int) -> float:
+        """Add the gradients of a part of a batch of so many samples; its share of the loss."""
+        expected: dict[str, Tensor] = {}
+        if stage.features and self.features.shared:
+            with torch.no_grad(), self.features.recorded(self.teaching.teacher) as expected:
+                self.teaching.teacher(*lesson.inputs)
+        seen: dict[str, Tensor] = {}
+        recording: AbstractContextManager[dict[str, Tensor]] = (
+            self.features.recorded(self.form) if expected else nullcontext(seen)
+        )
+        with recording as actual, self._autocast():
+            answer = self.form(*lesson.inputs)
+        loss = torch.zeros(())
+        comparison = self.teaching.comparison
+        if stage.logits:
+            sure = sureness(comparison, lesson.rows) if stage.temperature == "entropy" else 1.0
+            at = temperature(stage.temperature, stage.hot, stage.cold, within, sure)
+            found = [row.float() if row.is_floating_point() else row for row in comparison.rows(answer, lesson.samples)]
+            loss = loss + stage.logits * distillation_loss(comparison, lesson.rows, found, at)
+        if stage.labels and self.teaching.loss is not None:
+            loss = loss + stage.labels * labels_loss(self.teaching.loss, answer, lesson.target)
+        if expected:
+            loss = loss + stage.features * self.features.loss(expected, actual)
+        share = loss * (lesson.samples / samples)
+        if not share.requires_grad:
+            raise UsageError("the loss does not depend on anything that can be trained")
+        if bool(torch.isfinite(share)):
+            share.backward()
+        return float(share.detach())
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        if self.recipe.autocast == "off":
+            return nullcontext()
+        return cast(AbstractContextManager[None], torch.autocast("cpu", torch.bfloat16))
+
+    def _average(self) -> None:
+        decay = min(self.recipe.ema, self.step / (self.step + 10))  # the first weights count for little
+        with torch.no_grad():
+            for name, parameter in self.form.named_parameters():
+                if name in self.average:
+                    self.average[name].lerp_(parameter, 1 - decay)
+                else:
+                    self.average[name] = parameter.detach().clone()
+
+    def _note(self, along: float, loss: float) -> None:
+        self.curve.append((along, loss))
+        if len(self.curve) > 20 * CURVE:
+            self.curve = self.curve[::2]
+
+    def _save(self, path: Path) -> None:
+        """Write where the training is; the file before stays beside it."""
+        if path.exists():
+            path.replace(_previous(path))
+        stored.write(
+            path,
+            {
+                stored.FORM: self.form.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average,
+                "step": self.step, "seconds": self.seconds, "stage": self.stage, "parts": self.parts,
+                "curve": [list(point) for point in self.curve], "rate": self.rate,
+            },
+        )  # fmt: skip
+
+    def _take_up(self) -> None:
+        """Go on where a checkpoint left it: the newest one that reads."""
+        if self.checkpoint is None:
+            return
+        for path in (self.checkpoint, _previous(self.checkpoint)):
+            try:
+                data = stored.read(path)
+            except (FileNotFoundError, CorruptError):
+                continue
+            self.form.load_state_dict(data[stored.FORM])
+            self.optimizer.load_state_dict(data["optimizer"])
+            self.average, self.stage, self.rate = data["average"], data["stage"], data["rate"]
+            self.step, self.seconds, self.parts = data["step"], data["seconds"], data["parts"]
+            self.curve = [(along, loss) for along, loss in data["curve"]]
+            return
+
+
+def _previous(path: Path) -> Path:
+    return path.with_name(f"{path.name}.before")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "memory" in last_line(error).lower()

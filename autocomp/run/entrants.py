@@ -1,0 +1,64 @@
+"""Which candidates are trained, and which of them go on: by what they promise to add to what is measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from autocomp.front.goals import Judge
+from autocomp.front.pareto import gains, promising
+from autocomp.records.evaluation import Evaluation, untrained
+from autocomp.study.useful import tolerated, useful_divergence
+
+if TYPE_CHECKING:
+    from autocomp.run.found import Found
+
+# Chosen by hand. What a short training leaves of a divergence, and of a drop that is still there: on the built-in tasks between nothing and a
+# third.
+LEFT = 0.15
+STILL = 0.5
+LOST = 2.0  # nats: past it nothing of the model is left that training could start from
+
+
+def relative(found: Found, evaluations: Sequence[Evaluation]) -> Mapping[int, float]:
+    """Seconds over dense's by trial, the mean over the profiles: as measured, else as predicted."""
+    dense = found.dense()
+    times: dict[int, float] = {}
+    unknown = [e for e in evaluations if not e.latency]
+    predicted = found.costs.relative([e.candidate for e in unknown]) if unknown else {}
+    for index, evaluation in enumerate(unknown):
+        times[evaluation.trial] = float(np.mean([ratios[index] for ratios in predicted.values()]))
+    for evaluation in evaluations:
+        if evaluation.latency:
+            ratios = [evaluation.latency[name].seconds / its.seconds for name, its in dense.latency.items()]
+            times[evaluation.trial] = float(np.mean(ratios))
+    return times
+
+
+def entrants(found: Found, count: int) -> list[Evaluation]:
+    """Told candidates that would add the most to the front if training left `LEFT` of their divergence, most promising first."""
+    told = [untrained(e) for e in found.told if e.kl is not None and e.state != "failed" and e.source != "dense"]
+    told = [e for e in told if e.kl is not None and 0 < e.kl < LOST and e.predicted]
+    measured = [untrained(e) for e in found.told if e.state == "measured" and e.kl is not None]
+    times = relative(found, [*told, *measured])
+    useful = useful_divergence(measured, found.judge())
+    points = np.array([(LEFT * (e.kl or 0.0), math.log(times[e.trial])) for e in told]).reshape(-1, 2)
+    known = np.array([(e.kl or 0.0, math.log(times[e.trial])) for e in measured]).reshape(-1, 2)
+    worth = np.flatnonzero(gains(points, known, (useful, 0.0)) > 0)
+    return [told[worth[index]] for index in promising(points[worth], known, count, (useful, 0.0))]
+
+
+def survivors(
+    found: Found, judge: Judge, drops: Mapping[int, float], evaluations: Sequence[Evaluation], count: int, rounds: int
+) -> list[Evaluation]:
+    """Those of the trained candidates that go on: what they lost by now, of which ``rounds`` more of training leave `STILL` each."""
+    kept = [e for e in evaluations if e.trial in drops and math.isfinite(drops[e.trial])]
+    measured = [e for e in found.told if e.state == "measured" and e.metrics]
+    times = relative(found, [*kept, *measured])
+    expected = {e.trial: drops[e.trial] * STILL**rounds if drops[e.trial] > 0 else drops[e.trial] for e in kept}
+    points = np.array([(expected[e.trial], math.log(times[e.trial])) for e in kept]).reshape(-1, 2)
+    known = np.array([(judge.drop(e), math.log(times[e.trial])) for e in measured]).reshape(-1, 2)
+    return [kept[index] for index in promising(points, known, count, (tolerated(judge), 0.0))]
