@@ -23,7 +23,8 @@ from autocomp.errors import UsageError
 from autocomp.front.goals import Judge
 from autocomp.records.evaluation import untrained
 from autocomp.records.recovery import Recovery
-from autocomp.records.run import read_evaluations, read_run
+from autocomp.records.run import read_run
+from autocomp.records.table import read_evaluations
 from autocomp.run.folder import CONFIG
 
 pytestmark = pytest.mark.usefixtures("short_tuning")
