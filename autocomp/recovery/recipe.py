@@ -48,7 +48,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     format_version: Literal[1]
-    name: str = Field("", description="set when it is read: the name or path it was asked for by")
+    name: str = Field("", description="what records call it; the name or path that it was asked for by, unless given")
     description: str = Field("", description="a line for `autocomp recipes`")
     stages: list[Phase] = Field(min_length=1, max_length=16, description="one after the other")
     learning_rate: float | None = Field(None, gt=0.0, le=1.0, description="the highest; searched unless given")
@@ -111,4 +111,4 @@ def load_recipe(name: str | Path = DEFAULT) -> Recipe:
     recipe = validated(Recipe, data, f"{path}: ")
     if not recipe.rounds_last:
         raise UsageError(f"{path}: the last stage must train what is delivered: leave out its rounding: false")
-    return recipe.model_copy(update={"name": str(name)})
+    return recipe.model_copy(update={"name": recipe.name or str(name)})
