@@ -4,8 +4,8 @@
 
 The student keeps a share of every group's channels, in 8 bits. Ways: none (as compressed), labels alone, the uncompressed model's answers at
 one temperature, at one that falls from 4 to 1, at one that follows its entropy, answers and every layer's outputs, 20/40/40 prune → quantise →
-distil, and the cosine one in bfloat16. Seeds are of the order of the batches. Metrics are of the test split; a difference within the standard error of
-the metric (below the table) says nothing. The rate is searched once for a task and is the same for all ways.
+distil, and the cosine one in bfloat16. Seeds are of the order of the batches. Metrics are of the test split; a difference within the standard
+error of the metric (below the table) says nothing. The rate is searched once for a task and is the same for all ways.
 """
 
 from __future__ import annotations

@@ -40,6 +40,17 @@ class Phase(BaseModel):
         True,
         description="train in the precisions of the candidate; false: its shapes in floats, scales found anew after",
     )
+    sparsity: float = Field(
+        0.0, ge=0.0, lt=1.0, description="share of single weights that are masked: for size, no kernel skips them"
+    )
+    masks: Literal["once", "cubic", "dynamic"] = Field(
+        "once",
+        description="once: the smallest, at the stage's begin; cubic: more and more of them; dynamic: as once, and they move to where "
+        "gradients are small",
+    )
+    together: bool = Field(
+        True, description="whether the smallest weights are those of all layers together, or of each by itself"
+    )
 
 
 class Recipe(BaseModel):
@@ -79,6 +90,11 @@ class Recipe(BaseModel):
                     f"stage {shown(stage.name)}: cold ({stage.cold:g}) must not be above hot ({stage.hot:g})"
                 )
         return self
+
+    @property
+    def masked(self) -> bool:
+        """Whether single weights are masked, which no kernel skips."""
+        return any(stage.sparsity for stage in self.stages)
 
     @property
     def rounds_last(self) -> bool:

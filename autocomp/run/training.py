@@ -456,13 +456,14 @@ def _train(
         return Outcome(None, reason_of(error))
 
 
-def _last_of_the_best(results: Sequence[Mapping[str, Any]], objective: str, sign: float) -> Mapping[str, Any] | None:
+def _last_of_the_best(results: Sequence[dict[str, Any]], objective: str, sign: float) -> dict[str, Any] | None:
     """The last result within a standard error of the best: of readings that noise alone tells apart, the one that was trained the longest."""
-    best = max(results, key=lambda r: sign * r["metrics"][objective], default=None)
-    if best is None:
+    if not results:
         return None
+    best = max(results, key=lambda r: float(sign * r["metrics"][objective]))
     least = sign * best["metrics"][objective] - best["errors"].get(objective, 0.0)
-    return next(r for r in reversed(results) if sign * r["metrics"][objective] >= least)
+    later = [r for r in results if sign * r["metrics"][objective] >= least]
+    return later[-1]
 
 
 def _event() -> Any:
