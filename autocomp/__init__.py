@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from autocomp.hardware.profile import list_profiles
     from autocomp.records.candidate import Candidate
     from autocomp.records.latency import Latency
+    from autocomp.recovery.one import Recovered
     from autocomp.run.result import Point, SearchResult
     from autocomp.study.sampler import AutocompSampler
     from autocomp.tasks.task import Task, load_task
@@ -38,6 +39,7 @@ __all__ = [
     "Latency",
     "MismatchError",
     "Point",
+    "Recovered",
     "SearchResult",
     "Task",
     "UsageError",
@@ -68,6 +70,7 @@ _HOMES = {
     "Latency": "autocomp.records.latency",
     "MismatchError": "autocomp.errors",
     "Point": "autocomp.run.result",
+    "Recovered": "autocomp.recovery.one",
     "SearchResult": "autocomp.run.result",
     "Task": "autocomp.tasks.task",
     "UsageError": "autocomp.errors",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("hardware_profiles", "search_spaces")
+FOLDERS = ("hardware_profiles", "recipes", "search_spaces")
 
 
 def pip(*arguments: str) -> None:
@@ -65,7 +65,7 @@ def test_wheel_holds_what_it_must_and_no_more(wheel: Path) -> None:
 def test_wheel_works_away_from_the_sources(installed: Path, tmp_path: Path) -> None:
     where = run_away(tmp_path / "away", [installed], "-c", "import autocomp; print(autocomp.__file__)")
     assert Path(where.strip()).is_relative_to(installed)
-    for command, folder in (("profiles", "hardware_profiles"), ("spaces", "search_spaces")):
+    for command, folder in (("profiles", "hardware_profiles"), ("recipes", "recipes"), ("spaces", "search_spaces")):
         listed = json.loads(run_away(tmp_path / "away", [installed], "-m", "autocomp.cli.main", command, "--json"))
         assert {entry["name"] for entry in listed} == {path.stem for path in (ROOT / folder).glob("*.yaml")}
     spaces = json.loads(run_away(tmp_path / "away", [installed], "-m", "autocomp.cli.main", "spaces", "--json"))

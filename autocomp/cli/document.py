@@ -43,6 +43,8 @@ _PROFILE = """What `--profile FILE` reads, YAML: a target. Those that come with 
 """
 _SPACE = """What `--space FILE` reads, YAML: what may be tried. Those that come with autocomp lie in `search_spaces/`.
 """
+_RECIPE = """What `--recipe FILE` reads, YAML: how candidates are trained. Those that come with autocomp lie in `recipes/`.
+"""
 _COMMON = {"as_json", "debug", "help"}  # options of every command
 
 
@@ -54,7 +56,8 @@ def commands_page() -> str:
 
 
 def keys_page() -> str:
-    """Markdown of every key of a settings file, a hardware profile and a search space."""
+    """Markdown of every key of a settings file, a hardware profile, a search space and a recipe."""
+    from autocomp.recovery.recipe import Recipe
     from autocomp.space.file import SpaceFile
 
     parts = [_KEYS]
@@ -62,6 +65,7 @@ def keys_page() -> str:
         ("Settings", _SETTINGS, settings_schema()),
         ("Hardware profile", _PROFILE, profile_schema()),
         ("Search space", _SPACE, SpaceFile.model_json_schema()),
+        ("Recipe", _RECIPE, Recipe.model_json_schema()),
     ):
         parts += [f"## {title}\n", about]
         parts += _table(["key", "value", "default", "meaning"], list(_keys(schema, schema)))
@@ -127,6 +131,8 @@ def _value(given: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
     if "const" in given:
         return f"`{given['const']}`"
     kind = given.get("type")
+    if "prefixItems" in given:
+        return f"a list of {len(given['prefixItems'])}, each {_value(given['prefixItems'][0], whole)}"
     if kind == "array":
         return f"a list, each {_value(given['items'], whole)}"
     if kind == "object":

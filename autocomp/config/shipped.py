@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def data_folder(name: str) -> Path:
-    """Return the folder of shipped files called ``name`` (``hardware_profiles``, ``search_spaces``).
+    """Return the folder of shipped files called ``name`` (``hardware_profiles``, ``recipes``, ``search_spaces``).
 
     A wheel carries it inside the package; in a source tree (editable install) it stands beside the package.
     FileNotFoundError if neither is there, which means that the installation is broken.

@@ -49,7 +49,7 @@ class Teaching:
     lessons: Lessons
 
     @classmethod
-    def of(cls, task: Task, samples: int = LOOKED_AT) -> Teaching:
+    def of(cls, task: Task, samples: int = LOOKED_AT, seed: int = 0) -> Teaching:
         """That of a task, whose model is the teacher; ``samples`` of its calibration data are looked at. UsageError as `describe`."""
         teacher, axes = task.model.eval(), task.batch_axes
         batches = first(task.calibration, samples, axes)
@@ -67,7 +67,7 @@ class Teaching:
         # places left out while comparing whole sets of samples need not be left out of a batch
         comparison = Comparison(comparison.outputs, (1,) * len(comparison.counted), comparison.scales)
         labelled = task.loss is not None and task.train is not None
-        lessons = Lessons(task, teacher, comparison)
+        lessons = Lessons(task, teacher, comparison, seed)
         return cls(teacher, comparison, task.loss if labelled else None, axes, batches, lessons)
 
 
@@ -78,7 +78,8 @@ class Lessons:
     own; else they are drawn as they are needed. In both cases lesson ``n`` of a task is always the same, as far as `Task.train` is.
     """
 
-    def __init__(self, task: Task, teacher: nn.Module, comparison: Comparison) -> None:
+    def __init__(self, task: Task, teacher: nn.Module, comparison: Comparison, seed: int = 0) -> None:
+        self.seed = seed  # of the order of each pass
         self.axes, self.example = task.batch_axes, task.example_inputs
         self.teacher, self.comparison = teacher, comparison
         self.labelled = task.train is not None and task.loss is not None
@@ -125,7 +126,8 @@ class Lessons:
         """Lessons from number ``step`` on, for ever."""
         if self.pool:
             while True:
-                order = torch.randperm(len(self.pool), generator=torch.Generator().manual_seed(step // len(self.pool)))
+                generator = torch.Generator().manual_seed((self.seed << 32) + step // len(self.pool))
+                order = torch.randperm(len(self.pool), generator=generator)
                 for place in order[step % len(self.pool) :].tolist():
                     yield self.pool[place]
                     step += 1

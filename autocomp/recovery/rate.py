@@ -14,7 +14,7 @@ from autocomp.recovery.recipe import Recipe
 from autocomp.recovery.schedules import Span
 from autocomp.recovery.train import losses
 
-STEPS = 16  # of each short training
+STEPS = 12  # of each short training
 DECADE = 10.0
 FINER = math.sqrt(10.0)  # between the best rate of the first look and those beside it
 

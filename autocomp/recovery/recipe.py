@@ -9,8 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from autocomp.config.files import read_yaml, validated
 from autocomp.config.shipped import shipped_files
+from autocomp.config.versions import current_by_hand
 from autocomp.errors import UsageError, shown, suggest
 
+FORMAT_VERSION = 1
 FOLDER = "recipes"
 DEFAULT = "default"
 Weight = Annotated[float, Field(ge=0.0, le=1e6)]
@@ -40,6 +42,17 @@ class Phase(BaseModel):
         True,
         description="train in the precisions of the candidate; false: its shapes in floats, scales found anew after",
     )
+    sparsity: float = Field(
+        0.0, ge=0.0, lt=1.0, description="share of single weights that are masked: for size, no kernel skips them"
+    )
+    masks: Literal["once", "cubic", "dynamic"] = Field(
+        "once",
+        description="once: the smallest, at the stage's begin; cubic: more and more of them; dynamic: as once, and they move to where "
+        "gradients are small",
+    )
+    together: bool = Field(
+        True, description="whether the smallest weights are those of all layers together, or of each by itself"
+    )
 
 
 class Recipe(BaseModel):
@@ -48,7 +61,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     format_version: Literal[1]
-    name: str = Field("", description="set when it is read: the name or path it was asked for by")
+    name: str = Field("", description="what records call it; the name or path that it was asked for by, unless given")
     description: str = Field("", description="a line for `autocomp recipes`")
     stages: list[Phase] = Field(min_length=1, max_length=16, description="one after the other")
     learning_rate: float | None = Field(None, gt=0.0, le=1.0, description="the highest; searched unless given")
@@ -81,6 +94,11 @@ class Recipe(BaseModel):
         return self
 
     @property
+    def masked(self) -> bool:
+        """Whether single weights are masked, which no kernel skips."""
+        return any(stage.sparsity for stage in self.stages)
+
+    @property
     def rounds_last(self) -> bool:
         """Whether the last stage trains what is delivered."""
         return self.stages[-1].rounding
@@ -103,12 +121,8 @@ def load_recipe(name: str | Path = DEFAULT) -> Recipe:
         ) from None
     if not isinstance(data, dict):
         raise UsageError(f"{path}: a recipe must be a mapping with 'format_version' and 'stages'")
-    version = data.get("format_version")
-    if isinstance(version, int) and version > 1:
-        raise UsageError(
-            f"{path}: format_version {shown(version)} is newer than this autocomp knows (1): update autocomp"
-        )
+    data = current_by_hand(data, path, FORMAT_VERSION)
     recipe = validated(Recipe, data, f"{path}: ")
     if not recipe.rounds_last:
         raise UsageError(f"{path}: the last stage must train what is delivered: leave out its rounding: false")
-    return recipe.model_copy(update={"name": str(name)})
+    return recipe.model_copy(update={"name": recipe.name or str(name)})

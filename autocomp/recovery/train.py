@@ -20,6 +20,7 @@ from autocomp.recovery import stored
 from autocomp.recovery.forms.whole import converted, trainable
 from autocomp.recovery.lessons import Lesson, Teaching
 from autocomp.recovery.losses import Features, distillation_loss, labels_loss, sureness
+from autocomp.recovery.masks import Masks
 from autocomp.recovery.recipe import Phase, Recipe
 from autocomp.recovery.refit import observed, refit, set_rounding
 from autocomp.recovery.schedules import Span, learning_rate, temperature
@@ -114,6 +115,7 @@ class _Run:
         if not self.parameters:
             raise UsageError("nothing of this model can be trained: it has no weights in a form that learns")
         self.optimizer = self._optimizer()
+        self.masks = Masks(self.form)
         self._take_up()
         lessons = self.teaching.lessons.begin(self.step)
         set_rounding(self.form, self.recipe.stages[self.stage].rounding)
@@ -145,6 +147,7 @@ class _Run:
             for name, parameter in self.form.named_parameters():
                 if name in self.average:
                     parameter.copy_(self.average[name])
+        self.masks.apply()
         self.form.eval()
         reestimate_batchnorm(self.form, self.teaching.calibration, self.teaching.axes)
 
@@ -184,6 +187,7 @@ class _Run:
 
     def _step(self, stage: Phase, within: float, lessons: Iterator[Lesson]) -> float:
         lesson = next(lessons)
+        self.masks.begin(stage, self.step, within)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * learning_rate(self.recipe.schedule, within)
         while True:
@@ -197,8 +201,10 @@ class _Run:
             self.parts *= 2
         if not math.isfinite(total):
             return total
+        self.masks.move(stage, self.step, within)
         torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
         self.optimizer.step()
+        self.masks.apply()
         if self.recipe.ema:
             self._average()
         return total
@@ -279,7 +285,8 @@ class _Run:
         stored.write(
             path,
             {
-                stored.FORM: self.form.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average,
+                stored.FORM: self.form.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average, "masks": self.masks.kept,
+                "masked": [self.masks.stage, self.masks.first],
                 "step": self.step, "seconds": self.seconds, "stage": self.stage, "parts": self.parts,
                 "curve": [list(point) for point in self.curve], "rate": self.rate,
             },
@@ -296,6 +303,7 @@ class _Run:
                 continue
             self.form.load_state_dict(data[stored.FORM])
             self.optimizer.load_state_dict(data["optimizer"])
+            self.masks.kept, (self.masks.stage, self.masks.first) = data["masks"], data["masked"]
             self.average, self.stage, self.rate = data["average"], data["stage"], data["rate"]
             self.step, self.seconds, self.parts = data["step"], data["seconds"], data["parts"]
             self.curve = [(along, loss) for along, loss in data["curve"]]

@@ -32,7 +32,7 @@ from autocomp.records.run import (
     speedup,
 )
 from autocomp.records.table import read_evaluations
-from autocomp.report import figures
+from autocomp.report import figures, recovery
 from autocomp.report.curves import sensitivity_figures
 from autocomp.report.figures import Metric, milliseconds, plain
 from autocomp.report.goals import family_rows, goal_rows
@@ -96,6 +96,7 @@ def render(
         figures=drawn,
         figure_json=_embedded({name: figure for name, (figure, _) in drawn.items()}),
         targets=targets(page) if len(run.profiles) > 1 else None,
+        recovered=recovery.rows(run),
         kernels={profile: page.kernels(profile) for profile in run.profiles},
         failed=[e for e in evaluations if e.state == "failed"],
         stages=page.stages(),
@@ -468,6 +469,9 @@ def _figures(
         taken = page.recommended.evaluation.candidate.id if page.recommended and page.met else None
         limits = {"max_drop": judge.max_drops.get(judge.objective), "max_latency": judge.max_latency(profile)}
         figure = figures.front_figure(run, evaluations, profile, page.knee, limits, taken)
+        before, moved = recovery.arrows(run, evaluations, profile)
+        figure["data"][1:1] = before
+        figure["layout"]["annotations"] = [*figure["layout"]["annotations"], *moved]
         drawn[f"front-{k}"] = (figure, {"profile": profile, "outside": figures.outside_frame(figure)})
     if history := figures.hypervolume_figure(run, evaluations):
         drawn["hypervolume"] = (history, {})
@@ -478,7 +482,8 @@ def _figures(
     for k, profile in enumerate(run.profiles):
         if scatter := figures.prediction_figure(evaluations, profile):
             drawn[f"prediction-{k}"] = (scatter, {"profile": profile})
-    drawn |= {name: (figure, {}) for name, figure in sensitivity_figures(run.sensitivity).items()}
+    for some in (sensitivity_figures(run.sensitivity), recovery.curves(run)):
+        drawn |= {name: (figure, {}) for name, figure in some.items()}
     return drawn
 
 

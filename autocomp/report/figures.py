@@ -11,7 +11,7 @@ from typing import Any
 
 from autocomp.config.quantities import format_bytes
 from autocomp.front.pareto import pareto_set
-from autocomp.records.evaluation import Evaluation, as_searched
+from autocomp.records.evaluation import Evaluation, as_searched, untrained
 from autocomp.records.latency import Latency
 from autocomp.records.precisions import FORMATS, INT8
 from autocomp.records.run import Run, comparable, comparable_reference, speedup
@@ -263,7 +263,7 @@ def proxy_figure(run: Run, evaluations: Sequence[Evaluation], proxy: str) -> Fig
     def value(e: Evaluation) -> float | None:
         return e.kl if proxy == "kl" else e.error
 
-    kept = [e for e in evaluations if metric.name in e.metrics and (value(e) or 0) > 0]
+    kept = [untrained(e) for e in evaluations if metric.name in e.metrics and (value(e) or 0) > 0]
     if len(kept) < 3:
         return None
     trace = {

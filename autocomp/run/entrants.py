@@ -24,15 +24,15 @@ LOST = 2.0  # nats: past it nothing of the model is left that training could sta
 
 
 def relative(found: Found, evaluations: Sequence[Evaluation]) -> Mapping[int, float]:
-    """Seconds over dense's by trial, the mean over the profiles: as measured, else as predicted."""
-    dense = found.dense()
+    """Seconds over dense's by trial, the mean over the profiles: as measured, else (and in a deterministic run) as predicted."""
+    dense, deterministic = found.dense(), found.prepared.settings.deterministic
     times: dict[int, float] = {}
-    unknown = [e for e in evaluations if not e.latency]
+    unknown = [e for e in evaluations if deterministic or not e.latency]
     predicted = found.costs.relative([e.candidate for e in unknown]) if unknown else {}
     for index, evaluation in enumerate(unknown):
         times[evaluation.trial] = float(np.mean([ratios[index] for ratios in predicted.values()]))
     for evaluation in evaluations:
-        if evaluation.latency:
+        if evaluation.trial not in times:
             ratios = [evaluation.latency[name].seconds / its.seconds for name, its in dense.latency.items()]
             times[evaluation.trial] = float(np.mean(ratios))
     return times

@@ -16,6 +16,7 @@ from autocomp.front.goals import Judge, family
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation
 from autocomp.records.latency import Latency
+from autocomp.records.recovery import Recovery
 from autocomp.records.run import FrontPoint, Run, read_run, speedup
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ class Point:
     def bytes(self) -> int:
         """Size of the stored weights."""
         return self.record.evaluation.bytes
+
+    @property
+    def recovered(self) -> Recovery | None:
+        """How it was trained after it was compressed, with its metrics before; None where it was not."""
+        return self.record.evaluation.recovered
 
     def load(self) -> torch.nn.Module:
         """The compressed torch model, in evaluation mode; nothing in its file is run.

@@ -143,12 +143,16 @@ class Stage:
         return teaching
 
     def _enter(self, teaching: Teaching) -> dict[str, Any] | None:
-        """Who enters, and the learning rate that the one in the middle of them bears; None where nobody does."""
+        """Who enters, and the learning rate of the one that has the most to learn: one that has lost little asks for less than the others bear.
+
+        None where nobody enters.
+        """
         from autocomp.recovery.rate import search_rate
 
         if not (first := self._first(teaching)):
             return None
-        model = self.prepared.stitch_untrained(first[len(first) // 2].candidate)
+        farthest = max(first, key=lambda e: e.kl or 0.0)
+        model = self.prepared.stitch_untrained(farthest.candidate)
         rates = search_rate(model, teaching, self.recipe)
         count = self._count(teaching, rates, len(first))
         return {"trials": [e.trial for e in first[:count]], "rate": rates.taken, "said": str(rates)}
@@ -313,7 +317,7 @@ class Stage:
             if evaluation.state != "measured":
                 continue
             results = [r for index in range(len(SHARES)) if (r := self._result(trial, index)) and r["metrics"]]
-            best = max(results, key=lambda r: sign * r["metrics"][judge.objective], default=None)
+            best = _last_of_the_best(results, judge.objective, sign)
             if best is None or sign * best["metrics"][judge.objective] <= sign * evaluation.metrics[judge.objective]:
                 continue
             before = untrained(evaluation)
@@ -417,7 +421,9 @@ def correlations(
         if len(e.drops) > 1 and e.drops[-1] is not None and e.drops[0] is not None
     ]
     found = {
-        "KL before, with the loss after a short training": spearman([a for a, _ in first], [b for _, b in first]),
+        "divergence before, with the loss after a short training": spearman(
+            [a for a, _ in first], [b for _, b in first]
+        ),
         "a short training, with the loss at its end": spearman([a for a, _ in last], [b for _, b in last]),
     }
     return {name: value for name, value in found.items() if value is not None and np.isfinite(value)}
@@ -448,6 +454,16 @@ def _train(
         return Outcome(None, str(error))
     except Exception as error:
         return Outcome(None, reason_of(error))
+
+
+def _last_of_the_best(results: Sequence[dict[str, Any]], objective: str, sign: float) -> dict[str, Any] | None:
+    """The last result within a standard error of the best: of readings that noise alone tells apart, the one that was trained the longest."""
+    if not results:
+        return None
+    best = max(results, key=lambda r: float(sign * r["metrics"][objective]))
+    least = sign * best["metrics"][objective] - best["errors"].get(objective, 0.0)
+    later = [r for r in results if sign * r["metrics"][objective] >= least]
+    return later[-1]
 
 
 def _event() -> Any:

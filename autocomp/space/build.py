@@ -53,6 +53,7 @@ class _Builder:
     def __init__(self, graph: Graph, rules: SpaceFile, profiles: Sequence[Target]) -> None:
         self.graph, self.rules, self.profiles = graph, rules, profiles
         self.lanes = max(profile.lanes for profile in profiles)
+        self.step = rules.step or self.lanes  # of widths
         self.exact = any(group.prunable and not group.approximate for group in graph.groups.values())
         self.refused: list[Refusal] = []
 
@@ -97,14 +98,14 @@ class _Builder:
         return offered
 
     def _step(self, group: Group, segment: int) -> int:
-        """Units of a segment that come in whole vectors in every layer; heads have a size of their own."""
+        """Units of a segment that come in whole vectors (or steps of the space) in every layer; heads have a size of their own."""
         if group.attention:
             return 1
         step = 1
         for units in (*group.rows.values(), *group.columns.values()):
             each = group.per_unit(units)[1][segment]
             if each:
-                step = max(step, self.lanes // gcd(self.lanes, each))
+                step = max(step, self.step // gcd(self.step, each))
         return step
 
     def _rounded(self, wanted: float, full: int) -> int:

@@ -66,6 +66,12 @@ class SpaceFile(BaseModel):
     format_version: Literal[1]
     description: str = Field("", description="a line for `autocomp spaces`")
     rules: list[Rule] = Field(description="in order: later ones override earlier ones, key by key")
+    step: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="channels that widths are multiples of; whole vectors unless given. Fewer than a vector save the readers' work alone",
+    )
     protect: list[str] = Field(
         [], description="layers that stay in fp32 at full rank and keep all their output channels"
     )

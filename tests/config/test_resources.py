@@ -24,6 +24,6 @@ def test_broken_installation_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
         resources.data_folder("hardware_profiles")
 
 
-@pytest.mark.parametrize("folder", ["hardware_profiles", "search_spaces"])
+@pytest.mark.parametrize("folder", ["hardware_profiles", "recipes", "search_spaces"])
 def test_both_folders_ship(folder: str) -> None:
     assert resources.shipped_files(folder)
