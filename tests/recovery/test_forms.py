@@ -67,8 +67,8 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 
 def steps(model: nn.Module, x: Tensor, count: int, rate: float) -> list[float]:
-    """Adam towards outputs of noise; the losses."""
-    target = model(x).detach() + 0.5 * torch.randn(model(x).shape, generator=torch.Generator().manual_seed(7))
+    """Adam towards outputs that are larger, and by more than a step; the losses."""
+    target = model(x).detach() + 3 + 0.5 * torch.randn(model(x).shape, generator=torch.Generator().manual_seed(7))
     optimizer, losses = torch.optim.Adam(model.parameters(), rate), []
     for _ in range(count):
         loss = (model(x) - target).square().mean()
