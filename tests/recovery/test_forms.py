@@ -106,7 +106,11 @@ def test_training_begins_where_the_layer_is_and_what_is_delivered_is_what_was_tr
 @pytest.mark.parametrize("precision", STORED)
 def test_every_parameter_of_a_form_learns(precision: Precision) -> None:
     layer = made(precision, Place(True, False, (), Geometry((), (), (), 1)), 6, 64, 1)
+    torch.manual_seed(0)
     form, x = trainable(layer), torch.randn(5, 64)
+    with torch.no_grad():  # where it begins every weight is a level, and no scale of them would be nearer
+        for parameter in form.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
     form(x).square().sum().backward()
     trained = [name for name, p in form.named_parameters() if p.grad is not None and bool(p.grad.abs().sum() > 0)]
     assert set(trained) == {name for name, _ in form.named_parameters()}
