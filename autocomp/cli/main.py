@@ -334,9 +334,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _open_what_is_closed()
     try:
         with interrupt.remembered():
-            cli.main(args=None if argv is None else list(argv), prog_name="autocomp", standalone_mode=False, obj=state)
-    except click.exceptions.Exit as error:
-        return error.exit_code
+            given = None if argv is None else list(argv)
+            # what a command returns; or, where it asks click to exit, the code that it asked for
+            code = cli.main(args=given, prog_name="autocomp", standalone_mode=False, obj=state)
     except click.ClickException as error:
         said = io.StringIO()
         error.show(file=said)
@@ -356,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{error.filename or 'a file'} cannot be written: {reason}", UsageError.exit_code, state)
     except Exception as error:
         return _fail(_unexpected(error), 1, state)
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 def _open_what_is_closed() -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # Wide enough for a table where no terminal says how wide it is (a file, a pipe).
 FILE_WIDTH = 140
+WIDEST = 10_000  # wider than any table
 SMALL_SHARE = 0.01  # of the time: what is kept of less is not worth a line
 
 
@@ -39,13 +40,22 @@ def show_table(headings: Sequence[str], rows: Iterable[Sequence[str]], title: st
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for heading in headings:
+    table, rows = (
+        Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold"),
+        list(rows),
+    )
+    for index, heading in enumerate(headings):
         right = heading.startswith(">")
-        table.add_column(heading.removeprefix(">"), justify="right" if right else "left", no_wrap=right)
+        heading = heading.removeprefix(">")
+        whole = right or not index  # the first column says what a row is of
+        longest = max(map(len, (heading.strip(), *(row[index] for row in rows)))) if whole else None
+        table.add_column(heading, justify="right" if right else "left", no_wrap=whole, min_width=longest)
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    output().print(table)
+    console = output()
+    least = console.measure(table, options=console.options.update(width=WIDEST)).minimum
+    console.width = max(console.width, least)  # else columns that may not be wrapped take the room of those that may
+    console.print(table)
 
 
 def _figure(value: float, sign: str = "") -> str:

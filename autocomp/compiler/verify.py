@@ -83,10 +83,13 @@ def compare(
     The typical error of the median input is held to the tolerance of the model's precision, tail, worst and decisions over all inputs.
     MismatchError says what is beyond it, and whether the model is chaotic.
     """
+    import torch
+
     references = [reference_outputs(model, arguments) for arguments in inputs]
     _refuse_not_numbers(references, what)
     allowed = coarsest(model).tolerance
-    found = _together([_errors(run(*a), expected, allowed) for a, expected in zip(inputs, references, strict=True)])
+    with torch.no_grad():
+        found = _together([_errors(run(*a), expected, allowed) for a, expected in zip(inputs, references, strict=True)])
     if found.within(allowed):
         return Agreement(found)
     if found != _WRONG and (moved := _movement(model, inputs, references, allowed)) is not None:

@@ -207,6 +207,14 @@ class Settings(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _no_early_end(self) -> Settings:
+        if self.deterministic and self.stop_when_met:
+            raise ValueError(
+                "stop_when_met ends a search by measured times, so it cannot be deterministic: leave one of the two out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _known_profiles(self) -> Settings:
         """A latency by profile is of one that is searched for; a search that stops when goals are met has some."""
         for name in self.goals.max_latency if isinstance(self.goals.max_latency, dict) else ():

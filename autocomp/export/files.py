@@ -114,7 +114,7 @@ def load_model(folder: Path) -> torch.nn.Module:
         raise UsageError(f"{path} holds tensors, but not the structure of a model: it was not written by autocomp")
     structure = current(structure, path, NEWEST, assumed=NEWEST)
     try:
-        return rebuild(structure, tensors).eval()
+        return rebuild(structure, tensors).eval().requires_grad_(False)
     except (KeyError, TypeError, ValueError, AttributeError, AssertionError, IndexError, RuntimeError) as error:
         raise UsageError(f"{path} is damaged: {type(error).__name__}: {last_line(error)}") from error
 

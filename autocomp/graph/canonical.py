@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from autocomp.errors import ExportError, cut
+from autocomp.graph.batches import part, shape_of
 from autocomp.graph.exporting import exported, plain_outputs
 from autocomp.graph.program import Batch, CanonicalModel, Code, source_of
 from autocomp.graph.reader import Reader
@@ -24,6 +25,10 @@ from autocomp.graph.sizes import name_sizes
 from autocomp.processes import interrupt
 
 _ONE = threading.RLock()  # torch.export keeps its state in the process: two at once spoil each other
+
+
+FEW = 3  # samples of a calibration batch that the canonical form is compared on
+SHAPES = 8  # of samples of the calibration data that it is compared at
 
 
 def canonical(
@@ -152,6 +157,7 @@ def _read(
             if _is_free(program, found):
                 result = _assembled(model, Reader(program, model).read(), found)
                 _compare(result, inputs, expected)  # at another size of the batch than it was exported at
+                _compare_others(result, model, others, found)
                 return result
         except ExportError:  # not with this much freedom: if it is for another reason, it comes again below
             continue
@@ -160,7 +166,29 @@ def _read(
         batch = batch._replace(fixed=size)
     result = _assembled(model, Reader(exported(model, inputs), model).read(), batch or none)
     _compare(result, inputs, expected)
+    _compare_others(result, model, [other for other in others if _as_long(other, inputs, batch or none)], batch or none)
     return result
+
+
+def _as_long(other: Sequence[Tensor], inputs: Sequence[Tensor], batch: Batch) -> bool:
+    """Whether inputs have the shapes of others but for the number of samples."""
+    return shape_of(tuple(other), batch.inputs) == shape_of(tuple(inputs), batch.inputs)
+
+
+def _compare_others(model: CanonicalModel, given: nn.Module, others: Sequence[Sequence[Tensor]], batch: Batch) -> None:
+    """ExportError if the canonical form differs at a size that the calibration has: `forward` may use sizes as numbers of Python's."""
+    seen: set[Any] = set()
+    for other in others:
+        inputs = tuple(other)
+        shapes = shape_of(inputs, batch.inputs)
+        if shapes in seen or len(seen) >= SHAPES:
+            continue
+        seen.add(shapes)
+        size = next((t.shape[a] for t, a in zip(inputs, batch.inputs, strict=True) if a is not None), None)
+        few = inputs if size is None else part(inputs, 0, min(size, FEW), batch.inputs)
+        with _kept_state(given):
+            expected = _leaves(given, few)
+        _compare(model, few, expected)
 
 
 def _is_free(program: torch.export.ExportedProgram, batch: Batch) -> bool:

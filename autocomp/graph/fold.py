@@ -38,6 +38,24 @@ def fold_batchnorm(model: nn.Module, norms: Mapping[str, str] | None = None) -> 
     return folded
 
 
+def folded_bytes(model: CanonicalModel) -> int:
+    """Bytes of a model's tensors once every BatchNorm that folds is folded; a tensor that stands in several places counts once."""
+    folded: set[int] = set()
+    biases = 0
+    for layer, norm in model.code.norms.items():
+        before, after = model.get_submodule(layer), model.get_submodule(norm)
+        if isinstance(before, nn.Sequential) and len(before):
+            before = before[-1]
+        if isinstance(before, Foldable) and isinstance(after, Norms) and after.running_mean is not None:
+            folded |= {tensor.data_ptr() for tensor in (*after.parameters(), *after.buffers())}
+            if not isinstance(before, Stored) and before.bias is None:
+                biases += after.running_mean.nbytes
+    whole: dict[int, int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        whole[tensor.data_ptr()] = max(tensor.nbytes, whole.get(tensor.data_ptr(), 0))
+    return biases + sum(size for place, size in whole.items() if place not in folded)
+
+
 def _fold(layer: nn.Module, norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) -> None:
     factor, shift = affine(norm)
     if isinstance(layer, Stored):

@@ -17,6 +17,10 @@ from torch import Tensor, nn
 
 from autocomp.errors import UsageError
 
+WHOLE, SHORT = (
+    1e-3,
+    0.1,
+)  # of an output's range, that a float32 copy may differ by: of float64 models, and of those in 16 bits
 CONVERTED = (torch.float16, torch.bfloat16, torch.float64)
 _KEPT = (torch.float32, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _WRAPPERS = (
@@ -54,6 +58,33 @@ def plain(
         model = _converted(model, what)
     notes += _said(inputs, which)
     return model, tuple(_bare(plain_tensor(tensor)) for tensor in inputs), notes
+
+
+def refuse_another(
+    given: nn.Module, its_inputs: Sequence[Tensor], model: nn.Module, inputs: Sequence[Tensor], what: str
+) -> None:
+    """UsageError if what `plain` made of a model computes something else than the model: hooks of a wrapper that was taken off, code that looks
+    at its own precision. Left at that where the model cannot be run as it is (its device is not here)."""
+    modes = {module: module.training for module in given.modules()}
+    try:
+        with torch.no_grad():
+            expected = given.eval()(*(tensor.clone() for tensor in its_inputs))
+            found = model.eval()(*(tensor.clone() for tensor in inputs))
+    except Exception:
+        return
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    short = any(t.dtype in (torch.float16, torch.bfloat16) for t in (*given.parameters(), *its_inputs))
+    for theirs, ours in zip(_tensors_in(expected), _tensors_in(found), strict=False):
+        theirs, ours = plain_tensor(theirs.detach()).double(), plain_tensor(ours.detach()).double()
+        range_ = float(theirs[torch.isfinite(theirs)].abs().max()) if bool(torch.isfinite(theirs).any()) else 0.0
+        allowed = (SHORT if short else WHOLE) * range_
+        if theirs.shape != ours.shape or bool(((theirs - ours).abs() > allowed).any()):
+            raise UsageError(
+                f"{what} differs from what it was taken for (a plain model in float32 on the CPU): a hook or code of the wrapper around it, or "
+                "code that looks at its own precision, changes what it computes. Give the plain model, with that in its forward"
+            )
 
 
 def check_tensor(tensor: Tensor, what: str, remedy: str = "give real values") -> None:
@@ -149,7 +180,7 @@ def _has_sealed_mode(model: nn.Module) -> bool:
 def _said(tensors: Sequence[Tensor], what: str) -> list[str]:
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor.dtype in CONVERTED}
     devices = {tensor.device.type for tensor in tensors if tensor.device.type != "cpu"}
-    notes = [f"{what}: {' and '.join(sorted(dtypes))} taken as float32, on a copy"] if dtypes else []
+    notes = [f"{what}: {' and '.join(sorted(dtypes))} taken as float32, on a copy; sizes are of that"] if dtypes else []
     return [*notes, f"{what}: taken from {' and '.join(sorted(devices))} to the CPU, on a copy"] if devices else notes
 
 

@@ -16,7 +16,7 @@ import torch
 
 from autocomp.database.database import LayerDatabase
 from autocomp.database.orders import filter_norms
-from autocomp.database.stitch import stitch
+from autocomp.database.stitch import stitch, stored_bytes
 from autocomp.records.candidate import Candidate
 
 if TYPE_CHECKING:
@@ -51,17 +51,12 @@ def classic_models(
     Widths are those the space offers, the nearest. What is the same candidate as one before is left out.
     """
     database = LayerDatabase(folder, model, graph, space, statistics, classic=True)
-    sizes = {table.layer: table for table in database.tables(_in_fp32(space))}
     seen = {space.dense().id}
     for name, note, candidate in _candidates(model, graph, space, keeps):
         if candidate.id not in seen:
             seen.add(candidate.id)
-            size = graph.other_bytes
-            for table in sizes.values():
-                i = 0 if table.in_group is None else table.widths_in.index(candidate.widths[table.in_group])
-                o = 0 if table.out_group is None else table.widths_out.index(candidate.widths[table.out_group])
-                size += int(table.bytes[i, o, 0])
-            yield Classic(name, note, candidate, stitch(model, graph, database, candidate), size)
+            stitched = stitch(model, graph, database, candidate)
+            yield Classic(name, note, candidate, stitched, stored_bytes(stitched))
 
 
 def global_widths(model: torch.nn.Module, graph: Graph, space: Space, keep: float) -> dict[str, int]:

@@ -123,5 +123,5 @@ def _differing(now: Metrics, torchs: Mapping[str, float], errors: Mapping[str, f
     return [
         name
         for name, difference in far.items()
-        if difference > SAME * abs(torchs[name]) + 1e-8 and difference > NOISE * errors.get(name, 0.0)
+        if difference > SAME * abs(torchs[name]) and difference > NOISE * errors.get(name, 0.0)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import time
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from autocomp.compiler.handover import describe_outputs
 from autocomp.devices.device import Compiled, Device
 from autocomp.errors import CorruptError, UsageError, last_line
 from autocomp.export.files import export_point
-from autocomp.progress import Progress
+from autocomp.progress import Progress, Stage
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation
 from autocomp.records.latency import Latency
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     import torch
 
 
+ROUNDED = (
+    0.02  # of a metric: what precisions and single decisions on an edge may make of it. Chosen by hand, not measured
+)
+
+
 @dataclass(frozen=True)
 class Rehearsed:
     """The uncompressed model as a front point would be: its modules by profile, its metrics, and the seconds that its files took."""
@@ -36,10 +42,15 @@ class Rehearsed:
 
 
 def rehearse(
-    task: Task, devices: Mapping[str, Device], inputs: list[tuple[torch.Tensor, ...]], progress: Progress
+    task: Task,
+    devices: Mapping[str, Device],
+    inputs: list[tuple[torch.Tensor, ...]],
+    progress: Progress,
+    given: torch.nn.Module | None = None,
 ) -> Rehearsed:
     """Do with the uncompressed model, in a folder that is thrown away, all that is done with a point of the front.
 
+    ``given`` is the model as its user gave it, which the task's own metric is read of once: what is compressed must be that.
     UsageError if it cannot be judged, compiled, linked, or reported on. A file of another kind that cannot be written (ONNX, weights) is a
     warning: the front is worth having without it.
     """
@@ -52,6 +63,8 @@ def rehearse(
                 f"Task.evaluate judges the same model otherwise when it is asked again ({said}): it draws at random, or writes to its own "
                 "data; no difference within that says anything"
             )
+        elif given is not None:
+            _hold_to(given, task, metrics, stage)
         stage.advance(note="metric")
         start = time.perf_counter()
         compiled = {name: device.compile(task.model, inputs) for name, device in devices.items()}
@@ -70,6 +83,35 @@ def rehearse(
     writing = time.perf_counter() - start
     # at the end all kernels are tuned: most of what compiling takes now is not needed then
     return Rehearsed(compiled, metrics, writing + min(compiling, writing))
+
+
+def _hold_to(given: torch.nn.Module, task: Task, metrics: Metrics, stage: Stage) -> None:
+    """Hold the metrics of the canonical form to those of the model as it was given. UsageError where they are of another model.
+
+    Sizes that a `forward` uses in Python (a length, a branch on the batch) are written down as numbers by torch.export.
+    """
+    try:
+        theirs = evaluate_task(task, copy.deepcopy(given).eval(), names=tuple(metrics), as_given=True)
+    except Exception as error:  # the user's own code, of a model that need bear no copying
+        stage.warn(
+            f"the model as it was given was not judged, to hold its exported form to it: {type(error).__name__}: {last_line(error)}"
+        )
+        return
+    if not (said := otherwise(theirs, metrics)):
+        return
+    errors = {**theirs.errors(), **metrics.drop_errors(theirs)}
+    far = [
+        m for m, value in theirs.items() if abs(metrics[m] - value) > max(ROUNDED * abs(value), 3 * errors.get(m, 0.0))
+    ]
+    text = f"Task.evaluate tells the exported form of the model from the model as it was given: {said}"
+    if far:
+        raise UsageError(
+            f"{text}. What would be compressed is another model: its forward uses what torch.export writes down as a number (a length or image "
+            "size, len(x), math.log(x.shape[1]), a branch on the size of the batch), or a hook or precision of a wrapper that was taken off. "
+            "Compute it with tensors (x.shape in arithmetic of tensors is fine), or let Task.calibration hold batches of every size that it is "
+            "judged at"
+        )
+    stage.warn(text)
 
 
 def _judge(verified: Mapping[str, Verified], progress: Progress) -> None:

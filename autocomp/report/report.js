@@ -80,6 +80,7 @@
       var allowed = most * Math.pow(slider.value / 100, 2);  // finer where losses are small
       var text = allowed.toPrecision(2).replace(/^0\.0+e.*$/, "0");
       document.getElementById("allowed").textContent = (Number(text) + " " + offers.unit).trim();
+      allowed = Number(text);  // what is said is what is allowed
       var within = offers.points.filter(function (point) { return point.loss <= allowed + 1e-12; });
       var got = document.getElementById("got");
       got.textContent = "";

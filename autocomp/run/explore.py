@@ -269,7 +269,7 @@ class _Explorer:
 
     def _met(self) -> bool:
         """Whether the search may end early: what is measured meets the goals, and every member of the family is there."""
-        if not self.settings.stop_when_met or self.settings.deterministic:
+        if not self.settings.stop_when_met:
             return False
         quiet = [e for e in self.search.told if e.state == "measured" and not e.noisy and not is_baseline(e.source)]
         members = family(self.judge, quiet, self.settings.speedups, list(self.prepared.devices)).values()

@@ -97,7 +97,7 @@ def _make_run(prepared: Prepared, found: Found) -> Run:
         sensitivity=tuple(curves(found.costs.tables)),
         deciders=deciders(problem, [e.candidate for e in found.told if e.state != "failed"]),
         kept=kept(prepared.graph, prepared.space, problem),
-        identity={**prepared.identity, **profiles_identity(d.profile for d in prepared.devices.values())},
+        identity={**prepared.identity, **profiles_identity({name: d.profile for name, d in prepared.devices.items()})},
         recovery=summary_of(found),
     )
 

@@ -54,9 +54,9 @@ def compression_of(settings: Settings, rules: SpaceFile) -> str:
     return _of_text([str(part) for part in (REVISION, DAMPING, STEPS, *written)])
 
 
-def profiles_identity(profiles: Iterable[Profile]) -> dict[str, str]:
-    """Digests of what the times of each profile depend on, by what a message calls it."""
-    return {f"the profile {profile.name}": profile.fingerprint for profile in profiles}
+def profiles_identity(profiles: Mapping[str, Profile]) -> dict[str, str]:
+    """Digests of what the times of each profile depend on, by what a message calls it; ``profiles`` by the names that the run has for them."""
+    return {f"the profile {name}": profile.fingerprint for name, profile in profiles.items()}
 
 
 def refuse_another(before: Mapping[str, str], now: Mapping[str, str], folder: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,12 +16,16 @@ from autocomp.measurement.measurer import reason_of
 from autocomp.measurement.side_by_side import side_by_side
 from autocomp.processes.outcome import Outcome
 from autocomp.records.evaluation import Evaluation
+from autocomp.records.latency import Latency
 from autocomp.records.run import Deployed, FrontPoint, Verified
 
 if TYPE_CHECKING:
     from autocomp.devices.device import Compiled, Device
     from autocomp.run.found import Found
     from autocomp.run.prepare import Prepared
+
+
+APART = 0.2  # of the time of one inference: by more, two ways to take it disagree. Chosen by hand, not measured
 
 
 def write_points(prepared: Prepared, evaluations: Sequence[Evaluation]) -> list[FrontPoint]:
@@ -118,8 +122,10 @@ def _again(prepared: Prepared, name: str, device: Device, evaluations: list[Eval
         if evaluation.trial != dense.trial and path.exists():
             modules[evaluation.trial] = base.reload(path)
     taken = steady(lambda: device.time_in_turn(list(modules.values()), prepared.inputs[0]))
-    tails = [module.tail(*prepared.inputs[0]) for module in modules.values()]
-    latencies = {trial: replace(latency, tail=tail) for trial, latency, tail in zip(modules, taken, tails, strict=True)}
+    latencies = {
+        trial: with_tail(latency, module.tail(*prepared.inputs[0]))
+        for (trial, module), latency in zip(modules.items(), taken, strict=True)
+    }
 
     def renewed(evaluation: Evaluation) -> Evaluation:
         if evaluation.trial not in latencies:
@@ -133,6 +139,19 @@ def _again(prepared: Prepared, name: str, device: Device, evaluations: list[Eval
         return replace(evaluation, latency={**evaluation.latency, name: after}, earlier=earlier)
 
     return [renewed(evaluation) for evaluation in evaluations]
+
+
+def with_tail(latency: Latency, tail: Mapping[str, float]) -> Latency:
+    """A latency with percentiles of single inferences, which check it: averages over many have in them what took the core meanwhile.
+
+    Where most single inferences were much faster, the averages were disturbed, however alike they are; where they were much slower, they were.
+    """
+    if not tail:
+        return latency
+    ratio = tail["p50"] / latency.seconds
+    if ratio > 1 + APART:
+        return latency
+    return replace(latency, tail=tail, noisy=latency.noisy or ratio < 1 - APART)
 
 
 def _written(prepared: Prepared, evaluations: Sequence[Evaluation]) -> list[Outcome[dict[str, Verified]]]:

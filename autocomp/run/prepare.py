@@ -114,6 +114,7 @@ def prepare(
     identity = {**identity_of(task), "how layers are compressed": compression_of(settings, rules)}
     if known and "space" in known:  # else nothing was asked yet
         refuse_another(known.get("identity", {}), identity, folder)
+    given = task.given.model if task.given and task.given.canonical is task.model else None
     profiles = [device.profile for device in devices.values()]
     ready = prepare_task(task, rules, profiles, settings.calibration_samples, progress)
     task, graph, inputs = ready.task, ready.graph, ready.inputs
@@ -124,7 +125,7 @@ def prepare(
         budget.training = amount if unit == "seconds" else 0.0
     measurer = Measurer(task, devices, inputs, lambda candidate: stitch(task.model, graph, database, candidate))
     if not (known and (folder / "layers").exists()):  # else a run got past this before
-        measurer.rehearsed = rehearse(task, devices, inputs, progress)
+        measurer.rehearsed = rehearse(task, devices, inputs, progress, given)
         _refuse_unknown(settings, measurer.rehearsed.metrics)
         budget.keep_for_the_end(measurer.rehearsed.seconds, measurer.together, settings.references)
     samples, seed = settings.calibration_samples, settings.seed

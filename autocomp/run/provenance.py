@@ -16,6 +16,7 @@ from autocomp.cache import write_atomically
 from autocomp.records.evaluation import FORMAT_VERSION
 from autocomp.run.folder import PROVENANCE, study_bytes
 from autocomp.run.prepare import Prepared
+from autocomp.study.storage import masked
 
 PACKAGES = ("autocomp", "torch", "apache-tvm", "apache-tvm-ffi", "onnxruntime", "optuna", "numpy")
 
@@ -25,7 +26,7 @@ def write_provenance(prepared: Prepared) -> Path:
     data = {
         "format_version": FORMAT_VERSION,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0]).name, *map(masked, sys.argv[1:])]),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "platform": platform.platform(),

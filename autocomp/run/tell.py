@@ -22,7 +22,7 @@ AHEAD = 8  # trials drawn before the first of them is told, in a deterministic r
 DOMINATED = 1.25
 
 _Work = tuple[Candidate, float]  # and the divergence above which it is not looked at any closer
-_Scored = tuple[float | None, str, float]  # divergence, or None and why; seconds
+_Scored = tuple[float | None, str, float, int]  # divergence, or None and why; seconds; bytes as stored
 
 
 class Teller:
@@ -51,12 +51,12 @@ class Teller:
                 begun.append(self._thought(one))
                 yield begun[-1].candidate, self._hopeless(begun[-1])
 
-        for divergence, failure, seconds in self.scorers.map(work()):
+        for divergence, failure, seconds, size in self.scorers.map(work()):
             evaluation = begun.popleft()
             if divergence is None:
                 evaluation = replace(evaluation, state="failed", failure=failure)
             else:
-                evaluation = replace(evaluation, kl=divergence, seconds_spent=seconds)
+                evaluation = replace(evaluation, kl=divergence, seconds_spent=seconds, bytes=size)
             self.found.search.tell(evaluation.trial, evaluation)
             yield evaluation
 
@@ -69,13 +69,15 @@ class Teller:
 
     def _score(self, work: _Work) -> _Scored:
         from autocomp.accuracy.proxy import stitch_and_score
+        from autocomp.database.stitch import stored_bytes
 
         prepared, start = self.prepared, time.perf_counter()
         try:
-            divergence = stitch_and_score(prepared.task.model, prepared.graph, prepared.database, *work)[1]
+            model, divergence = stitch_and_score(prepared.task.model, prepared.graph, prepared.database, *work)
         except Exception as error:  # the model's own code runs here
-            return None, reason_of(error), time.perf_counter() - start
-        return divergence, "", time.perf_counter() - start
+            return None, reason_of(error), time.perf_counter() - start, 0
+        # counted, not looked up: the tables know nothing of tensors that belong to no layer and shrink with one
+        return divergence, "", time.perf_counter() - start, stored_bytes(model)
 
     def _hopeless(self, evaluation: Evaluation) -> float:
         """The divergence above which a candidate is beaten for certain: by one that was told and is predicted no slower."""

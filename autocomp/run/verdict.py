@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from autocomp.tasks.task import Task
 
 SILENT = 600.0  # seconds after which a library that is run is given up
+ROUNDING = (
+    0.1  # of what a metric lost, or may lose: by as much it may be read otherwise and be the same. Chosen by hand
+)
+FLOAT = 1e-6  # of a metric: what sums in another order make of it
 SLOWER = 0.10  # share of the speed-up that may be lost before it counts; two runs of one module on a quiet machine differ by less
 
 
@@ -169,13 +173,15 @@ class _Checks:
         return _check("task", Verdict.ACCEPT, "model, data and metric are those that the run was made from")
 
     def _size(self, model: torch.nn.Module) -> Check:
-        """Whether the tensors of the delivered model are as large as the run says; statistics of BatchNorm, which fold away, count or not."""
-        was, said = self.point.bytes, self._manifest().get("bytes")
-        all_of_them, folded = tensor_bytes(model)
-        right = said == was and all_of_them - folded <= was <= all_of_them
-        text = f"{was} bytes of weights in the run, {said} in the manifest, {all_of_them} in model.safetensors"
-        verdict = Verdict.ACCEPT if right else Verdict.REGRESSION
-        return _check("size", verdict, text, now=all_of_them - folded, run=was)
+        """Whether the tensors of the delivered model are as large as the run says."""
+        from autocomp.database.stitch import stored_bytes
+
+        was, said, now = self.point.bytes, self._manifest().get("bytes"), stored_bytes(model)
+        text = (
+            f"{now} bytes of tensors in model.safetensors, BatchNorm folded; {was} in the run, {said} in the manifest"
+        )
+        verdict = Verdict.ACCEPT if now == was == said else Verdict.REGRESSION
+        return _check("size", verdict, text, now=now, run=was)
 
     def _manifest(self) -> Any:
         return read_json(self.place / "manifest.json")
@@ -183,23 +189,28 @@ class _Checks:
     def _metric(self, task: Task, model: torch.nn.Module) -> Check:
         from autocomp.tasks.task import evaluate_task
 
-        run = self.found.run
+        run, point = self.found.run, self.point.record.evaluation
         now, then = evaluate_task(task, model), self.point.metrics
         name = run.task.objective
-        said = f"{name} {now[name]:.4g}, {then[name]:.4g} in the run"
+        said = f"{name} {now[name]:.7g}, {then[name]:.7g} in the run"
         numbers = {"now": now[name], "run": then[name]}
         dense = evaluate_task(task, task.model)
-        changed, other = otherwise(then, now), otherwise(run.dense.evaluation.metrics, dense)
-        if not changed and not other:
-            return _check("metric", Verdict.ACCEPT, said, **numbers)
         was = Judge.of(run, self.settings.goals)
         judge = replace(was, dense=replace(was.dense, metrics=dense))
-        point = self.point.record.evaluation
+        # a metric may be large beside all that it may lose: its thousandth is then no measure of what is the same
+        floors = {m: FLOAT * abs(value) for m, value in then.items()}
+        allowed = {m: ROUNDING * max(most, abs(was.drop(point, m))) + floors[m] for m, most in was.max_drops.items()}
+        changed = otherwise(then, now, allowed)
+        other = otherwise(run.dense.evaluation.metrics, dense, allowed)
         for metric in dict.fromkeys([name, *judge.max_drops]):
             lost, before = judge.drop(replace(point, metrics=now), metric), was.drop(point, metric)
-            if lost > max(before, judge.max_drops.get(metric, before)) + abs(before) * 0.1 + 1e-9:
+            if lost > max(before, judge.max_drops.get(metric, before)) + abs(before) * ROUNDING + floors[metric]:
+                if not changed and not other and metric not in judge.max_drops:
+                    continue  # of two numbers that are the same, the difference is rounding
                 text = f"{said}; against the uncompressed model {metric} loses {lost:.4g} now, {before:.4g} in the run"
                 return _check("metric", Verdict.REGRESSION, text, **numbers)
+        if not changed and not other:
+            return _check("metric", Verdict.ACCEPT, said, **numbers)
         text = f"{said} ({changed or 'the same'}); the uncompressed model: {other or 'the same'}. Another model, or other data"
         return _check("metric", Verdict.INCONCLUSIVE, text, **numbers)
 
@@ -231,7 +242,7 @@ class _Checks:
             right = _compared(names[0], model, library.run, inputs[: library.checked_inputs])
             if right.verdict is not Verdict.ACCEPT:
                 return [right]
-            return [right, self._tried(names[1], lambda: self._latency(names[1], device, dense, library, inputs))]
+            return [right, self._tried(names[1], lambda: self._latency(profile, device, dense, library, inputs))]
 
         # in a process of its own: a library for another processor ends the one that runs it
         path = self.place / library_of(profile, list(self.found.run.profiles))
@@ -242,11 +253,11 @@ class _Checks:
         return checks
 
     def _latency(
-        self, name: str, device: Any, dense: Any, library: Any, inputs: list[tuple[torch.Tensor, ...]]
+        self, profile: str, device: Any, dense: Any, library: Any, inputs: list[tuple[torch.Tensor, ...]]
     ) -> Check:
         from autocomp.hardware.timing import steady
 
-        profile = device.profile.name
+        name = f"latency on {profile}"
         if (was := self.wanted.get(profile, 0.0)) <= 0:
             return _check(name, Verdict.CANNOT_RUN, f"the baseline has no accepted latency on {profile}")
         whole, ours = steady(lambda: device.time_in_turn([dense, library], inputs[0]))
@@ -262,14 +273,14 @@ class _Checks:
             verdict = Verdict.ACCEPT
         else:
             verdict = Verdict.INCONCLUSIVE if noisy or times * (1 + spread / 2) >= floor else Verdict.REGRESSION
-        if ours.how == "estimated" and self._is_other(device.profile):
+        if ours.how == "estimated" and self._is_other(profile, device.profile):
             verdict, said = Verdict.INCONCLUSIVE, f"{said}; the profile is not what it was when the run was made"
         return _check(name, verdict, said, **numbers)
 
-    def _is_other(self, profile: Profile) -> bool:
+    def _is_other(self, name: str, profile: Profile) -> bool:
         """Whether what times depend on is not as it was: of this machine it may be another, of an estimate all that it reckons with."""
         was = self.found.run.identity
-        return any(was.get(name, digest) != digest for name, digest in profiles_identity([profile]).items())
+        return any(was.get(name, digest) != digest for name, digest in profiles_identity({name: profile}).items())
 
     def _tried(self, name: str, check: Callable[[], Check]) -> Check:
         try:
@@ -296,16 +307,6 @@ def _compared(
 
 def _check(name: str, verdict: Verdict, said: str, **numbers: float) -> Check:
     return Check(name, verdict, said, numbers)
-
-
-def tensor_bytes(model: torch.nn.Module) -> tuple[int, int]:
-    """Bytes of all parameters and buffers of a model, shared ones counted once, and of those among them that BatchNorm layers hold."""
-    from torch.nn.modules.batchnorm import _BatchNorm
-
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if tensor.nbytes}
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    folded = {t.data_ptr(): t.nbytes for norm in norms for t in (*norm.parameters(), *norm.buffers()) if t.nbytes}
-    return sum(tensors.values()), sum(folded.values())
 
 
 def _chosen(found: SearchResult, settings: Settings, point: str | None) -> Point:

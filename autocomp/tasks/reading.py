@@ -56,9 +56,14 @@ def values_of(value: Any) -> Samples | None:
     return values if values.ndim == 1 and len(values) > 1 else None
 
 
-def otherwise(then: Mapping[str, float], now: Mapping[str, float]) -> str:
-    """Which metrics differ between two readings, and how; empty if none does."""
-    changed = [metric for metric in {**then, **now} if not _alike(then.get(metric), now.get(metric))]
+def otherwise(then: Mapping[str, float], now: Mapping[str, float], allowed: Mapping[str, float] | None = None) -> str:
+    """Which metrics differ between two readings, and how; empty if none does.
+
+    By more than a thousandth of their value; or than what is ``allowed`` by metric, where that is less: a thousandth of 1000 may be more than
+    all that a goal lets a metric lose.
+    """
+    limits = allowed or {}
+    changed = [m for m in {**then, **now} if not _alike(then.get(m), now.get(m), limits.get(m, math.inf))]
     return ", ".join(f"{metric} {_text(then.get(metric))}, now {_text(now.get(metric))}" for metric in changed)
 
 
@@ -66,9 +71,11 @@ def _standard_error(values: Samples) -> float:
     return float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
-def _alike(then: float | None, now: float | None) -> bool:
-    return then is not None and now is not None and math.isclose(then, now, rel_tol=SAME, abs_tol=1e-8)
+def _alike(then: float | None, now: float | None, allowed: float = math.inf) -> bool:
+    if then is None or now is None:
+        return False
+    return abs(then - now) <= min(SAME * max(abs(then), abs(now)), allowed)
 
 
 def _text(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4g}"
+    return "none" if value is None else f"{value:.7g}"

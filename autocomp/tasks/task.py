@@ -29,6 +29,14 @@ LONGEST_UNIT = 20
 Evaluate = Callable[["nn.Module"], Mapping[str, Any]]
 
 
+@dataclass(frozen=True)
+class GivenModel:
+    """A model as its user gave it, and the canonical form that was made of it."""
+
+    model: nn.Module
+    canonical: nn.Module
+
+
 @dataclass
 class Task:
     """A model to compress and how to judge what comes out.
@@ -94,6 +102,7 @@ class Task:
     batch_axes: tuple[int | None, ...] | None = None
     augment: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None
     converted: tuple[str, ...] = ()  # written by the Task: how model and inputs differ from those given (`plain`)
+    given: GivenModel | None = None  # written by the Task
 
     def __post_init__(self) -> None:
         self.validate()
@@ -103,14 +112,16 @@ class Task:
         from torch import nn
 
         from autocomp.graph.canonical import canonical
-        from autocomp.graph.plain import PlainBatches, plain
+        from autocomp.graph.plain import PlainBatches, plain, refuse_another
         from autocomp.tasks.outputs import parse
 
         if not isinstance(self.model, nn.Module):
             raise UsageError(f"Task.model must be a torch.nn.Module, got {_kind(self.model)}")
-        inputs = checked_batch(self.example_inputs, "Task.example_inputs")
+        inputs, given = checked_batch(self.example_inputs, "Task.example_inputs"), self.model
         self.model, self.example_inputs, notes = plain(self.model, inputs, "Task.model", "Task.example_inputs")
         self.converted += tuple(notes)
+        if notes and isinstance(given, nn.Module):
+            refuse_another(given, inputs, self.model, self.example_inputs, "Task.model")
         self.batch_axes = self._checked_axes()
         self.calibration = self._checked_calibration()
         self.outputs = parse(self.outputs)
@@ -133,6 +144,8 @@ class Task:
             finite = buffer.masked_fill(buffer == -math.inf, 0) if buffer.is_floating_point() else buffer
             _refuse_non_finite(finite, f"buffer {name!r} of Task.model", rule)
         self.model = canonical(self.model, self.example_inputs, self.calibration, self.batch_axes)
+        if given is not self.model:
+            self.given = GivenModel(given, self.model)
         found = self.model.code.batch.inputs
         if self.batch_axes is None and any(axis is not None for axis in found):
             self.batch_axes = found
@@ -213,9 +226,15 @@ def load_task(spec: str, progress: Progress | None = None) -> Task:
 
 
 def evaluate_task(
-    task: Task, model: nn.Module, split: str = "validation", names: Iterable[str] | None = None
+    task: Task,
+    model: nn.Module,
+    split: str = "validation",
+    names: Iterable[str] | None = None,
+    as_given: bool = False,
 ) -> Metrics:
     """Return the task's metrics of ``model`` on a split (``validation`` or ``test``), objective first, all finite.
+
+    ``as_given``: the model is the user's own, and takes the user's inputs as they are.
 
     One that is given as the values of samples is their mean, and its standard error is known.
 
@@ -229,9 +248,10 @@ def evaluate_task(
     function, where = {"validation": (task.evaluate, "Task.evaluate"), "test": (task.test, "Task.test")}[split]
     if function is None:
         raise UsageError("this task has no held-out test: Task.test is None")
-    model, before = copy.deepcopy(model), checksums(task.example_inputs, task.calibration)
+    # without gradients: those of weights that were rounded are nothing to go by
+    model, before = copy.deepcopy(model).requires_grad_(False), checksums(task.example_inputs, task.calibration)
     try:
-        with process_kept(), taking_any(model) if task.converted else nullcontext():
+        with process_kept(), taking_any(model) if task.converted and not as_given else nullcontext():
             returned = function(model)
     except BaseException as error:
         if interrupt.is_stop(error):

@@ -15,17 +15,19 @@ if TYPE_CHECKING:
 
 @contextmanager
 def process_kept() -> Iterator[None]:
-    """Put back torch's modes, dtype, device and threads, the standard streams and the working folder, whatever was done to them."""
+    """Put back torch's modes, dtype, products, device and threads, the standard streams and the working folder, whatever was done to them."""
     import torch
 
     gradients, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
     device, mixed = torch.get_default_device(), torch.is_autocast_enabled("cpu")
+    products = torch.get_float32_matmul_precision()
     folder, streams = os.getcwd(), (sys.stdout, sys.stderr)
     try:
         yield
     finally:
         torch.set_grad_enabled(gradients)
         torch.set_default_dtype(dtype)
+        torch.set_float32_matmul_precision(products)
         if torch.get_default_device() != device:
             torch.set_default_device(device)
         torch.set_autocast_enabled("cpu", mixed)
@@ -38,15 +40,18 @@ def process_kept() -> Iterator[None]:
 
 @contextmanager
 def in_float32() -> Iterator[None]:
-    """torch's default type as it is delivered, whatever a task's module set: it enters what is exported."""
+    """torch's default type and products as they are delivered, whatever a task's module set: the one enters what is exported, the others are
+    what compiled modules are compared with."""
     import torch
 
-    before = torch.get_default_dtype()
+    before, products = torch.get_default_dtype(), torch.get_float32_matmul_precision()
     torch.set_default_dtype(torch.float32)
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
         torch.set_default_dtype(before)
+        torch.set_float32_matmul_precision(products)
 
 
 def checksums(inputs: Sequence[Tensor], calibration: Sequence[Sequence[Tensor]]) -> Mapping[str, int]:

@@ -116,7 +116,12 @@ def test_search_passes_settings_and_shows_the_front(run: Run, api: ModuleType) -
     assert settings.profiles == ["x86-host", "x86-64-v3"]
     assert (settings.trials, settings.measurements, settings.minutes, settings.seed) == (7, 3, 2.0, 5)
     assert (settings.out, settings.space) == ("there", "prune-only")
-    assert settings.goals.model_dump() == {"max_drop": 0.01, "max_latency": 0.0003, "max_size": 500_000, "max_memory": None}
+    assert settings.goals.model_dump() == {
+        "max_drop": 0.01,
+        "max_latency": 0.0003,
+        "max_size": 500_000,
+        "max_memory": None,
+    }
     assert seen["resume"] is False
     dense, best, *_ = out.splitlines()[1:]
     assert dense.split() == ["dense", "0.9800", "0.4", "ms", "±", "1.2%", "1.00x", "1.6", "MB"]

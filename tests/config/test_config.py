@@ -205,3 +205,8 @@ def test_old_names_are_still_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert load_settings(path, {"max_bytes": "9B"}) == load_settings(None, {"measurements": 4, "max_size": 9})
     with pytest.raises(UsageError, match="measure is the old name of measurements, and both are given"):
         load_settings(None, {"measure": 3, "measurements": 4})
+
+
+def test_an_early_end_is_not_deterministic() -> None:
+    with pytest.raises(UsageError, match="stop_when_met ends a search by measured times"):
+        load_settings(None, {"task": "digits", "deterministic": True, "stop_when_met": True, "max_drop": 0.1})

@@ -60,8 +60,8 @@ def test_other_precisions_are_taken_as_fp32_on_a_copy(dtype: torch.dtype) -> Non
     model, (x,), notes = plain(given, (X.to(dtype),))
     name = str(dtype).removeprefix("torch.")
     assert notes == [
-        f"the model: {name} taken as float32, on a copy",
-        f"the example inputs: {name} taken as float32, on a copy",
+        f"the model: {name} taken as float32, on a copy; sizes are of that",
+        f"the example inputs: {name} taken as float32, on a copy; sizes are of that",
     ]
     assert isinstance(model, Mixed)
     assert {tensor.dtype for tensor in (*model.state_dict().values(), model.scale, x)} == {torch.float32}

@@ -47,8 +47,10 @@ def models(run: Path) -> Path:
 
 
 def test_what_was_delivered_is_accepted(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["gate", str(run), "--slower", str(LOOSE), "--json"]) in (0, Verdict.INCONCLUSIVE.exit_code)
+    code = main(["gate", str(run), "--slower", str(LOOSE), "--json"])
     said = json.loads(capsys.readouterr().out)
+    assert code == Verdict(said["verdict"]).exit_code
+    assert said["verdict"] in ("ACCEPT", "INCONCLUSIVE")
     names = [check["name"] for check in said["checks"]]
     assert names == ["files", "task", "size", "metric", "onnx", "so on x86-host", "latency on x86-host"]
     assert [check["verdict"] for check in said["checks"][:6]] == ["ACCEPT"] * 6
@@ -118,6 +120,40 @@ def test_another_model_or_data_of_the_same_metric_is_told(part: str, run: Path) 
     found = autocomp.gate(run, slower=LOOSE, task=task)
     assert verdicts(found)["task"] == "INCONCLUSIVE"
     assert part in next(check.said for check in found.checks if check.name == "task")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "code"), [("ACCEPT", 0), ("REGRESSION", 4), ("INCONCLUSIVE", 5), ("CANNOT RUN", 6)]
+)
+def test_the_exit_code_is_the_verdict(verdict: str, code: int, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from autocomp import api
+
+    checks = (verdict_module.Check("files", Verdict(verdict), "said", {}),)
+    monkeypatch.setattr(api, "gate", lambda *_, **__: Gated("0123456789", checks))
+    assert main(["gate", str(run)]) == code
+    assert main(["gate", str(run), "--json"]) == code
+    assert main(["--help"]) == 0
+
+
+@pytest.mark.parametrize(("offset", "scale"), [(1000.0, 1.0), (0.0, 1e-9)])
+def test_a_metric_is_judged_by_what_it_may_lose_whatever_its_size(offset: float, scale: float, run: Path) -> None:
+    """The run's own figures and what is read now, both moved and scaled alike."""
+    task = tiny_task.task()
+
+    def told(metrics: dict[str, float], lost: float) -> dict[str, float]:
+        return {name: offset + scale * (value - lost) for name, value in metrics.items()}
+
+    data = json.loads((run / "front.json").read_text())
+    for point in (data["dense"], *data["front"]):
+        point["evaluation"]["metrics"] = told(point["evaluation"]["metrics"], 0.0)
+    (run / "front.json").write_text(json.dumps(data))
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("max_drop: null", f"max_drop: {0.02 * scale}"))
+    point = min(autocomp.SearchResult(run).front, key=lambda p: p.bytes).candidate.id
+    same = autocomp.gate(run, point, slower=LOOSE, task=replace(task, evaluate=lambda m: told(task.evaluate(m), 0.0)))
+    assert verdicts(same)["metric"] == "ACCEPT"
+    worse = autocomp.gate(run, point, slower=LOOSE, task=replace(task, evaluate=lambda m: told(task.evaluate(m), 0.2)))
+    assert verdicts(worse)["metric"] != "ACCEPT"
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
