@@ -50,8 +50,12 @@ MANY = 8  # that enter where the length is stated in steps
 
 @dataclass(frozen=True)
 class Job:
-    """One training: a trial's candidate, the round, for how long, and from whose weights (None: as it was compressed)."""
+    """One training: a trial's candidate, the round, for how long, and from whose weights (None: as it was compressed).
 
+    ``name`` is that of its files, which no other training has.
+    """
+
+    name: str
     trial: int
     candidate: Candidate
     round: int
@@ -94,6 +98,10 @@ class Stage:
         """Train, and keep what is better; a run that is resumed goes on where it was."""
         search = self.found.search
         if search.get_attr(f"{self.key}:done"):
+            if self.chosen is not None:
+                self.prepared.progress.warn(
+                    "these points were trained so before: give another length, recipe or points to go on from there"
+                )
             return
         try:
             self._run()
@@ -222,14 +230,19 @@ class Stage:
         else:
             seconds = self.left() / len(going) if self.left() < float("inf") else None
             span = Span(steps=max(1, round(self._steps(teaching) * share)), seconds=seconds)
-        return [Job(e.trial, e.candidate, index, span, self._best(e.trial, index)) for e in going]
+        stage = self.key.partition(":")[2][:6]
+        return [
+            Job(f"{e.candidate.id}-{stage}-{index}.pt", e.trial, e.candidate, index, span, self._best(e.trial, index))
+            for e in going
+        ]
 
     def _best(self, trial: int, before: int) -> str | None:
-        """The weights to go on from: of the last round."""
+        """The weights to go on from: of the last round, or, of points that were named, those that they have."""
         for index in reversed(range(before)):
             if (kept := self._result(trial, index)) and not kept["done"]["failure"]:
                 return str(kept["done"]["weights"])
-        return None
+        learnt = next(e.recovered for e in self.found.told if e.trial == trial)
+        return learnt.weights if learnt is not None and self.chosen is not None else None
 
     def _result(self, trial: int, index: int) -> dict[str, Any] | None:
         found: dict[str, Any] | None = self.found.search.get_attr(f"{self.key}:{trial}:{index}")
@@ -372,7 +385,7 @@ def _train(
     from autocomp.recovery.forms.whole import frozen
     from autocomp.recovery.train import train
 
-    name = f"{job.candidate.id}-{job.round}.pt"
+    name = job.name
     try:
         model = prepared.stitch_untrained(job.candidate)
         begun = None if job.begin is None else stored.read(prepared.folder / job.begin)[stored.FORM]

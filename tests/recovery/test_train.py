@@ -95,6 +95,21 @@ def test_without_labels_it_learns_from_the_teacher_alone() -> None:
     assert done.after["accuracy"] > done.before["accuracy"]
 
 
+def test_calibration_data_are_varied_where_the_task_says_how() -> None:
+    asked: list[int] = []
+
+    def louder(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        asked.append(len(batch[0]))
+        return (batch[0] + 0.1 * torch.randn(batch[0].shape, generator=torch.Generator().manual_seed(len(asked))),)
+
+    made = Teaching.of(replace(tiny_task.task(), augment=louder)).lessons
+    made.draw(most=3)
+    assert asked[:3] == [64] * 3
+    first, second = made.pool[:2]
+    assert not torch.equal(first.inputs[0], second.inputs[0])
+    assert first.target is None
+
+
 def test_what_training_makes_worse_is_not_handed_back() -> None:
     made = task()
     wild = PLAIN.model_copy(update={"learning_rate": 1.0, "clip": 1e6})
