@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # third.
 LEFT = 0.15
 STILL = 0.5
+WORTH = 0.1  # of the divergence up to which a front is of use: what has lost less has nothing to regain
 LOST = 2.0  # nats: past it nothing of the model is left that training could start from
 
 
@@ -41,10 +42,10 @@ def relative(found: Found, evaluations: Sequence[Evaluation]) -> Mapping[int, fl
 def entrants(found: Found, count: int) -> list[Evaluation]:
     """Told candidates that would add the most to the front if training left `LEFT` of their divergence, most promising first."""
     told = [untrained(e) for e in found.told if e.kl is not None and e.state != "failed" and e.source != "dense"]
-    told = [e for e in told if e.kl is not None and 0 < e.kl < LOST and e.predicted]
     measured = [untrained(e) for e in found.told if e.state == "measured" and e.kl is not None]
-    times = relative(found, [*told, *measured])
     useful = useful_divergence(measured, found.judge())
+    told = [e for e in told if e.kl is not None and WORTH * useful < e.kl < LOST and e.predicted]
+    times = relative(found, [*told, *measured])
     points = np.array([(LEFT * (e.kl or 0.0), math.log(times[e.trial])) for e in told]).reshape(-1, 2)
     known = np.array([(e.kl or 0.0, math.log(times[e.trial])) for e in measured]).reshape(-1, 2)
     worth = np.flatnonzero(gains(points, known, (useful, 0.0)) > 0)

@@ -147,16 +147,13 @@ class Stage:
         return teaching
 
     def _enter(self, teaching: Teaching) -> dict[str, Any] | None:
-        """Who enters, and the learning rate of the one that has the most to learn: one that has lost little asks for less than the others bear.
-
-        None where nobody enters.
-        """
+        """Who enters, and the learning rate that the one in the middle of them, by what it has lost, bears; None where nobody does."""
         from autocomp.recovery.rate import search_rate
 
         if not (first := self._first(teaching)):
             return None
-        farthest = max(first, key=lambda e: e.kl or 0.0)
-        model = self.prepared.stitch_untrained(farthest.candidate)
+        middle = sorted(first, key=lambda e: e.kl or 0.0)[len(first) // 2]
+        model = self.prepared.stitch_untrained(middle.candidate)
         rates = search_rate(model, teaching, self.recipe)
         count = self._count(teaching, rates, len(first))
         return {"trials": [e.trial for e in first[:count]], "rate": rates.taken, "said": str(rates)}
