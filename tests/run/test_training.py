@@ -145,9 +145,8 @@ def test_points_of_a_finished_run_are_trained_by_the_command(
     monkeypatch.chdir(TESTS)
     found = small("tiny_task:learning", space=narrow, trials=6, measure=2)
     assert found.run.recovery is None
-    target = min(
-        (p for p in found.front if p.candidate != found.dense.candidate), key=lambda p: p.metrics["likelihood"]
-    )
+    measured = [e for e in read_evaluations(found.folder) if e.state == "measured" and e.source != "dense"]
+    target = min(measured, key=lambda e: e.metrics["likelihood"])
     wanted = ["--point", target.candidate.id, "--length", "30steps", "--recipe", recipe, "--json"]
     assert main(["recover", str(found.folder), *wanted]) == 0
     run = json.loads(capsys.readouterr().out)
