@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # third.
 LEFT = 0.15
 STILL = 0.5
-WORTH = 0.1  # of the divergence up to which a front is of use: what has lost less has nothing to regain
+WORTH = 0.02  # of the divergence up to which a front is of use: what has lost less has nothing to regain
 LOST = 2.0  # nats: past it nothing of the model is left that training could start from
 
 
