@@ -25,18 +25,18 @@ LOST = 2.0  # nats: past it nothing of the model is left that training could sta
 
 
 def relative(found: Found, evaluations: Sequence[Evaluation]) -> Mapping[int, float]:
-    """Seconds over dense's by trial, the mean over the profiles: as measured, else (and in a deterministic run) as predicted."""
-    dense, deterministic = found.dense(), found.prepared.settings.deterministic
-    times: dict[int, float] = {}
-    unknown = [e for e in evaluations if deterministic or not e.latency]
-    predicted = found.costs.relative([e.candidate for e in unknown]) if unknown else {}
-    for index, evaluation in enumerate(unknown):
-        times[evaluation.trial] = float(np.mean([ratios[index] for ratios in predicted.values()]))
-    for evaluation in evaluations:
-        if evaluation.trial not in times:
-            ratios = [evaluation.latency[name].seconds / its.seconds for name, its in dense.latency.items()]
-            times[evaluation.trial] = float(np.mean(ratios))
-    return times
+    """Seconds over dense's by trial, the mean over the profiles: as measured where all were, and the run follows a clock; else as predicted.
+
+    Times that were measured at different moments of a busy machine and predicted ones would be told apart by more than candidates are.
+    """
+    if found.prepared.settings.deterministic or any(not e.latency for e in evaluations):
+        ratios = found.costs.relative([e.candidate for e in evaluations]).values()
+        return {e.trial: float(np.mean([profile[k] for profile in ratios])) for k, e in enumerate(evaluations)}
+    dense = found.dense().latency
+    return {
+        e.trial: float(np.mean([e.latency[name].seconds / its.seconds for name, its in dense.items()]))
+        for e in evaluations
+    }
 
 
 def entrants(found: Found, count: int) -> list[Evaluation]:
