@@ -126,7 +126,7 @@ class Lessons:
         """Lessons from number ``step`` on, for ever."""
         if self.pool:
             while True:
-                generator = torch.Generator().manual_seed((self.seed << 32) + step // len(self.pool))
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step // len(self.pool))
                 order = torch.randperm(len(self.pool), generator=generator)
                 for place in order[step % len(self.pool) :].tolist():
                     yield self.pool[place]

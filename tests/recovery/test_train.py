@@ -254,6 +254,9 @@ def test_lessons_are_drawn_once_and_gone_through_in_another_order_each_time() ->
     assert first != second
     later = made.begin(8)
     assert [id(next(later)) for _ in range(4)] == second[2:]
+    made.seed = 1
+    other = made.begin(0)
+    assert [id(next(other)) for _ in range(6)] != first
 
 
 def test_data_that_do_not_fit_are_drawn_as_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
