@@ -243,6 +243,7 @@ def test_the_rate_of_the_least_loss_is_taken_and_the_least_where_all_diverge() -
     assert found.taken == pytest.approx(10**-2.5)
     assert str(found) == "3.2e-03 (of 6 from 1e-05 to 1e-02)"
     assert lowest(lambda rate: math.inf, [1e-5, 1e-4], 1e-2).taken == 1e-5
+    assert lowest(lambda rate: 1.0 if rate < 1e-3 else 1.01, [1e-5, 1e-4, 1e-3, 1e-2], 1e-3).taken == 1e-2
 
 
 def test_lessons_are_drawn_once_and_gone_through_in_another_order_each_time() -> None:
