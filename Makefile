@@ -14,7 +14,7 @@ TORCH_VENV := .venv-torch-$(TORCH)
 
 demo: $(VENV)/.ready
 	rm -rf $(OUT)
-	$(BIN)/autocomp search digits --out $(OUT)
+	$(BIN)/autocomp search digits --recover 1min --out $(OUT)
 
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

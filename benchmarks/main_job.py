@@ -31,7 +31,17 @@ RECORDS = ("config.yaml", "provenance.json", "front.json", "evaluations.csv", "r
 def search(folder: Path) -> dict:
     """Run the demo's command in a process of its own with an empty cache; seconds, trials, peak memory."""
     start = time.perf_counter()
-    command = [sys.executable, "-m", "autocomp.cli.main", "search", "digits", "--out", str(folder / "run")]
+    command = [
+        sys.executable,
+        "-m",
+        "autocomp.cli.main",
+        "search",
+        "digits",
+        "--recover",
+        "1min",
+        "--out",
+        str(folder / "run"),
+    ]
     subprocess.run(command, check=True, env={**os.environ, "AUTOCOMP_CACHE": str(folder / "cache")})
     seconds = time.perf_counter() - start
     summary = json.loads((folder / "run" / "front.json").read_text())["summary"]

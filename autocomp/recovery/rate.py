@@ -15,7 +15,7 @@ from autocomp.recovery.schedules import Span
 from autocomp.recovery.train import losses
 
 STEPS = 12  # of each short training
-DECADE = 10.0
+ALIKE = 0.02  # of the least loss: what noise alone tells apart
 FINER = math.sqrt(10.0)  # between the best rate of the first look and those beside it
 
 
@@ -58,11 +58,13 @@ def search_rate(model: nn.Module, teaching: Teaching, recipe: Recipe) -> Rates:
 
 
 def lowest(loss: Callable[[float], float], rates: list[float], high: float) -> Rates:
-    """The rate of the least loss among some and those between the best and its neighbours; the lowest one if all diverge."""
+    """The rate of the least loss among some and those between the best and its neighbours; of those alike the highest, since so few steps
+    favour low ones; the lowest one if all diverge."""
     tried = {rate: loss(rate) for rate in rates}
     best = min(tried, key=lambda rate: tried[rate])
     for beside in (best / FINER, best * FINER):
         if rates[0] < beside <= high:
             tried[beside] = loss(beside)
-    best = min(tried, key=lambda rate: tried[rate])
+    least = min(tried.values())
+    best = max(rate for rate, found in tried.items() if found <= least + ALIKE * abs(least))
     return Rates(best if math.isfinite(tried[best]) else rates[0], dict(sorted(tried.items())))

@@ -20,31 +20,32 @@ if TYPE_CHECKING:
 # third.
 LEFT = 0.15
 STILL = 0.5
+WORTH = 0.02  # of the divergence up to which a front is of use: what has lost less has nothing to regain
 LOST = 2.0  # nats: past it nothing of the model is left that training could start from
 
 
 def relative(found: Found, evaluations: Sequence[Evaluation]) -> Mapping[int, float]:
-    """Seconds over dense's by trial, the mean over the profiles: as measured, else (and in a deterministic run) as predicted."""
-    dense, deterministic = found.dense(), found.prepared.settings.deterministic
-    times: dict[int, float] = {}
-    unknown = [e for e in evaluations if deterministic or not e.latency]
-    predicted = found.costs.relative([e.candidate for e in unknown]) if unknown else {}
-    for index, evaluation in enumerate(unknown):
-        times[evaluation.trial] = float(np.mean([ratios[index] for ratios in predicted.values()]))
-    for evaluation in evaluations:
-        if evaluation.trial not in times:
-            ratios = [evaluation.latency[name].seconds / its.seconds for name, its in dense.latency.items()]
-            times[evaluation.trial] = float(np.mean(ratios))
-    return times
+    """Seconds over dense's by trial, the mean over the profiles: as measured where all were, and the run follows a clock; else as predicted.
+
+    Times that were measured at different moments of a busy machine and predicted ones would be told apart by more than candidates are.
+    """
+    if found.prepared.settings.deterministic or any(not e.latency for e in evaluations):
+        ratios = found.costs.relative([e.candidate for e in evaluations]).values()
+        return {e.trial: float(np.mean([profile[k] for profile in ratios])) for k, e in enumerate(evaluations)}
+    dense = found.dense().latency
+    return {
+        e.trial: float(np.mean([e.latency[name].seconds / its.seconds for name, its in dense.items()]))
+        for e in evaluations
+    }
 
 
 def entrants(found: Found, count: int) -> list[Evaluation]:
     """Told candidates that would add the most to the front if training left `LEFT` of their divergence, most promising first."""
     told = [untrained(e) for e in found.told if e.kl is not None and e.state != "failed" and e.source != "dense"]
-    told = [e for e in told if e.kl is not None and 0 < e.kl < LOST and e.predicted]
     measured = [untrained(e) for e in found.told if e.state == "measured" and e.kl is not None]
-    times = relative(found, [*told, *measured])
     useful = useful_divergence(measured, found.judge())
+    told = [e for e in told if e.kl is not None and WORTH * useful < e.kl < LOST and e.predicted]
+    times = relative(found, [*told, *measured])
     points = np.array([(LEFT * (e.kl or 0.0), math.log(times[e.trial])) for e in told]).reshape(-1, 2)
     known = np.array([(e.kl or 0.0, math.log(times[e.trial])) for e in measured]).reshape(-1, 2)
     worth = np.flatnonzero(gains(points, known, (useful, 0.0)) > 0)

@@ -210,3 +210,37 @@ def test_old_names_are_still_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_an_early_end_is_not_deterministic() -> None:
     with pytest.raises(UsageError, match="stop_when_met ends a search by measured times"):
         load_settings(None, {"task": "digits", "deterministic": True, "stop_when_met": True, "max_drop": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("given", "training", "space"),
+    [
+        (None, (0.0, "seconds"), "default"),
+        ("0", (0.0, "seconds"), "default"),
+        (0, (0.0, "seconds"), "default"),
+        ("0s", (0.0, "seconds"), "default"),
+        ("10min", (600.0, "seconds"), "trained"),
+        ("500 steps", (500.0, "steps"), "trained"),
+        ("5epochs", (5.0, "epochs"), "trained"),
+    ],
+)
+def test_how_long_to_train_and_where_to_look_then(given: object, training: tuple[float, str], space: str) -> None:
+    settings = load_settings(overrides={"task": "digits", "recover": given})
+    assert (settings.training, settings.space) == (training, space)
+    named = load_settings(overrides={"task": "digits", "recover": given, "space": "prune-only"})
+    assert named.space == "prune-only"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"recover": "a while"}, "recover: must be how long to train, such as 10min"),
+        ({"recover": "2.5steps"}, "a whole number of steps or epochs"),
+        ({"recover": True}, "recover: must be how long to train"),
+        ({"recover": "10min", "minutes": 5.0}, r"recover \(10min\) is a part of minutes \(5\)"),
+        ({"recover": "10min", "deterministic": True}, "give it in steps"),
+    ],
+)
+def test_a_length_of_training_that_cannot_be(given: dict[str, object], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        load_settings(overrides={"task": "digits", **given})

@@ -95,6 +95,21 @@ def test_without_labels_it_learns_from_the_teacher_alone() -> None:
     assert done.after["accuracy"] > done.before["accuracy"]
 
 
+def test_calibration_data_are_varied_where_the_task_says_how() -> None:
+    asked: list[int] = []
+
+    def louder(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        asked.append(len(batch[0]))
+        return (batch[0] + 0.1 * torch.randn(batch[0].shape, generator=torch.Generator().manual_seed(len(asked))),)
+
+    made = Teaching.of(replace(tiny_task.task(), augment=louder)).lessons
+    made.draw(most=3)
+    assert asked[:3] == [64] * 3
+    first, second = made.pool[:2]
+    assert not torch.equal(first.inputs[0], second.inputs[0])
+    assert first.target is None
+
+
 def test_what_training_makes_worse_is_not_handed_back() -> None:
     made = task()
     wild = PLAIN.model_copy(update={"learning_rate": 1.0, "clip": 1e6})
@@ -228,6 +243,7 @@ def test_the_rate_of_the_least_loss_is_taken_and_the_least_where_all_diverge() -
     assert found.taken == pytest.approx(10**-2.5)
     assert str(found) == "3.2e-03 (of 6 from 1e-05 to 1e-02)"
     assert lowest(lambda rate: math.inf, [1e-5, 1e-4], 1e-2).taken == 1e-5
+    assert lowest(lambda rate: 1.0 if rate < 1e-3 else 1.01, [1e-5, 1e-4, 1e-3, 1e-2], 1e-3).taken == 1e-2
 
 
 def test_lessons_are_drawn_once_and_gone_through_in_another_order_each_time() -> None:
@@ -239,6 +255,9 @@ def test_lessons_are_drawn_once_and_gone_through_in_another_order_each_time() ->
     assert first != second
     later = made.begin(8)
     assert [id(next(later)) for _ in range(4)] == second[2:]
+    made.seed = 1
+    other = made.begin(0)
+    assert [id(next(other)) for _ in range(6)] != first
 
 
 def test_data_that_do_not_fit_are_drawn_as_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:

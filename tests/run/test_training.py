@@ -146,16 +146,17 @@ def test_points_of_a_finished_run_are_trained_by_the_command(
     monkeypatch.chdir(TESTS)
     found = small("tiny_task:learning", space=narrow, trials=6, measure=2)
     assert found.run.recovery is None
-    target = min(
-        (p for p in found.front if p.candidate != found.dense.candidate), key=lambda p: p.metrics["likelihood"]
-    )
+    measured = [e for e in read_evaluations(found.folder) if e.state == "measured" and e.source != "dense"]
+    target = min(measured, key=lambda e: e.metrics["likelihood"])
     wanted = ["--point", target.candidate.id, "--length", "30steps", "--recipe", recipe, "--json"]
     assert main(["recover", str(found.folder), *wanted]) == 0
     run = json.loads(capsys.readouterr().out)
-    (point,) = [p for p in run["front"] if "recovered" in p["evaluation"]]
-    assert point["evaluation"]["recovered"]["steps"] == 30
-    assert point["evaluation"]["candidate"] == target.candidate.to_json()
-    assert point["evaluation"]["metrics"]["likelihood"] > target.metrics["likelihood"]
+    (entrant,) = run["recovery"]["entrants"]
+    assert entrant["id"] == target.candidate.id
+    (trained,) = [e for e in read_evaluations(found.folder) if e.recovered is not None]
+    assert trained.candidate == target.candidate
+    assert trained.metrics["likelihood"] > target.metrics["likelihood"]
+    assert trained.recovered.steps == 30
     with pytest.raises(UsageError, match="measured no candidate 'nothing'"):
         autocomp.recover(found, length="30steps", points=["nothing"])
     done = autocomp.recover(found.front[0], tiny_task.learning(), recipe, length="3epochs")

@@ -1,0 +1,437 @@
+"""The third part of a run: candidates are trained, in rounds of which the most promising half goes on.
+
+Successive halving (Jamieson & Talwalkar 2016, arXiv:1502.07943): all are trained for a while, those that promise the most for longer. What each
+round comes to lies in the study, and its weights in the run folder, so a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autocomp.errors import AutocompError
+from autocomp.measurement.measurer import reason_of
+from autocomp.processes.outcome import Outcome
+from autocomp.processes.pool import Workers, cores
+from autocomp.records.candidate import Candidate
+from autocomp.records.evaluation import Evaluation, untrained
+from autocomp.records.recovery import (
+    Entrant,
+    Recovery,
+    RecoverySummary,
+    recovery_summary_to_json,
+)
+from autocomp.recovery.recipe import Recipe
+from autocomp.recovery.schedules import Span
+from autocomp.run.entrants import entrants, survivors
+from autocomp.tasks.task import evaluate_task
+
+if TYPE_CHECKING:
+    from autocomp.recovery.lessons import Teaching
+    from autocomp.recovery.rate import Rates
+    from autocomp.run.found import Found
+    from autocomp.run.prepare import Prepared
+    from autocomp.tasks.reading import Metrics
+
+FOLDER = "recovery"  # in the run folder
+# Chosen by hand, not measured.
+SHARES = (0.3, 0.3, 0.4)  # of the stage's time, or of a finalist's steps, in each round
+KEEP = 0.5  # of the candidates that go on after each round
+MOST = 16  # candidates that enter
+FIRST_STEPS = 80  # of each in the first round at least, or fewer enter
+DRAWING = 0.1  # of the time for the teacher's answers, at most
+MANY = 8  # that enter where the length is stated in steps
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: a trial's candidate, the round, for how long, and from whose weights (None: as it was compressed).
+
+    ``name`` is that of its files, which no other training has.
+    """
+
+    name: str
+    trial: int
+    candidate: Candidate
+    round: int
+    span: Span
+    begin: str | None
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a training came to, without its metrics: JSON can hold it."""
+
+    weights: str
+    steps: int
+    seconds: float
+    losses: list[tuple[float, float]]
+    frozen: list[str]
+    notes: list[str]
+    failure: str = ""
+
+
+class Stage:
+    """The trainings of one run. ``chosen`` are the trials that are trained; the stage chooses them itself unless they are given."""
+
+    def __init__(
+        self, prepared: Prepared, found: Found, recipe: Recipe, length: tuple[float, str], chosen: Sequence[int] | None
+    ) -> None:
+        self.prepared, self.found, self.recipe = prepared, found, recipe
+        self.amount, self.unit = length
+        self.chosen = chosen
+        self.folder = prepared.folder / FOLDER
+        text = f"{recipe.model_dump_json()} {length} {sorted(chosen or [])}"
+        self.key = f"recovery:{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        self.before = float(
+            found.search.get_attr(f"{self.key}:seconds", 0.0)
+        )  # that earlier starts of the run spent here
+        self.start = time.monotonic()
+        self._stop: Any = None
+
+    def run(self) -> None:
+        """Train, and keep what is better; a run that is resumed goes on where it was."""
+        search = self.found.search
+        if search.get_attr(f"{self.key}:done"):
+            if self.chosen is not None:
+                self.prepared.progress.warn(
+                    "these points were trained so before: give another length, recipe or points to go on from there"
+                )
+            return
+        try:
+            self._run()
+        finally:
+            search.set_attr(f"{self.key}:seconds", self.spent())
+
+    def spent(self) -> float:
+        """Seconds of this stage, over all starts of the run."""
+        return self.before + time.monotonic() - self.start
+
+    def left(self) -> float:
+        """Seconds that the stage still has; infinite where its length is stated otherwise and the run has no minutes."""
+        own = self.amount - self.spent() if self.unit == "seconds" else float("inf")
+        return min(own, self.prepared.budget.to_search())
+
+    def _run(self) -> None:
+        search, progress = self.found.search, self.prepared.progress
+        with progress.stage("training: the teacher's answers"):
+            teaching = self._teaching()
+        if (known := search.get_attr(f"{self.key}:entered")) is None:
+            with progress.stage("training: the learning rate"):
+                known = self._enter(teaching)
+            if known is None:
+                progress.warn(
+                    "no candidate promises to be worth training: none diverges from the uncompressed model and is faster"
+                )
+                return
+            search.set_attr(f"{self.key}:entered", known)
+        by_trial = {e.trial: e for e in self.found.told}
+        entered = [by_trial[number] for number in known["trials"]]
+        drops = self._rounds(entered, teaching, known["rate"])
+        summary = self._summary(entered, drops, known["said"])
+        search.set_attr("recovery", recovery_summary_to_json(summary))
+        search.set_attr(f"{self.key}:done", True)
+
+    def _teaching(self) -> Teaching:
+        from autocomp.recovery.lessons import Teaching
+
+        task = self.prepared.task
+        teaching = replace(Teaching.of(task), calibration=self.prepared.statistics.batches)
+        seconds = DRAWING * self.left() if self.left() < float("inf") else float("inf")
+        teaching.lessons.draw(seconds)
+        return teaching
+
+    def _enter(self, teaching: Teaching) -> dict[str, Any] | None:
+        """Who enters, and the learning rate that the one in the middle of them, by what it has lost, bears; None where nobody does."""
+        from autocomp.recovery.rate import search_rate
+
+        if not (first := self._first(teaching)):
+            return None
+        middle = sorted(first, key=lambda e: e.kl or 0.0)[len(first) // 2]
+        model = self.prepared.stitch_untrained(middle.candidate)
+        rates = search_rate(model, teaching, self.recipe)
+        count = self._count(teaching, rates, len(first))
+        return {"trials": [e.trial for e in first[:count]], "rate": rates.taken, "said": str(rates)}
+
+    def _first(self, teaching: Teaching) -> list[Evaluation]:
+        """Who may enter, most promising first."""
+        if self.chosen is not None:
+            return [untrained(e) for e in self.found.told if e.trial in self.chosen]
+        return entrants(self.found, MOST if self.unit == "seconds" else MANY)
+
+    def _count(self, teaching: Teaching, rates: Rates, most: int) -> int:
+        """How many enter: each should have `FIRST_STEPS` steps in the first round. UsageError if there is no time for a single one."""
+        from autocomp.recovery.one import refuse_too_short
+
+        if self.unit != "seconds":
+            refuse_too_short(Span(steps=self._steps(teaching)), rates.step_seconds, teaching)
+            return most
+        left = self.left()
+        refuse_too_short(Span(seconds=max(0.0, left)), rates.step_seconds, teaching)
+        if self.chosen is not None:
+            return most
+        each = FIRST_STEPS * max(rates.step_seconds, 1e-6)
+        return max(1, min(most, int(SHARES[0] * left * self._workers(teaching) / each)))
+
+    def _steps(self, teaching: Teaching) -> int:
+        each = teaching.lessons.each_pass or FIRST_STEPS
+        return int(self.amount * (each if self.unit == "epochs" else 1))
+
+    def _workers(self, teaching: Teaching) -> int:
+        """Trainings side by side; one where a loader of the task's own is gone through meanwhile, which may not bear to be forked."""
+        return cores() if teaching.lessons.pool and not self.prepared.measurer.here else 1
+
+    # --- rounds ---
+
+    def _rounds(self, entered: list[Evaluation], teaching: Teaching, rate: float) -> dict[int, list[float | None]]:
+        """Train in rounds; what each entrant lost of the objective after each."""
+        judge, progress = self.found.judge(), self.prepared.progress
+        drops: dict[int, list[float | None]] = {e.trial: [] for e in entered}
+        going = entered
+        shares = SHARES if self.chosen is None else (1.0,)
+        self._stop = _event()
+        rounds = len(shares)
+        for index, share in enumerate(shares):
+            if index and self.chosen is None:
+                going = survivors(
+                    self.found, judge, {t: d[-1] for t, d in drops.items() if d and d[-1] is not None}, going,
+                    max(1, round(len(going) * KEEP)), rounds - index,
+                )  # fmt: skip
+                going = self._measured(going)
+            if not going:
+                break
+            with progress.stage(f"training: round {index + 1} of {rounds}", len(going)) as stage:
+                jobs = self._jobs(going, index, share, shares, teaching)
+                for job, metrics in self._trained(jobs, teaching, rate):
+                    evaluation = next(e for e in going if e.trial == job.trial)
+                    lost = None if metrics is None else judge.drop(replace(evaluation, metrics=metrics))
+                    drops[job.trial].append(lost)
+                    stage.advance(note=f"{judge.objective} {metrics[judge.objective]:.4g}" if metrics else "failed")
+            going = [e for e in going if drops[e.trial][-1] is not None]
+        self._measured([e for e in going if e.state != "measured"])
+        self._keep_best(entered)
+        return drops
+
+    def _jobs(
+        self, going: Sequence[Evaluation], index: int, share: float, shares: Sequence[float], teaching: Teaching
+    ) -> list[Job]:
+        if self.unit == "seconds":
+            rest = share / sum(shares[index:])
+            side_by_side = min(self._workers(teaching), len(going))
+            span = Span(seconds=max(0.5, self.left() * rest * side_by_side / len(going)))
+        else:
+            seconds = self.left() / len(going) if self.left() < float("inf") else None
+            span = Span(steps=max(1, round(self._steps(teaching) * share)), seconds=seconds)
+        stage = self.key.partition(":")[2][:6]
+        return [
+            Job(f"{e.candidate.id}-{stage}-{index}.pt", e.trial, e.candidate, index, span, self._best(e.trial, index))
+            for e in going
+        ]
+
+    def _best(self, trial: int, before: int) -> str | None:
+        """The weights to go on from: of the last round, or, of points that were named, those that they have."""
+        for index in reversed(range(before)):
+            if (kept := self._result(trial, index)) and not kept["done"]["failure"]:
+                return str(kept["done"]["weights"])
+        learnt = next(e.recovered for e in self.found.told if e.trial == trial)
+        return learnt.weights if learnt is not None and self.chosen is not None else None
+
+    def _result(self, trial: int, index: int) -> dict[str, Any] | None:
+        found: dict[str, Any] | None = self.found.search.get_attr(f"{self.key}:{trial}:{index}")
+        return found
+
+    def _trained(
+        self, jobs: Sequence[Job], teaching: Teaching, rate: float
+    ) -> Iterator[tuple[Job, Mapping[str, float] | None]]:
+        """Each job with the metrics after it (None: it failed); what was done in an earlier start is read."""
+        missing = [job for job in jobs if self._result(job.trial, job.round) is None]
+        for job in jobs:
+            if job not in missing:
+                kept = self._result(job.trial, job.round)
+                assert kept is not None
+                yield job, kept["metrics"]
+        workers = min(self._workers(teaching), len(missing))
+        if not missing:
+            return
+
+        def work(job: Job) -> Outcome[Done]:
+            return _train(self.prepared, teaching, self.recipe, rate, job, self.folder, self._stop)
+
+        with closing(Workers(work, workers)) as crew:
+            try:
+                for job, outcome in zip(missing, crew.map(missing), strict=True):
+                    yield job, self._judged(job, outcome)
+            except BaseException:
+                self._stop.set()  # those that are under way write down where they are
+                raise
+
+    def _judged(self, job: Job, outcome: Outcome[Done]) -> Mapping[str, float] | None:
+        """Read the metrics of what was trained, and keep all of it in the study."""
+        progress, metrics, failure = self.prepared.progress, None, outcome.failure
+        done = outcome.value or Done("", 0, 0.0, [], [], [], failure)
+        read: Metrics | None = None
+        if not (failure := failure or done.failure):
+            try:
+                model = self.prepared.trained(job.candidate, done.weights)
+                read = evaluate_task(self.prepared.task, model, names=self.prepared.measurer.names)
+                metrics = dict(read)
+            except Exception as error:
+                failure = reason_of(error)
+        if failure:
+            progress.warn(f"training candidate {job.candidate.id} failed: {failure}; it keeps the weights that it had")
+        dense = self.prepared.measurer.dense_metrics
+        self.found.search.set_attr(
+            f"{self.key}:{job.trial}:{job.round}",
+            {
+                "done": {**done.__dict__, "failure": failure}, "metrics": metrics, "at": self.spent(),
+                "errors": read.errors() if read is not None else {},
+                "drop_errors": read.drop_errors(dense) if read is not None else {},
+            },
+        )  # fmt: skip
+        return metrics
+
+    def _measured(self, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+        """The evaluations, those measured that were not yet; what cannot be is left out. Untrained: the weights change no time."""
+        measurer, search, progress = self.prepared.measurer, self.found.search, self.prepared.progress
+        todo = [e for e in evaluations if e.state == "told"]
+        done = {e.trial: e for e in evaluations if e.state == "measured"}
+        if todo:
+            with progress.stage("measuring those that were trained", len(todo)) as stage:
+                for start in range(0, len(todo), measurer.together):
+                    for evaluation in measurer.measure_all(todo[start : start + measurer.together]):
+                        if evaluation.state == "failed":
+                            progress.warn(f"candidate {evaluation.candidate.id} failed: {evaluation.failure}")
+                        else:
+                            done[evaluation.trial] = evaluation
+                        search.update(evaluation.trial, evaluation)
+                        stage.advance()
+        return [done[e.trial] for e in evaluations if e.trial in done]
+
+    # --- what comes of it ---
+
+    def _keep_best(self, entered: Sequence[Evaluation]) -> None:
+        """Give each measured entrant its best weights, where these are better on validation than what it has."""
+        judge, sign = self.found.judge(), 1.0 if self.prepared.task.higher_is_better else -1.0
+        told = {e.trial: e for e in self.found.told}
+        for trial in (e.trial for e in entered):
+            evaluation = told[trial]
+            if evaluation.state != "measured":
+                continue
+            results = [r for index in range(len(SHARES)) if (r := self._result(trial, index)) and r["metrics"]]
+            best = _last_of_the_best(results, judge.objective, sign)
+            if best is None or sign * best["metrics"][judge.objective] <= sign * evaluation.metrics[judge.objective]:
+                continue
+            before = untrained(evaluation)
+            taken = results[: results.index(best) + 1]
+            recovery = Recovery(
+                before=before.metrics,
+                recipe=self.recipe.name,
+                learning_rate=float(self.found.search.get_attr(f"{self.key}:entered")["rate"]),
+                steps=sum(r["done"]["steps"] for r in taken),
+                seconds=round(sum(r["done"]["seconds"] for r in taken), 3),
+                weights=best["done"]["weights"],
+                before_errors=before.errors,
+                before_drop_errors=before.drop_errors,
+                losses=_joined(taken),
+                readings=_readings(before.metrics[judge.objective], taken, judge.objective),
+                frozen=tuple(best["done"]["frozen"]),
+            )
+            renewed = replace(
+                before,
+                metrics=best["metrics"],
+                errors=best["errors"],
+                drop_errors=best["drop_errors"],
+                recovered=recovery,
+            )
+            self.found.search.update(trial, renewed)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Take away the weights that no point is made of."""
+        wanted = {Path(e.recovered.weights).name for e in self.found.told if e.recovered is not None}
+        for path in self.folder.glob("*"):
+            if path.name not in wanted:
+                path.unlink(missing_ok=True)
+
+    def _summary(
+        self, entered: Sequence[Evaluation], drops: Mapping[int, Sequence[float | None]], rate: str
+    ) -> RecoverySummary:
+        notes: list[str] = []
+        found = []
+        for e in entered:
+            kept = [r for index in range(len(SHARES)) if (r := self._result(e.trial, index))]
+            failure = next((r["done"]["failure"] for r in kept if r["done"]["failure"]), "")
+            notes += [note for r in kept for note in r["done"]["notes"]]
+            found.append(Entrant(e.candidate.id, e.kl or 0.0, tuple(drops[e.trial]), failure))
+        stages = tuple(f"{stage.name}: {stage.share:.0%}" for stage in self.recipe.stages)
+        return RecoverySummary(
+            self.recipe.name, rate, round(self.spent(), 1), tuple(found), stages, tuple(dict.fromkeys(notes))
+        )
+
+
+def _train(
+    prepared: Prepared, teaching: Teaching, recipe: Recipe, rate: float, job: Job, folder: Path, stop: Any
+) -> Outcome[Done]:
+    """One training, in a process of its own where there are several; its weights lie in a file then."""
+    from autocomp.recovery import stored
+    from autocomp.recovery.forms.whole import frozen
+    from autocomp.recovery.train import train
+
+    name = job.name
+    try:
+        model = prepared.stitch_untrained(job.candidate)
+        begun = None if job.begin is None else stored.read(prepared.folder / job.begin)[stored.FORM]
+        shared = prepared.shared_layers(job.candidate) if any(stage.features for stage in recipe.stages) else None
+        done = train(model, teaching, recipe, job.span, rate, shared, folder / f"{name}.part", begun, stop.is_set)
+        if not done.failure:
+            stored.write(folder / name, {stored.FORM: done.weights})
+        return Outcome(
+            Done(
+                f"{FOLDER}/{name}", done.steps, done.seconds, done.curve, frozen(model), list(done.notes), done.failure
+            )
+        )
+    except AutocompError as error:
+        return Outcome(None, str(error))
+    except Exception as error:
+        return Outcome(None, reason_of(error))
+
+
+def _last_of_the_best(results: Sequence[dict[str, Any]], objective: str, sign: float) -> dict[str, Any] | None:
+    """The last result within a standard error of the best: of readings that noise alone tells apart, the one that was trained the longest."""
+    if not results:
+        return None
+    best = max(results, key=lambda r: float(sign * r["metrics"][objective]))
+    least = sign * best["metrics"][objective] - best["errors"].get(objective, 0.0)
+    later = [r for r in results if sign * r["metrics"][objective] >= least]
+    return later[-1]
+
+
+def _event() -> Any:
+    import multiprocessing
+
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    return multiprocessing.get_context(method).Event()
+
+
+def _joined(results: Sequence[Mapping[str, Any]]) -> tuple[tuple[float, float], ...]:
+    """The curves of successive trainings as one, over steps."""
+    points, before = [], 0
+    for result in results:
+        steps = result["done"]["steps"]
+        points += [(before + float(along) * steps, float(loss)) for along, loss in result["done"]["losses"]]
+        before += steps
+    return tuple(points)
+
+
+def _readings(first: float, results: Sequence[Mapping[str, Any]], objective: str) -> tuple[tuple[float, float], ...]:
+    """The objective over seconds of training."""
+    points, seconds = [(0.0, first)], 0.0
+    for result in results:
+        seconds += result["done"]["seconds"]
+        points.append((round(seconds, 3), result["metrics"][objective]))
+    return tuple(points)
