@@ -37,8 +37,7 @@ def search(folder: Path) -> dict:
         "autocomp.cli.main",
         "search",
         "digits",
-        "--recover",
-        "1min",
+        *("--trials", "200", "--measurements", "16", "--recover", "45s"),
         "--out",
         str(folder / "run"),
     ]
