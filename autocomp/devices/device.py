@@ -16,7 +16,7 @@ from autocomp.tuning.tune import Tuner
 if TYPE_CHECKING:
     import torch
 
-_ANOTHER_TRY = 0.05  # a spread above this is measured once more, and the quieter of the two is kept
+ANOTHER_TRY = 0.05  # a spread above this is measured once more, and the quieter of the two is kept
 
 
 class Compiled(Protocol):
@@ -78,7 +78,7 @@ class Device(Protocol):
 def quieter(compiled: Compiled, example_inputs: tuple[torch.Tensor, ...]) -> Latency:
     """Measure a module; a noisy measurement is taken twice and the quieter one kept."""
     latency = compiled.time(*example_inputs)
-    if latency.spread > _ANOTHER_TRY:
+    if latency.spread > ANOTHER_TRY:
         latency = min(latency, compiled.time(*example_inputs), key=lambda value: value.spread)
     return latency
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from autocomp.cache import unwritable_reason
-from autocomp.devices.device import Compiled, Device
+from autocomp.devices.device import ANOTHER_TRY, Compiled, Device
 from autocomp.errors import AutocompError, last_line
 from autocomp.measurement.preflight import Rehearsed
 from autocomp.measurement.side_by_side import side_by_side
@@ -46,6 +46,10 @@ class Measurer:
         self.task, self.devices, self.inputs, self.stitch = task, devices, inputs, stitch
         self.names: tuple[str, ...] | None = None  # of dense's metrics, once they are known: no model may have others
         self.rehearsed: Rehearsed | None = None  # dense, where it was compiled and judged before
+        self.dense_seconds: Mapping[
+            str, float
+        ] = {}  # by profile, as it was first timed: what the times of candidates are brought to
+        self._bases: dict[str, Compiled] = {}
         self.dense_metrics: Metrics | None = None  # as last read: what a candidate lost is told sample by sample
         self.here = any(d.profile.reach == "local" and d.profile.cores > 1 for d in devices.values())
         self.together = 1 if self.here else min(cores(), TOGETHER)
@@ -61,6 +65,7 @@ class Measurer:
         latency = {name: device.time(compiled[name], self.inputs[0]) for name, device in self.devices.items()}
         spent = evaluation.seconds_spent + time.perf_counter() - start
         self.dense_metrics = metrics
+        self.dense_seconds = {name: found.seconds for name, found in latency.items()}
         return self._measured(evaluation, latency, metrics, spent)
 
     def _measured(
@@ -73,13 +78,17 @@ class Measurer:
         )  # fmt: skip
 
     def dense_module(self, name: str) -> Compiled:
-        """The uncompressed model compiled for a profile."""
+        """The uncompressed model compiled for a profile; once, where it was not yet."""
         if self.rehearsed is not None:
             return self.rehearsed.compiled[name]
-        return self.devices[name].compile(self.task.model, self.inputs)
+        if name not in self._bases:
+            self._bases[name] = self.devices[name].compile(self.task.model, self.inputs)
+        return self._bases[name]
 
     def measure_all(self, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
         """Measure up to ``together`` candidates; a failure is recorded with its candidate."""
+        for name in self._timed_in_turn():
+            self.dense_module(name)  # here, before processes are forked
         if self.here:
             return [self._tried(evaluation) for evaluation in evaluations]
         start = time.perf_counter()
@@ -118,7 +127,32 @@ class Measurer:
     def _time(self, candidate: Candidate, alone: Callable[[], None]) -> dict[str, Latency]:
         compiled = self._compile(self.stitch(candidate))
         alone()
-        return {name: device.time(compiled[name], self.inputs[0]) for name, device in self.devices.items()}
+        in_turn = self._timed_in_turn()
+        return {
+            name: self._in_turn(name, compiled[name])
+            if name in in_turn
+            else device.time(compiled[name], self.inputs[0])
+            for name, device in self.devices.items()
+        }
+
+    def _timed_in_turn(self) -> list[str]:
+        """The profiles on which candidates are timed in turn with the uncompressed model: what is timed on this machine."""
+        return [
+            name
+            for name, device in self.devices.items()
+            if device.profile.reach == "local" and name in self.dense_seconds
+        ]
+
+    def _in_turn(self, name: str, module: Compiled) -> Latency:
+        """The latency of a module as it would have been when the uncompressed model was first timed."""
+        device, modules = self.devices[name], [self.dense_module(name), module]
+        dense, own = device.time_in_turn(modules, self.inputs[0])
+        if max(dense.spread, own.spread) > ANOTHER_TRY:
+            again = device.time_in_turn(modules, self.inputs[0])
+            dense, own = min((dense, own), (again[0], again[1]), key=lambda pair: max(pair[0].spread, pair[1].spread))
+        drift = self.dense_seconds[name] / dense.seconds
+        samples = tuple(sample * drift for sample in own.samples)
+        return replace(own, seconds=own.seconds * drift, samples=samples, drift=drift)
 
     def _compile(self, model: torch.nn.Module) -> dict[str, Compiled]:
         return {name: device.compile(model, self.inputs) for name, device in self.devices.items()}

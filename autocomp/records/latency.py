@@ -34,6 +34,8 @@ class Latency:
     was taken on, ``error`` the known relative error of an estimate (None when measured), ``samples`` the raw repeats in seconds, ``kernels``
     the calls of one inference, in order. ``noisy``: other work on the machine disturbed it, and went on when it was measured again. ``tail`` has
     percentiles of single inferences in seconds (``p50``, ``p95``, ``p99``), where they were taken one by one: samples are averages of many.
+    ``drift`` is what seconds and samples were multiplied by, to be as they would have been when the uncompressed model was first timed: it was
+    timed again in turn with each candidate, since a machine's speed changes over minutes.
     ``memory`` is how many bytes the module needs while it runs: weights, inputs, outputs and the buffers between kernels, as they are laid out.
 
     Examples:
@@ -53,6 +55,7 @@ class Latency:
     noisy: bool = False
     tail: Mapping[str, float] = field(default_factory=dict)
     memory: int | None = None
+    drift: float = 1.0
 
 
 def latency_to_json(latency: Latency) -> dict[str, Any]:
@@ -64,6 +67,8 @@ def latency_to_json(latency: Latency) -> dict[str, Any]:
     for name in ("noisy", "tail", "memory"):  # which files of before do not say
         if not data[name]:
             del data[name]
+    if latency.drift == 1.0:
+        del data["drift"]
     return data
 
 

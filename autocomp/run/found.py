@@ -163,6 +163,9 @@ class Found:
         if self.prepared.settings.deterministic:
             self._settle_times()
         self._measure_here()
+        dense = next((e for e in self.told if e.source == "dense" and e.state == "measured"), None)
+        if dense is not None:
+            measurer.dense_seconds = {name: latency.seconds for name, latency in dense.latency.items()}
         if measurer.rehearsed is not None:
             search.set_attr("seconds of a point", measurer.rehearsed.seconds)
         else:
