@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import tempfile
 import threading
-import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
-from autocomp.cache import cache_dir, unwritable_reason
-from autocomp.config.quantities import LARGEST, parse_training
 from autocomp.config.settings import Settings, load_settings
-from autocomp.errors import ExportError, Interrupted, ModelWarning, UsageError, shown
+from autocomp.errors import ExportError, ModelWarning, UsageError
 from autocomp.hardware.profile import Profile, load_profile
 from autocomp.processes import interrupt
-from autocomp.processes.chatter import LOG, caught
+from autocomp.processes.chatter import caught
 from autocomp.progress import Progress
 from autocomp.records.evaluation import Sensitivity
 from autocomp.records.latency import Latency
 from autocomp.recovery.recipe import load_recipe
-from autocomp.run.folder import abandon_run_folder, check_run_folder, open_run_folder, probe
 from autocomp.run.result import Point as Point
 from autocomp.run.result import SearchResult as SearchResult
+from autocomp.run.start import check_names, length_of, searched, trained_run
 from autocomp.run.verdict import SLOWER
-from autocomp.space.file import SpaceFile, load_space
 from autocomp.study.samplers import GIVEN
-from autocomp.tasks.task import Task, checked_batch, load_task, within
+from autocomp.tasks.task import Task, checked_batch, load_task
 
 if TYPE_CHECKING:
     import torch
@@ -38,12 +32,9 @@ if TYPE_CHECKING:
     from autocomp.devices.device import Compiled
     from autocomp.recovery.one import Recovered
     from autocomp.run.forecast import Plan
-    from autocomp.run.found import Found
-    from autocomp.run.prepare import Prepared
     from autocomp.run.verdict import Gated
 
 
-TEMPORARY_BYTES = 16 << 20  # room for temporary files: a module and an ONNX file of a small model take less
 CHECK_SECONDS = 900.0  # that `check` may take
 
 
@@ -110,75 +101,9 @@ def search(
             "or in processes of their own"
         )
     try:
-        return _search(settings, task, resume, progress, given)
+        return searched(settings, task, resume, progress, given)
     finally:
         _SEARCHING.release()
-
-
-def _search(
-    settings: Settings, task: Task | str | None, resume: bool, progress: Progress, sampler: BaseSampler | None
-) -> SearchResult:
-    folder = Path(settings.out).absolute()  # a task may change the working folder
-    check_run_folder(settings, resume, folder)
-    _check_names(settings)
-    probe(cache_dir(), "cache", "set AUTOCOMP_CACHE to a folder of yours with room")
-    probe(
-        Path(tempfile.gettempdir()), "folder for temporary files", "set TMPDIR to a folder with room", TEMPORARY_BYTES
-    )
-    if settings.storage is not None:
-        from autocomp.study.storage import check_storage
-
-        check_storage(settings.storage)
-    if not isinstance(task, Task):
-        if settings.task is None:
-            raise UsageError("no task: give one, such as autocomp.search(task='digits')")
-        with interrupt.remembered():
-            task = load_task(settings.task, progress)
-    for note in task.converted:
-        progress.warn(note)
-    if settings.evaluate_timeout is not None:
-        task = within(task, settings.evaluate_timeout)
-    given = task
-
-    def work() -> SearchResult:
-        # under the lock: a search that is refused leaves the settings as they are
-        known = open_run_folder(settings, resume, folder)
-        with caught(folder / LOG, progress.console):
-            return _run(settings, given, folder, known, progress, sampler)
-
-    return _locked(folder, work, f"continue with --resume --out {folder}")
-
-
-def _locked(folder: Path, work: Callable[[], SearchResult], go_on: str) -> SearchResult:
-    """What ``work`` returns, nothing else being at work in a run's folder; stops and full disks are told with how to ``go_on``."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with interrupt.remembered(), FileLock(folder / ".lock", timeout=0):
-            return work()
-    except Timeout as error:
-        raise UsageError(f"another search is running in {folder}; wait for it, or choose another --out") from error
-    except KeyboardInterrupt as error:
-        stopped = Interrupted(f"stopped; every finished trial is kept: {go_on}")
-        stopped.exit_code = getattr(error, "exit_code", stopped.exit_code)
-        raise stopped from error
-    except OSError as error:
-        reason = unwritable_reason(error)
-        if reason is None:
-            raise
-        raise UsageError(
-            f"{_where(error, folder)} cannot be written: {reason}; what was told is kept, continue with --resume once there is room"
-        ) from error
-
-
-def _where(error: OSError, folder: Path) -> str:
-    """Which of a run's places could not be written."""
-    file = Path(str(error.filename)).absolute() if error.filename else folder
-    places = {
-        folder: f"the run folder {folder}",
-        cache_dir().absolute(): f"the cache {cache_dir()} (AUTOCOMP_CACHE)",
-        Path(tempfile.gettempdir()): f"the folder for temporary files {tempfile.gettempdir()} (TMPDIR)",
-    }
-    return next((text for place, text in places.items() if place in (file, *file.parents)), f"the file {file}")
 
 
 def recover(
@@ -216,11 +141,11 @@ def recover(
     from autocomp.tasks.training import one_thread
     from autocomp.tasks.untouched import in_float32
 
-    progress, amount = progress or Progress(), _length(minutes, length)
+    progress, amount = progress or Progress(), length_of(minutes, length)
     read = load_recipe(recipe)
     if isinstance(what, SearchResult | str | Path):
         folder = what.folder if isinstance(what, SearchResult) else Path(what)
-        return _recover_run(folder.absolute(), task, str(recipe), amount, points, progress)
+        return trained_run(folder.absolute(), task, str(recipe), amount, points, progress)
     if points:
         raise UsageError("points are of a run: give its folder, or the point alone")
     if task is None:
@@ -232,66 +157,6 @@ def recover(
             return recovered(model, found, read, Span(steps=None), epochs=int(amount[0]))
         span = Span(seconds=amount[0]) if amount[1] == "seconds" else Span(steps=int(amount[0]))
         return recovered(model, found, read, span)
-
-
-def _length(minutes: float | None, length: str | None) -> tuple[float, str]:
-    if minutes is not None and length is not None:
-        raise UsageError("minutes and length are both given: give one")
-    try:
-        amount, unit = (
-            (60.0 * (minutes if minutes is not None else 10.0), "seconds") if length is None else parse_training(length)
-        )
-    except ValueError as error:
-        raise UsageError(f"length: {error}") from None
-    if not 0 < amount < LARGEST:
-        raise UsageError(
-            f"how long to train must be more than nothing, got {shown(length if length is not None else minutes)}"
-        )
-    return amount, unit
-
-
-def _recover_run(
-    folder: Path,
-    task: Task | str | None,
-    recipe: str,
-    amount: tuple[float, str],
-    points: Sequence[str],
-    progress: Progress,
-) -> SearchResult:
-    from autocomp.config.settings import read_settings
-    from autocomp.run.folder import CONFIG
-    from autocomp.run.training import train_points
-
-    if not (folder / CONFIG).exists():
-        raise UsageError(
-            f"there is no run in {_near(folder)} to train (no {CONFIG}): name the folder of a finished search"
-        )
-    settings = read_settings(folder / CONFIG).model_copy(update={"out": str(folder)})
-    SearchResult(folder)  # UsageError where the search has not finished
-    _check_names(settings)
-    if not isinstance(task, Task):
-        if task is None and settings.task is None:
-            raise UsageError(f"the run in {folder} does not name its task: give it")
-        task = load_task(task or settings.task or "", progress)
-    if settings.evaluate_timeout is not None:
-        task = within(task, settings.evaluate_timeout)
-    given = task
-
-    def train(prepared: Prepared, found: Found) -> None:
-        train_points(prepared, found, points, recipe, amount)
-
-    def work() -> SearchResult:
-        known = open_run_folder(settings, True, folder)
-        with caught(folder / LOG, progress.console):
-            return _run(settings, given, folder, known, progress, None, train)
-
-    return _locked(folder, work, "the same command goes on")
-
-
-def _near(folder: Path) -> str:
-    """A folder as people name it, from where they stand."""
-    here = Path.cwd()
-    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
 
 def rebuild_report(run: str | Path) -> Path:
@@ -406,7 +271,7 @@ def check(settings: Settings, progress: Progress | None = None) -> dict[str, Any
 
     if settings.task is None:
         raise UsageError("no task: name one, such as `autocomp check digits`")
-    profiles, rules = _check_names(settings)
+    profiles, rules = check_names(settings)
     try:
         with interrupt.remembered(), interrupt.limited(CHECK_SECONDS):
             task = load_task(settings.task, progress)
@@ -466,7 +331,7 @@ def plan(settings: Settings, progress: Progress | None = None) -> Plan:
 
     if settings.task is None:
         raise UsageError("no task: name one, such as `autocomp plan digits`")
-    _check_names(settings)
+    check_names(settings)
     progress = progress or Progress()
     task = load_task(settings.task, progress)
     with one_thread(), in_float32(), caught(None, progress.console):
@@ -490,7 +355,6 @@ def sensitivity(
         >>> name, rows = sensitivity(load_settings(overrides={"task": "digits"}))  # doctest: +SKIP
         >>> min(rows, key=lambda row: row.error).subject  # doctest: +SKIP
     """
-    import tempfile
 
     from autocomp.accuracy.sensitivity import curves, masks
     from autocomp.cache import write_atomically
@@ -500,7 +364,7 @@ def sensitivity(
 
     if settings.task is None:
         raise UsageError("no task: name one, such as `autocomp sensitivity digits`")
-    profiles, rules = _check_names(settings)
+    profiles, rules = check_names(settings)
     progress = progress or Progress()
     task = load_task(settings.task, progress)
     with one_thread(), tempfile.TemporaryDirectory() as folder, caught(None, progress.console):
@@ -538,63 +402,6 @@ def refuse_unsupported(task: Task, profile: Profile) -> None:
     faults = unsupported(export_program(task.model, task.example_inputs), profile)
     if faults:
         raise ExportError("\n".join(faults))
-
-
-def _check_names(settings: Settings) -> tuple[list[Profile], SpaceFile]:
-    """Load the profiles, the search space and the recipe, so that a wrong name is refused before a task is trained or a folder made."""
-    if settings.training[0]:
-        load_recipe(settings.recipe)
-    return [load_profile(name) for name in settings.profiles], load_space(settings.space)
-
-
-def _run(
-    settings: Settings,
-    task: Task,
-    folder: Path,
-    known: Mapping[str, Any] | None,
-    progress: Progress,
-    sampler: BaseSampler | None,
-    train: Callable[[Prepared, Found], None] | None = None,
-) -> SearchResult:
-    """A search; or, with ``train``, no search but that of what was found before."""
-    import torch
-
-    from autocomp.run.explore import explore
-    from autocomp.run.finish import finish, refuse_infeasible
-    from autocomp.run.found import Found
-    from autocomp.run.prepare import prepare
-    from autocomp.run.training import train_candidates
-    from autocomp.tasks.training import one_thread
-    from autocomp.tasks.untouched import in_float32
-
-    with one_thread(), in_float32():  # on a busy machine a second thread makes these small layers many times slower
-        torch.manual_seed(settings.seed)
-        try:
-            prepared = prepare(settings, task, folder, known, progress, sampler)
-        except BaseException as error:
-            if known is None and not interrupt.is_stop(error):  # nothing is told yet
-                abandon_run_folder(folder)
-            raise
-        with explore(prepared) if train is None else Found(prepared) as found:
-            (train or train_candidates)(prepared, found)
-            run = finish(prepared, found)
-    with progress.stage("writing the report"):
-        _report(folder, progress)
-    refuse_infeasible(settings, run, folder)
-    return SearchResult(folder)
-
-
-def _report(folder: Path, progress: Progress) -> None:
-    """The page of a finished run. What it is made of is written: a page that fails can be made again, and costs nobody the run."""
-    try:
-        rebuild_report(folder)
-    except OSError:
-        raise
-    except Exception as error:
-        traceback.print_exc()  # into the run's log
-        progress.warn(
-            f"report.html was not written ({type(error).__name__}: {error}): `autocomp report {folder}` tries again"
-        )
 
 
 def _settings(

@@ -13,7 +13,6 @@ from studies import told
 from torch import Tensor, nn
 
 import autocomp
-from autocomp import api
 from autocomp.api import SearchResult
 from autocomp.compiler.build import CompiledModel
 from autocomp.errors import UsageError
@@ -23,7 +22,7 @@ from autocomp.layers.w8a8 import QuantConv2d
 from autocomp.progress import Progress
 from autocomp.records.candidate import Candidate
 from autocomp.report import build
-from autocomp.run import finish
+from autocomp.run import finish, start
 
 pytestmark = pytest.mark.usefixtures("short_tuning")
 
@@ -189,7 +188,7 @@ def test_only_the_timed_module_decides() -> None:
 
 def test_a_page_that_fails_at_the_end_costs_nobody_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     progress = Progress()
-    monkeypatch.setattr(api, "rebuild_report", refuse)
-    api._report(tmp_path, progress)
+    monkeypatch.setattr(start, "build_report", refuse)
+    start._report(tmp_path, progress)
     assert "report.html was not written (TypeError: not today)" in progress.warnings[0]
     assert f"autocomp report {tmp_path}" in progress.warnings[0]
