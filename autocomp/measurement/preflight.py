@@ -101,7 +101,9 @@ def _hold_to(given: torch.nn.Module, task: Task, metrics: Metrics, stage: Stage)
         return
     errors = {**theirs.errors(), **metrics.drop_errors(theirs)}
     far = [
-        m for m, value in theirs.items() if abs(metrics[m] - value) > max(ROUNDED * abs(value), 3 * errors.get(m, 0.0))
+        m
+        for m, value in theirs.items()
+        if abs(metrics[m] - value) > max(ROUNDED * abs(value), 3 * errors.get(m, 0.0), SMALLEST)
     ]
     text = f"Task.evaluate tells the exported form of the model from the model as it was given: {said}"
     if far:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 Samples = npt.NDArray[np.float64]
 
+NOTHING = 1e-11  # what sums in another order make of a metric that is 0 of one model: its distance from itself
 SAME = 1e-3  # of a metric's value: what it may differ by between two readings of the same data; chosen by hand, not measured
 
 
@@ -74,7 +75,7 @@ def _standard_error(values: Samples) -> float:
 def _alike(then: float | None, now: float | None, allowed: float = math.inf) -> bool:
     if then is None or now is None:
         return False
-    return abs(then - now) <= min(SAME * max(abs(then), abs(now)), allowed)
+    return abs(then - now) <= max(min(SAME * max(abs(then), abs(now)), allowed), NOTHING)
 
 
 def _text(value: float | None) -> str:

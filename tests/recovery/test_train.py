@@ -383,7 +383,7 @@ def test_shipped_recipes_read_and_end_in_what_is_delivered(name: str) -> None:
         ("format_version: 1\nstages: [{name: a, hot: 1.0, cold: 2.0}]", "must not be above hot"),
         ("format_version: 1\nstages: [{name: a, rounding: false}]", "must train what is delivered"),
         ("format_version: 1\nlearning_rates: [0.1, 0.01]\nstages: [{name: a}]", "the lower first"),
-        ("format_version: 2\nstages: []", "newer than this autocomp"),
+        ("format_version: 2\nstages: []", "a newer one wrote it"),
         ("[]", "must be a mapping"),
     ],
 )
