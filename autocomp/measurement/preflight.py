@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 
+SMALLEST = 1e-8  # of a metric that is 0 of one of two models: no reason to refuse them. Chosen by hand, not measured
 ROUNDED = (
     0.02  # of a metric: what precisions and single decisions on an edge may make of it. Chosen by hand, not measured
 )
