@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import time
@@ -83,3 +84,20 @@ _HOPELESS = {
 def unwritable_reason(error: OSError) -> str | None:
     """Say in words why nothing can be written, None if the error is of another kind."""
     return _HOPELESS.get(error.errno or 0)
+
+
+def sealed(header: bytes, payload: bytes, salt: bytes = b"") -> bytes:
+    """A file's content with a first line that says what it is, and holds a checksum of ``salt`` and payload."""
+    return _first_line(header, payload, salt) + b"\n" + payload
+
+
+def unsealed(header: bytes, content: bytes, salt: bytes = b"") -> bytes | None:
+    """The payload that `sealed` wrote; None where it is not what was written."""
+    first, _, payload = content.partition(b"\n")
+    return payload if first == _first_line(header, payload, salt) else None
+
+
+def _first_line(header: bytes, payload: bytes, salt: bytes) -> bytes:
+    digest = hashlib.sha256(salt)
+    digest.update(payload)
+    return header + digest.hexdigest().encode()

@@ -53,13 +53,19 @@ def stitch_and_score(
 
 
 def score_early(model: nn.Module, graph: Graph, database: LayerDatabase, candidate: Candidate) -> float:
-    """Return the divergence on the first 64 calibration samples, BatchNorm re-estimated on these: near the whole's, for a quarter."""
+    """Return the divergence on the first 64 calibration samples, BatchNorm re-estimated on these: near the whole's, for a quarter.
+
+    Not a number where the model's own code fails on the candidate.
+    """
     from autocomp.database.stitch import stitch
 
     if database.space.normalise(candidate) == database.space.dense():
         return 0.0
-    stitched = stitch(model, graph, database, candidate, reestimate=False)
-    return _score_first(stitched, model, database.statistics)
+    try:
+        stitched = stitch(model, graph, database, candidate, reestimate=False)
+        return _score_first(stitched, model, database.statistics)
+    except Exception:  # the model's own code runs here
+        return math.nan
 
 
 def _score_first(stitched: nn.Module, dense: nn.Module, statistics: Statistics) -> float:

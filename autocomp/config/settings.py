@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,8 +38,7 @@ def _training(value: Any) -> Any:
         return "0"
     if not isinstance(value, str):
         raise ValueError(f"must be how long to train, such as 10min, 500steps or 5epochs, or 0; got {shown(value)}")
-    parse_training(value)
-    return "0" if parse_training(value)[0] == 0 else value.strip()
+    return value.strip() if parse_training(value)[0] else "0"
 
 
 def _has_unit(value: Any) -> bool:
@@ -177,10 +175,13 @@ class Settings(BaseModel):
     @classmethod
     def _space_of_what_is_trained(cls, data: Any) -> Any:
         """What is trained afterwards may be narrower than what must be good at once."""
-        recover = data.get("recover") if isinstance(data, dict) else None
-        if isinstance(recover, str) and "space" not in data and not re.fullmatch(r"[\s0.]*[a-z]*\s*", recover):
-            return {**data, "space": TRAINED}
-        return data
+        if not isinstance(data, dict) or "space" in data or not isinstance(recover := data.get("recover"), str):
+            return data
+        try:
+            trains = parse_training(recover)[0] > 0
+        except ValueError:  # which its own check tells
+            return data
+        return {**data, "space": TRAINED} if trains else data
 
     @model_validator(mode="after")
     def _recovery_in_time(self) -> Settings:

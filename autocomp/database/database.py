@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from autocomp.cache import write_atomically
+from autocomp.cache import sealed, unsealed, write_atomically
 from autocomp.compress.prune import DAMPING, keep
 from autocomp.database.entry import Entry, compress_layer, pack, unpack
 from autocomp.database.orders import STEPS, l1_orders, order_groups
@@ -308,9 +308,8 @@ class LayerDatabase:
     def _write(self, path: Path, data: Mapping[str, Any]) -> None:
         buffer = io.BytesIO()
         torch.save(dict(data), buffer)
-        payload = buffer.getvalue()
         try:
-            write_atomically(path, _head(path, payload) + b"\n" + payload)
+            write_atomically(path, sealed(HEADER, buffer.getvalue(), _named(path)))
         except OSError as error:
             reason = error.strerror or error
             raise UsageError(
@@ -318,9 +317,9 @@ class LayerDatabase:
             ) from error
 
 
-def _head(path: Path, payload: bytes) -> bytes:
-    """A file's first line: its checksum is of its name, too, which says of which layer at which width it is."""
-    return HEADER + hashlib.sha256(path.name.encode() + b"\n" + payload).hexdigest().encode()
+def _named(path: Path) -> bytes:
+    """What a checksum is of beside the content: the file's name, which says of which layer at which width it is."""
+    return path.name.encode() + b"\n"
 
 
 def read_checked(path: Path) -> dict[str, Any]:
@@ -331,8 +330,8 @@ def read_checked(path: Path) -> dict[str, Any]:
         raise
     except OSError as error:
         raise CorruptError(f"layer database: {path.name} cannot be read ({error.strerror or error})") from error
-    head, _, payload = content.partition(b"\n")
-    if head != _head(path, payload):
+    payload = unsealed(HEADER, content, _named(path))
+    if payload is None:
         raise CorruptError(f"layer database: {path.name} is damaged, or another's content")
     data: dict[str, Any] = torch.load(io.BytesIO(payload), weights_only=True)
     return data

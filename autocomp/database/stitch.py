@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from autocomp.compress.batchnorm import reestimate_batchnorm
-from autocomp.graph.fold import folded_bytes
-from autocomp.graph.program import CanonicalModel, tensor_at
+from autocomp.graph.program import tensor_at
 from autocomp.graph.removal import Changes, narrowed
 from autocomp.records.candidate import Candidate, Method
 
@@ -54,9 +53,3 @@ def stitch(
     if changed and reestimate:
         reestimate_batchnorm(stitched, database.statistics.batches, database.statistics.axes)
     return stitched
-
-
-def stored_bytes(stitched: nn.Module) -> int:
-    """The bytes of a candidate's tensors as they are stored, BatchNorm folded."""
-    assert isinstance(stitched, CanonicalModel)
-    return folded_bytes(stitched)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,7 +16,7 @@ from autocomp.tuning.tune import Tuner
 if TYPE_CHECKING:
     import torch
 
-ANOTHER_TRY = 0.05  # a spread above this is measured once more, and the quieter of the two is kept
+_ANOTHER_TRY = 0.05  # a spread above this is measured once more, and the quieter of the two is kept
 
 
 class Compiled(Protocol):
@@ -75,12 +75,14 @@ class Device(Protocol):
         ...
 
 
-def quieter(compiled: Compiled, example_inputs: tuple[torch.Tensor, ...]) -> Latency:
-    """Measure a module; a noisy measurement is taken twice and the quieter one kept."""
-    latency = compiled.time(*example_inputs)
-    if latency.spread > ANOTHER_TRY:
-        latency = min(latency, compiled.time(*example_inputs), key=lambda value: value.spread)
-    return latency
+def quieter(take: Callable[[], list[Latency]]) -> list[Latency]:
+    """Latencies that are measured together; where one is noisy all are taken twice, and the quieter ones kept."""
+    taken = take()
+    return min((taken, take()), key=_worst) if _worst(taken) > _ANOTHER_TRY else taken
+
+
+def _worst(latencies: list[Latency]) -> float:
+    return max(latency.spread for latency in latencies)
 
 
 def latency_model(profile: Profile, tuner: Tuner) -> LatencyModel:

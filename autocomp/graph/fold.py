@@ -38,8 +38,9 @@ def fold_batchnorm(model: nn.Module, norms: Mapping[str, str] | None = None) -> 
     return folded
 
 
-def folded_bytes(model: CanonicalModel) -> int:
-    """Bytes of a model's tensors once every BatchNorm that folds is folded; a tensor that stands in several places counts once."""
+def folded_bytes(model: nn.Module) -> int:
+    """Bytes of a canonical model's tensors as they are stored: every BatchNorm that folds is folded, a tensor in several places counts once."""
+    assert isinstance(model, CanonicalModel)
     folded: set[int] = set()
     biases = 0
     for layer, norm in model.code.norms.items():

@@ -13,6 +13,7 @@ import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -144,9 +145,8 @@ class CanonicalModel(nn.Module):
 
     def forward(self, *inputs: Tensor, **named: Any) -> Any:
         inputs = self._in_order(inputs, named)
-        batch = self.code.batch
-        pieces = _pieces(inputs, batch) if batch.fixed else None
-        outputs = self.code.run(self, *inputs) if pieces is None else _in_pieces(self, pieces, inputs, batch)
+        batch, run = self.code.batch, partial(self.code.run, self)
+        outputs = in_pieces(run, batch.fixed, inputs, batch) if batch.fixed else run(*inputs)
         return _pytree.tree_unflatten(list(outputs), self.code.returns)
 
     def _in_order(self, inputs: tuple[Tensor, ...], named: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -219,28 +219,23 @@ def _holder(model: nn.Module, path: str) -> nn.Module:
     return model
 
 
-def _pieces(inputs: Sequence[Tensor], batch: Batch) -> int | None:
-    """How many batches of the fixed size these inputs are; None where they are one such batch."""
-    for tensor, axis in zip(inputs, batch.inputs, strict=True):
-        if axis is not None:
-            return None if tensor.shape[axis] == batch.fixed else -(-tensor.shape[axis] // batch.fixed)
-    return None
-
-
-def _in_pieces(model: CanonicalModel, pieces: int, inputs: Sequence[Tensor], batch: Batch) -> list[Any]:
-    """Run a model that takes batches of one size alone on one of another: piece by piece, the last one filled up."""
-    size = next(t.shape[a] for t, a in zip(inputs, batch.inputs, strict=True) if a is not None)
+def in_pieces(run: Callable[..., Sequence[Any]], size: int, inputs: Sequence[Tensor], batch: Batch) -> Sequence[Any]:
+    """The outputs, in a row, of what takes batches of ``size`` samples alone on one of any: piece by piece, the last one filled up."""
+    samples = next((t.shape[a] for t, a in zip(inputs, batch.inputs, strict=True) if a is not None), size)
+    if samples == size:
+        return run(*inputs)
     found = []
-    for piece in range(pieces):
-        index = (torch.arange(batch.fixed) + piece * batch.fixed).clamp(max=size - 1)
-        part = [t if a is None else t.index_select(a, index) for t, a in zip(inputs, batch.inputs, strict=True)]
-        found.append(model.code.run(model, *part))
+    for start in range(0, samples, size):
+        index = (torch.arange(size) + start).clamp(max=samples - 1)
+        found.append(
+            run(*(t if a is None else t.index_select(a, index) for t, a in zip(inputs, batch.inputs, strict=True)))
+        )
     joined = []
     for values, axis in zip(zip(*found, strict=True), batch.outputs, strict=True):
         if axis is None or not isinstance(values[0], Tensor):
             joined.append(values[0])
         else:
-            joined.append(torch.cat(list(values), axis).narrow(axis, 0, size))
+            joined.append(torch.cat(list(values), axis).narrow(axis, 0, samples))
     return joined
 
 

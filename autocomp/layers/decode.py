@@ -7,6 +7,7 @@ from collections.abc import Collection
 from torch import nn
 
 from autocomp.layers.convolution import Convolution, OneRow, convolution_of, linear_of
+from autocomp.layers.exchange import exchanged
 from autocomp.layers.part import Stored
 from autocomp.records.precisions import FORMATS, Precision
 
@@ -17,8 +18,6 @@ def decoded(model: nn.Module, precisions: Collection[Precision]) -> nn.Module:
     ``precisions`` are those with kernels on the target. The weights of loops over time have none. The model is returned as it is if there
     is nothing to do, else a copy.
     """
-    import copy
-
     from autocomp.layers.recurrent import Recurrence
 
     in_loops = {id(module.hidden) for module in model.modules() if isinstance(module, Recurrence)}
@@ -30,14 +29,7 @@ def decoded(model: nn.Module, precisions: Collection[Precision]) -> nn.Module:
         there = module.family.everywhere or module.family in with_kernels
         if id(module) in in_loops or not there or not _covered(module):
             memo[id(module)] = float_module(module)
-    if not memo:
-        return model
-    whole = memo.get(id(model))
-    if whole is not None:
-        assert isinstance(whole, nn.Module)
-        return whole
-    result: nn.Module = copy.deepcopy(model, memo)
-    return result
+    return exchanged(model, memo) if memo else model
 
 
 def _covered(module: Stored) -> bool:

@@ -16,7 +16,8 @@ import torch
 
 from autocomp.database.database import LayerDatabase
 from autocomp.database.orders import filter_norms
-from autocomp.database.stitch import stitch, stored_bytes
+from autocomp.database.stitch import stitch
+from autocomp.graph.fold import folded_bytes
 from autocomp.records.candidate import Candidate
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def classic_models(
         if candidate.id not in seen:
             seen.add(candidate.id)
             stitched = stitch(model, graph, database, candidate)
-            yield Classic(name, note, candidate, stitched, stored_bytes(stitched))
+            yield Classic(name, note, candidate, stitched, folded_bytes(stitched))
 
 
 def global_widths(model: torch.nn.Module, graph: Graph, space: Space, keep: float) -> dict[str, int]:
@@ -91,10 +92,3 @@ def _candidates(
         note = f"{keep:.0%} of all channels kept, by L1 norm over the mean of their group; BatchNorm re-estimated"
         widths = global_widths(model, graph, space, keep)
         yield f"global magnitude, {keep:.0%} kept", note, space.normalise(Candidate(widths, methods))
-
-
-def _in_fp32(space: Space) -> Space:
-    """The same space with the dense method alone for every layer."""
-    from dataclasses import replace
-
-    return replace(space, methods={name: options[:1] for name, options in space.methods.items()})

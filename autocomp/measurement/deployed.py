@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from autocomp.errors import AutocompError, UsageError, last_line
-from autocomp.graph.batches import part, shape_of
-from autocomp.graph.program import CanonicalModel
+from autocomp.graph.batches import shape_of
+from autocomp.graph.program import CanonicalModel, in_pieces
 from autocomp.records.run import Deployed
 from autocomp.tasks.reading import SAME, Metrics
 from autocomp.tasks.task import evaluate_task
@@ -43,7 +43,7 @@ class DeployedModel(nn.Module):
         self._names, self._returns, self._batch = model.code.parameters, model.code.returns, model.code.batch
         self._order: Callable[..., tuple[Tensor, ...]] = model._in_order
         self._run, self._example, self._left = run, example, seconds
-        with torch.no_grad():  # what of the outputs is no tensor is the same each time
+        with torch.no_grad():
             self._leaves = _pytree.tree_flatten(model(*example))[0]
         self.eval()
 
@@ -56,46 +56,18 @@ class DeployedModel(nn.Module):
         if shape_of(given, axes) != shape_of(self._example, axes):
             shapes, known = ([list(tensor.shape) for tensor in batch] for batch in (given, self._example))
             raise UsageError(f"it was called with inputs of the shapes {shapes}, and is compiled for {known}")
-        size, samples = self._count(self._example), self._count(given)
-        if size is None or samples is None:
-            return self._as_model(self._timed(given))
-        found = []
-        for start in range(0, samples, size):
-            found.append(self._timed(_filled(given, start, min(size, samples - start), size, axes)))
-        return self._as_model(
-            [self._joined(values, samples, index) for index, values in enumerate(zip(*found, strict=True))]
-        )
+        size = next((t.shape[a] for t, a in zip(self._example, axes, strict=True) if a is not None), 0)
+        return _pytree.tree_unflatten(list(in_pieces(self._timed, size, given, self._batch)), self._returns)
 
-    def _count(self, inputs: Sequence[Tensor]) -> int | None:
-        return next((t.shape[a] for t, a in zip(inputs, self._batch.inputs, strict=True) if a is not None), None)
-
-    def _timed(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    def _timed(self, *inputs: Tensor) -> list[Any]:
+        """The outputs in a row, as the model has them: what is no tensor among them is the same each time."""
         began = time.monotonic()
         result = self._run(*inputs)
         self._left -= time.monotonic() - began
         if self._left < 0:
             raise TooSlow("reading the metric takes too long")
-        return list(result) if isinstance(result, tuple | list) else [result]  # type: ignore[list-item] # of `Run`
-
-    def _joined(self, values: Sequence[Tensor], samples: int, index: int) -> Tensor:
-        tensors = [k for k, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
-        axis = self._batch.outputs[tensors[index]]
-        return values[0] if axis is None else torch.cat(list(values), axis).narrow(axis, 0, samples)
-
-    def _as_model(self, outputs: Sequence[Tensor]) -> Any:
-        waiting = iter(outputs)
-        leaves = [next(waiting) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-        return _pytree.tree_unflatten(leaves, self._returns)
-
-
-def _filled(
-    inputs: tuple[Tensor, ...], start: int, length: int, size: int, axes: tuple[int | None, ...]
-) -> tuple[Tensor, ...]:
-    """``size`` samples: ``length`` from ``start`` on, the last of them as often as is lacking."""
-    if length == size:
-        return part(inputs, start, size, axes)
-    index = (torch.arange(size) + start).clamp(max=start + length - 1)
-    return tuple(t if axis is None else t.index_select(axis, index) for t, axis in zip(inputs, axes, strict=True))
+        waiting = iter(result if isinstance(result, tuple | list) else [result])
+        return [next(waiting) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
 
 
 def read_deployed(

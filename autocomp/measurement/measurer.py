@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from autocomp.cache import unwritable_reason
-from autocomp.devices.device import ANOTHER_TRY, Compiled, Device
+from autocomp.devices.device import Compiled, Device, quieter
 from autocomp.errors import AutocompError, last_line
 from autocomp.measurement.preflight import Rehearsed
 from autocomp.measurement.side_by_side import side_by_side
@@ -146,10 +146,7 @@ class Measurer:
     def _in_turn(self, name: str, module: Compiled) -> Latency:
         """The latency of a module as it would have been when the uncompressed model was first timed."""
         device, modules = self.devices[name], [self.dense_module(name), module]
-        dense, own = device.time_in_turn(modules, self.inputs[0])
-        if max(dense.spread, own.spread) > ANOTHER_TRY:
-            again = device.time_in_turn(modules, self.inputs[0])
-            dense, own = min((dense, own), (again[0], again[1]), key=lambda pair: max(pair[0].spread, pair[1].spread))
+        dense, own = quieter(lambda: device.time_in_turn(modules, self.inputs[0]))
         drift = self.dense_seconds[name] / dense.seconds
         samples = tuple(sample * drift for sample in own.samples)
         return replace(own, seconds=own.seconds * drift, samples=samples, drift=drift)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 import time
 from collections.abc import Mapping
@@ -92,7 +91,7 @@ def _hold_to(given: torch.nn.Module, task: Task, metrics: Metrics, stage: Stage)
     Sizes that a `forward` uses in Python (a length, a branch on the batch) are written down as numbers by torch.export.
     """
     try:
-        theirs = evaluate_task(task, copy.deepcopy(given).eval(), names=tuple(metrics), as_given=True)
+        theirs = evaluate_task(task, given, names=tuple(metrics), as_given=True)
     except Exception as error:  # the user's own code, of a model that need bear no copying
         stage.warn(
             f"the model as it was given was not judged, to hold its exported form to it: {type(error).__name__}: {last_line(error)}"

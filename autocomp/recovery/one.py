@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -14,14 +13,10 @@ from autocomp.recovery.forms.whole import frozen
 from autocomp.recovery.lessons import Teaching
 from autocomp.recovery.rate import search_rate
 from autocomp.recovery.recipe import Recipe
-from autocomp.recovery.schedules import Span
+from autocomp.recovery.schedules import DRAWING, Span
 from autocomp.recovery.train import train
 from autocomp.tasks.task import Task, evaluate_task, objective_of
 
-if TYPE_CHECKING:
-    pass
-
-DRAWING = 0.1  # of the seconds of a training at most, for the teacher's answers
 LEAST_STEPS = 20  # of a training, or a pass through the data where that is less: fewer learn nothing
 
 

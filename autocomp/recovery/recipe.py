@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from autocomp.config.files import read_yaml, validated
+from autocomp.config.files import validated
+from autocomp.config.named import read_named
 from autocomp.config.shipped import shipped_files
-from autocomp.config.versions import current_by_hand
-from autocomp.errors import UsageError, shown, suggest
+from autocomp.errors import UsageError, shown
 
 FORMAT_VERSION = 1
 FOLDER = "recipes"
@@ -111,17 +111,7 @@ def list_recipes() -> list[str]:
 
 def load_recipe(name: str | Path = DEFAULT) -> Recipe:
     """Read a recipe by shipped name or path. UsageError names the file, the key, the rule and the value."""
-    shipped = shipped_files(FOLDER)
-    path = shipped.get(str(name), Path(name))
-    try:
-        data: Any = read_yaml(path)
-    except FileNotFoundError:
-        raise UsageError(
-            f"unknown recipe {shown(str(name))}.{suggest(str(name), shipped)} Known: {', '.join(shipped)}, or a path"
-        ) from None
-    if not isinstance(data, dict):
-        raise UsageError(f"{path}: a recipe must be a mapping with 'format_version' and 'stages'")
-    data = current_by_hand(data, path, FORMAT_VERSION)
+    path, data = read_named(FOLDER, name, "recipe", "stages", FORMAT_VERSION)
     recipe = validated(Recipe, data, f"{path}: ")
     if not recipe.rounds_last:
         raise UsageError(f"{path}: the last stage must train what is delivered: leave out its rounding: false")

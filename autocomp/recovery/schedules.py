@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+DRAWING = 0.1  # of the seconds of a training at most, for the teacher's answers. Chosen by hand, not measured
 WARM = 0.1  # of a cycle, in which the rate rises
 FIRST, LAST = 0.1, 0.01  # of the highest rate, at the ends of a cycle
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autocomp.cache import write_atomically
+from autocomp.cache import sealed, unsealed, write_atomically
 from autocomp.errors import CorruptError
 from autocomp.recovery.forms.whole import converted, trainable
 
@@ -22,14 +21,13 @@ def write(path: Path, data: dict[str, Any]) -> None:
     """Write what ``torch.save`` can hold; OSError where the disk does not take it."""
     buffer = io.BytesIO()
     torch.save(data, buffer)
-    payload = buffer.getvalue()
-    write_atomically(path, HEADER + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+    write_atomically(path, sealed(HEADER, buffer.getvalue()))
 
 
 def read(path: Path) -> dict[str, Any]:
     """Read it again. FileNotFoundError if there is none, CorruptError if it is not what was written; nothing in it is run."""
-    head, _, payload = path.read_bytes().partition(b"\n")
-    if head != HEADER + hashlib.sha256(payload).hexdigest().encode():
+    payload = unsealed(HEADER, path.read_bytes())
+    if payload is None:
         raise CorruptError(f"{path} is damaged, or no file of a training")
     data: dict[str, Any] = torch.load(io.BytesIO(payload), weights_only=True)
     return data

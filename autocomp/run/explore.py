@@ -112,10 +112,7 @@ class _Explorer:
         from autocomp.accuracy.proxy import score_early
 
         prepared = self.prepared
-        try:
-            return score_early(prepared.task.model, prepared.graph, prepared.database, candidate)
-        except Exception:  # the model's own code runs here
-            return float("nan")
+        return score_early(prepared.task.model, prepared.graph, prepared.database, candidate)
 
     def _baselines(self) -> None:
         """Tell and measure dense and the uniform compressions: they stand beside the front, and fit the latency models."""
@@ -285,11 +282,7 @@ class _Explorer:
             begun = self.budget.spent()
             if begun + self._lot_seconds > until:
                 return
-            for done in self.measurer.measure_all(evaluations[start : start + together]):
-                if done.state == "failed":
-                    self.progress.warn(f"candidate {done.candidate.id} failed: {done.failure}")
-                self.search.update(done.trial, done)
-                stage.advance()
+            stage.advance(len(self.found.measure(evaluations[start : start + together])))
             self._lot_seconds = self.budget.spent() - begun
 
     def _least(self, stage: Stage) -> None:

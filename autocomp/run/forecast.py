@@ -6,7 +6,6 @@ its candidates are stitched to see how far the tables are off, and seconds come 
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from autocomp.progress import Progress
 from autocomp.records.evaluation import Evaluation
 from autocomp.records.latency import Latency
 from autocomp.records.run import Kept, speedup
-from autocomp.run.prepare_task import PreparedTask, compressed_layers, prepare_task
+from autocomp.run.prepare_task import compressed_layers, prepare_task
 from autocomp.space.file import load_space
 from autocomp.study.costs import Costs
 from autocomp.study.deciders import MOST_ROWS, kept
@@ -33,7 +32,6 @@ from autocomp.study.solver import Problem, solve_front
 from autocomp.tasks.task import Task
 
 if TYPE_CHECKING:
-    from autocomp.database.database import LayerDatabase
     from autocomp.records.candidate import Candidate
 
 POINTS = 12  # of the predicted front
@@ -84,6 +82,8 @@ class Plan:
 
 def forecast(settings: Settings, task: Task, progress: Progress) -> Plan:
     """Plan a search. UsageError, ExportError as a search raises them at its start."""
+    from autocomp.accuracy.proxy import score_early
+
     begun = time.perf_counter()
     devices = {name: open_device(load_profile(name)) for name in settings.profiles}
     profiles = [device.profile for device in devices.values()]
@@ -101,7 +101,7 @@ def forecast(settings: Settings, task: Task, progress: Progress) -> Plan:
             drawn = [ready.space.draw(rng) for _ in range(DRAWN)]
             seen = []
             for candidate in drawn:
-                seen.append(_read(ready, database, candidate))
+                seen.append(score_early(ready.task.model, ready.graph, database, candidate))
                 stage.advance()
         trial = (time.perf_counter() - start) / DRAWN
         costs.observe(drawn, [value if np.isfinite(value) else -1.0 for value in seen])
@@ -112,7 +112,7 @@ def forecast(settings: Settings, task: Task, progress: Progress) -> Plan:
         read: dict[Candidate, float] = {}
         with progress.stage("reading candidates", len(looked_at)) as stage:
             for candidate in looked_at:
-                if np.isfinite(value := _read(ready, database, candidate)):
+                if np.isfinite(value := score_early(ready.task.model, ready.graph, database, candidate)):
                     read[candidate] = value
                 stage.advance()
     limits = settings.goals.model_copy(update={"max_drop": None, "max_memory": None})  # of which nothing is known yet
@@ -128,16 +128,6 @@ def forecast(settings: Settings, task: Task, progress: Progress) -> Plan:
         task.name, ready.space.size, points, _layers(problem), kept(ready.graph, ready.space, problem), errors, seconds,
         tuple(_notes(settings, points, errors)),
     )  # fmt: skip
-
-
-def _read(ready: PreparedTask, database: LayerDatabase, candidate: Candidate) -> float:
-    """The divergence of a candidate on few samples; not a number where the model's own code fails on it, as in a search."""
-    from autocomp.accuracy.proxy import score_early
-
-    try:
-        return score_early(ready.task.model, ready.graph, database, candidate)
-    except Exception:
-        return math.nan
 
 
 def _point(judge: Judge, evaluation: Evaluation, read: float | None) -> PlannedPoint:

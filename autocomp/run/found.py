@@ -7,7 +7,7 @@ through the same stages, finds what is there, and does the rest.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from types import TracebackType
@@ -106,6 +106,15 @@ class Found:
         if not self.prepared.settings.goals.any or not any(e.source == "dense" and e.metrics for e in self.told):
             return {}
         return thought_misses(evaluation, self.judge(), [e for e in self.told if e.state == "measured"])
+
+    def measure(self, lot: Sequence[Evaluation]) -> list[Evaluation]:
+        """Measure so many told candidates as are measured together. A failure is said, and recorded with its candidate."""
+        done = self.prepared.measurer.measure_all(lot)
+        for evaluation in done:
+            if evaluation.state == "failed":
+                self._warn(f"candidate {evaluation.candidate.id} failed: {evaluation.failure}")
+            self.search.update(evaluation.trial, evaluation)
+        return done
 
     def warnings(self) -> list[str]:
         """What this start of the run said, and the ones before it."""

@@ -10,15 +10,13 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autocomp.errors import AutocompError
 from autocomp.measurement.measurer import reason_of
 from autocomp.processes.outcome import Outcome
 from autocomp.processes.pool import Workers, cores
-from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation, untrained
 from autocomp.records.recovery import (
     Entrant,
@@ -27,8 +25,9 @@ from autocomp.records.recovery import (
     recovery_summary_to_json,
 )
 from autocomp.recovery.recipe import Recipe
-from autocomp.recovery.schedules import Span
+from autocomp.recovery.schedules import DRAWING, Span
 from autocomp.run.entrants import entrants, survivors
+from autocomp.run.jobs import FOLDER, Done, Job, joined, last_of_the_best, readings, trained
 from autocomp.tasks.task import evaluate_task
 
 if TYPE_CHECKING:
@@ -38,42 +37,12 @@ if TYPE_CHECKING:
     from autocomp.run.prepare import Prepared
     from autocomp.tasks.reading import Metrics
 
-FOLDER = "recovery"  # in the run folder
 # Chosen by hand, not measured.
 SHARES = (0.3, 0.3, 0.4)  # of the stage's time, or of a finalist's steps, in each round
 KEEP = 0.5  # of the candidates that go on after each round
 MOST = 16  # candidates that enter
 FIRST_STEPS = 80  # of each in the first round at least, or fewer enter
-DRAWING = 0.1  # of the time for the teacher's answers, at most
 MANY = 8  # that enter where the length is stated in steps
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training: a trial's candidate, the round, for how long, and from whose weights (None: as it was compressed).
-
-    ``name`` is that of its files, which no other training has.
-    """
-
-    name: str
-    trial: int
-    candidate: Candidate
-    round: int
-    span: Span
-    begin: str | None
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a training came to, without its metrics: JSON can hold it."""
-
-    weights: str
-    steps: int
-    seconds: float
-    losses: list[tuple[float, float]]
-    frozen: list[str]
-    notes: list[str]
-    failure: str = ""
 
 
 class Stage:
@@ -260,7 +229,7 @@ class Stage:
             return
 
         def work(job: Job) -> Outcome[Done]:
-            return _train(self.prepared, teaching, self.recipe, rate, job, self.folder, self._stop)
+            return trained(self.prepared, teaching, self.recipe, rate, job, self.folder, self._stop)
 
         with closing(Workers(work, workers)) as crew:
             try:
@@ -297,19 +266,15 @@ class Stage:
 
     def _measured(self, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
         """The evaluations, those measured that were not yet; what cannot be is left out. Untrained: the weights change no time."""
-        measurer, search, progress = self.prepared.measurer, self.found.search, self.prepared.progress
+        together, progress = self.prepared.measurer.together, self.prepared.progress
         todo = [e for e in evaluations if e.state == "told"]
         done = {e.trial: e for e in evaluations if e.state == "measured"}
         if todo:
             with progress.stage("measuring those that were trained", len(todo)) as stage:
-                for start in range(0, len(todo), measurer.together):
-                    for evaluation in measurer.measure_all(todo[start : start + measurer.together]):
-                        if evaluation.state == "failed":
-                            progress.warn(f"candidate {evaluation.candidate.id} failed: {evaluation.failure}")
-                        else:
-                            done[evaluation.trial] = evaluation
-                        search.update(evaluation.trial, evaluation)
-                        stage.advance()
+                for start in range(0, len(todo), together):
+                    lot = self.found.measure(todo[start : start + together])
+                    done |= {e.trial: e for e in lot if e.state != "failed"}
+                    stage.advance(len(lot))
         return [done[e.trial] for e in evaluations if e.trial in done]
 
     # --- what comes of it ---
@@ -323,7 +288,7 @@ class Stage:
             if evaluation.state != "measured":
                 continue
             results = [r for index in range(len(SHARES)) if (r := self._result(trial, index)) and r["metrics"]]
-            best = _last_of_the_best(results, judge.objective, sign)
+            best = last_of_the_best(results, judge.objective, sign)
             if best is None or sign * best["metrics"][judge.objective] <= sign * evaluation.metrics[judge.objective]:
                 continue
             before = untrained(evaluation)
@@ -337,8 +302,8 @@ class Stage:
                 weights=best["done"]["weights"],
                 before_errors=before.errors,
                 before_drop_errors=before.drop_errors,
-                losses=_joined(taken),
-                readings=_readings(before.metrics[judge.objective], taken, judge.objective),
+                losses=joined(taken),
+                readings=readings(before.metrics[judge.objective], taken, judge.objective),
                 frozen=tuple(best["done"]["frozen"]),
             )
             renewed = replace(
@@ -374,64 +339,8 @@ class Stage:
         )
 
 
-def _train(
-    prepared: Prepared, teaching: Teaching, recipe: Recipe, rate: float, job: Job, folder: Path, stop: Any
-) -> Outcome[Done]:
-    """One training, in a process of its own where there are several; its weights lie in a file then."""
-    from autocomp.recovery import stored
-    from autocomp.recovery.forms.whole import frozen
-    from autocomp.recovery.train import train
-
-    name = job.name
-    try:
-        model = prepared.stitch_untrained(job.candidate)
-        begun = None if job.begin is None else stored.read(prepared.folder / job.begin)[stored.FORM]
-        shared = prepared.shared_layers(job.candidate) if any(stage.features for stage in recipe.stages) else None
-        done = train(model, teaching, recipe, job.span, rate, shared, folder / f"{name}.part", begun, stop.is_set)
-        if not done.failure:
-            stored.write(folder / name, {stored.FORM: done.weights})
-        return Outcome(
-            Done(
-                f"{FOLDER}/{name}", done.steps, done.seconds, done.curve, frozen(model), list(done.notes), done.failure
-            )
-        )
-    except AutocompError as error:
-        return Outcome(None, str(error))
-    except Exception as error:
-        return Outcome(None, reason_of(error))
-
-
-def _last_of_the_best(results: Sequence[dict[str, Any]], objective: str, sign: float) -> dict[str, Any] | None:
-    """The last result within a standard error of the best: of readings that noise alone tells apart, the one that was trained the longest."""
-    if not results:
-        return None
-    best = max(results, key=lambda r: float(sign * r["metrics"][objective]))
-    least = sign * best["metrics"][objective] - best["errors"].get(objective, 0.0)
-    later = [r for r in results if sign * r["metrics"][objective] >= least]
-    return later[-1]
-
-
 def _event() -> Any:
     import multiprocessing
 
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     return multiprocessing.get_context(method).Event()
-
-
-def _joined(results: Sequence[Mapping[str, Any]]) -> tuple[tuple[float, float], ...]:
-    """The curves of successive trainings as one, over steps."""
-    points, before = [], 0
-    for result in results:
-        steps = result["done"]["steps"]
-        points += [(before + float(along) * steps, float(loss)) for along, loss in result["done"]["losses"]]
-        before += steps
-    return tuple(points)
-
-
-def _readings(first: float, results: Sequence[Mapping[str, Any]], objective: str) -> tuple[tuple[float, float], ...]:
-    """The objective over seconds of training."""
-    points, seconds = [(0.0, first)], 0.0
-    for result in results:
-        seconds += result["done"]["seconds"]
-        points.append((round(seconds, 3), result["metrics"][objective]))
-    return tuple(points)

@@ -20,6 +20,8 @@ from autocomp.records.latency import Latency
 from autocomp.records.run import Deployed, FrontPoint, Verified
 
 if TYPE_CHECKING:
+    import torch
+
     from autocomp.devices.device import Compiled, Device
     from autocomp.run.found import Found
     from autocomp.run.prepare import Prepared
@@ -74,18 +76,20 @@ def read_as_deployed(prepared: Prepared, points: Sequence[FrontPoint]) -> list[F
     seconds = min(SECONDS, prepared.budget.left() / (2 * max(1, len(points)) * len(prepared.devices)))
     if seconds <= 0:
         return list(points)
-    read: dict[int, dict[str, Deployed]] = {point.evaluation.trial: {} for point in points}
-    with prepared.progress.stage(
-        "reading the metric of what was written", len(points) * len(prepared.devices)
-    ) as stage:
-        for name in prepared.devices:
-            file, runner = _runner(prepared, name)
-            for point in points:
-                path = prepared.folder / "models" / point.evaluation.candidate.id / file
-                if path.exists():
-                    read[point.evaluation.trial][name] = _deployed(prepared, point, path, runner, seconds)
-                stage.advance()
-    return [replace(point, deployed=read[point.evaluation.trial]) for point in points]
+    runners = {name: _runner(prepared, name) for name in prepared.devices}
+    found = []
+    with prepared.progress.stage("reading the metric of what was written", len(points)) as stage:
+        for point in points:
+            place = prepared.folder / "models" / point.evaluation.candidate.id
+            model = prepared.stitch(point.evaluation.candidate)
+            read = {
+                name: _deployed(prepared, point, model, place / file, runner, seconds)
+                for name, (file, runner) in runners.items()
+                if (place / file).exists()
+            }
+            found.append(replace(point, deployed=read))
+            stage.advance()
+    return found
 
 
 def _runner(prepared: Prepared, name: str) -> tuple[str, Callable[[Path], Callable[..., object]]]:
@@ -101,13 +105,17 @@ def _runner(prepared: Prepared, name: str) -> tuple[str, Callable[[Path], Callab
 
 
 def _deployed(
-    prepared: Prepared, point: FrontPoint, path: Path, runner: Callable[[Path], Callable[..., object]], seconds: float
+    prepared: Prepared,
+    point: FrontPoint,
+    model: torch.nn.Module,
+    path: Path,
+    runner: Callable[[Path], Callable[..., object]],
+    seconds: float,
 ) -> Deployed:
     try:
         run = runner(path)
     except Exception as error:
         return Deployed(path.name, note=f"not read: {reason_of(error)}")
-    model = prepared.stitch(point.evaluation.candidate)
     return read_deployed(prepared.task, point.evaluation, model, run, path.name, seconds)
 
 

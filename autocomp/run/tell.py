@@ -69,7 +69,7 @@ class Teller:
 
     def _score(self, work: _Work) -> _Scored:
         from autocomp.accuracy.proxy import stitch_and_score
-        from autocomp.database.stitch import stored_bytes
+        from autocomp.graph.fold import folded_bytes
 
         prepared, start = self.prepared, time.perf_counter()
         try:
@@ -77,7 +77,7 @@ class Teller:
         except Exception as error:  # the model's own code runs here
             return None, reason_of(error), time.perf_counter() - start, 0
         # counted, not looked up: the tables know nothing of tensors that belong to no layer and shrink with one
-        return divergence, "", time.perf_counter() - start, stored_bytes(model)
+        return divergence, "", time.perf_counter() - start, folded_bytes(model)
 
     def _hopeless(self, evaluation: Evaluation) -> float:
         """The divergence above which a candidate is beaten for certain: by one that was told and is predicted no slower."""

@@ -174,9 +174,9 @@ class _Checks:
 
     def _size(self, model: torch.nn.Module) -> Check:
         """Whether the tensors of the delivered model are as large as the run says."""
-        from autocomp.database.stitch import stored_bytes
+        from autocomp.graph.fold import folded_bytes
 
-        was, said, now = self.point.bytes, self._manifest().get("bytes"), stored_bytes(model)
+        was, said, now = self.point.bytes, self._manifest().get("bytes"), folded_bytes(model)
         text = (
             f"{now} bytes of tensors in model.safetensors, BatchNorm folded; {was} in the run, {said} in the manifest"
         )

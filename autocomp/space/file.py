@@ -8,9 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from autocomp.config.files import read_yaml
+from autocomp.config.named import read_named
 from autocomp.config.shipped import shipped_files
-from autocomp.config.versions import current_by_hand
 from autocomp.errors import UsageError, cut, shown, suggest
 from autocomp.records.precisions import Precision
 
@@ -103,18 +102,7 @@ def list_spaces() -> list[str]:
 
 def load_space(name: str | Path) -> SpaceFile:
     """Read a search-space file by path or shipped name. UsageError names the file, the key, the rule and the value."""
-    shipped = shipped_files("search_spaces")
-    path = shipped.get(str(name), Path(name))
-    try:
-        data = read_yaml(path)
-    except FileNotFoundError:
-        known = ", ".join(shipped)
-        raise UsageError(
-            f"unknown search space {shown(str(name))}.{suggest(str(name), shipped)} Known: {known}, or a path"
-        ) from None
-    if not isinstance(data, dict):
-        raise UsageError(f"{path}: a search space must be a mapping with 'format_version' and 'rules'")
-    data = current_by_hand(data, path, FORMAT_VERSION)
+    path, data = read_named("search_spaces", name, "search space", "rules", FORMAT_VERSION)
     try:
         return SpaceFile.model_validate(data)
     except ValidationError as error:

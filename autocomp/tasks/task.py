@@ -120,7 +120,7 @@ class Task:
         inputs, given = checked_batch(self.example_inputs, "Task.example_inputs"), self.model
         self.model, self.example_inputs, notes = plain(self.model, inputs, "Task.model", "Task.example_inputs")
         self.converted += tuple(notes)
-        if notes and isinstance(given, nn.Module):
+        if notes:
             refuse_another(given, inputs, self.model, self.example_inputs, "Task.model")
         self.batch_axes = self._checked_axes()
         self.calibration = self._checked_calibration()
@@ -234,7 +234,7 @@ def evaluate_task(
 ) -> Metrics:
     """Return the task's metrics of ``model`` on a split (``validation`` or ``test``), objective first, all finite.
 
-    ``as_given``: the model is the user's own, and takes the user's inputs as they are.
+    ``as_given``: the model is the user's own, read in evaluation mode, and takes the user's inputs as they are.
 
     One that is given as the values of samples is their mean, and its standard error is known.
 
@@ -250,6 +250,8 @@ def evaluate_task(
         raise UsageError("this task has no held-out test: Task.test is None")
     # without gradients: those of weights that were rounded are nothing to go by
     model, before = copy.deepcopy(model).requires_grad_(False), checksums(task.example_inputs, task.calibration)
+    if as_given:
+        model.eval()
     try:
         with process_kept(), taking_any(model) if task.converted and not as_given else nullcontext():
             returned = function(model)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import autocomp
-from autocomp.database.stitch import stored_bytes
 from autocomp.graph.canonical import canonical
+from autocomp.graph.fold import folded_bytes
 from autocomp.records.latency import Latency
 from autocomp.run.points import with_tail
 from autocomp.tasks.task import Task
@@ -55,7 +55,7 @@ def test_a_published_size_is_that_of_the_tensors(tmp_path: Path, spaces: dict[st
     result = autocomp.search(
         task, out=tmp_path / "run", space=spaces["wide"], trials=8, measurements=3, references=False
     )
-    assert {point.bytes for point in result.front} == {stored_bytes(point.load()) for point in result.front}
+    assert {point.bytes for point in result.front} == {folded_bytes(point.load()) for point in result.front}
     narrow = min(result.front, key=lambda point: point.bytes)
     assert narrow.bytes < result.dense.bytes
     for point in result.front:
@@ -67,7 +67,7 @@ def test_shared_tensors_and_norms_that_fold_are_counted_as_they_are_stored() -> 
     model = canonical(
         nn.Sequential(nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()).eval(), (torch.randn(2, 1, 8, 8),)
     )
-    assert stored_bytes(model) == 4 * (8 * 9 + 8), "weights, and the bias that folding makes"
+    assert folded_bytes(model) == 4 * (8 * 9 + 8), "weights, and the bias that folding makes"
 
 
 def test_a_password_on_the_command_line_is_not_kept(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import nn
 
+from autocomp.layers.exchange import exchanged
 from autocomp.layers.part import Stored
 from autocomp.layers.recurrent import Recurrence
 from autocomp.records.precisions import load
@@ -23,7 +22,7 @@ def trainable(model: nn.Module) -> nn.Module:
         for module in model.modules()
         if isinstance(module, Stored) and id(module) not in left
     }
-    return _exchanged(model, memo).train().requires_grad_(True)
+    return exchanged(model, memo).train().requires_grad_(True)
 
 
 def converted(trained: nn.Module) -> nn.Module:
@@ -31,7 +30,7 @@ def converted(trained: nn.Module) -> nn.Module:
     memo: dict[int, object] = {
         id(module): module.stored() for module in trained.modules() if isinstance(module, Training)
     }
-    return _exchanged(trained, memo).eval().requires_grad_(False)
+    return exchanged(trained, memo).eval().requires_grad_(False)
 
 
 def frozen(model: nn.Module) -> list[str]:
@@ -43,13 +42,3 @@ def frozen(model: nn.Module) -> list[str]:
 def _in_loops(model: nn.Module) -> list[nn.Module]:
     loops = [module.hidden for module in model.modules() if isinstance(module, Recurrence)]
     return [hidden for hidden in loops if isinstance(hidden, Stored)]
-
-
-def _exchanged(model: nn.Module, memo: dict[int, object]) -> nn.Module:
-    """A copy with other modules in the place of some."""
-    whole = memo.get(id(model))
-    if whole is not None:
-        assert isinstance(whole, nn.Module)
-        return whole
-    result: nn.Module = copy.deepcopy(model, memo)
-    return result

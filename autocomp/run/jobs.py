@@ -1,0 +1,105 @@
+"""One training of a run's, in a process of its own; and what the results of several in a row come to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autocomp.errors import AutocompError
+from autocomp.measurement.measurer import reason_of
+from autocomp.processes.outcome import Outcome
+from autocomp.records.candidate import Candidate
+from autocomp.recovery.recipe import Recipe
+from autocomp.recovery.schedules import Span
+
+if TYPE_CHECKING:
+    from autocomp.recovery.lessons import Teaching
+    from autocomp.run.prepare import Prepared
+
+FOLDER = "recovery"  # in the run folder
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: a trial's candidate, the round, for how long, and from whose weights (None: as it was compressed).
+
+    ``name`` is that of its files, which no other training has.
+    """
+
+    name: str
+    trial: int
+    candidate: Candidate
+    round: int
+    span: Span
+    begin: str | None
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a training came to, without its metrics: JSON can hold it."""
+
+    weights: str
+    steps: int
+    seconds: float
+    losses: list[tuple[float, float]]
+    frozen: list[str]
+    notes: list[str]
+    failure: str = ""
+
+
+def trained(
+    prepared: Prepared, teaching: Teaching, recipe: Recipe, rate: float, job: Job, folder: Path, stop: Any
+) -> Outcome[Done]:
+    """One training, in a process of its own where there are several; its weights lie in a file then."""
+    from autocomp.recovery import stored
+    from autocomp.recovery.forms.whole import frozen
+    from autocomp.recovery.train import train
+
+    name = job.name
+    try:
+        model = prepared.stitch_untrained(job.candidate)
+        begun = None if job.begin is None else stored.read(prepared.folder / job.begin)[stored.FORM]
+        shared = prepared.shared_layers(job.candidate) if any(stage.features for stage in recipe.stages) else None
+        done = train(model, teaching, recipe, job.span, rate, shared, folder / f"{name}.part", begun, stop.is_set)
+        if not done.failure:
+            stored.write(folder / name, {stored.FORM: done.weights})
+        return Outcome(
+            Done(
+                f"{FOLDER}/{name}", done.steps, done.seconds, done.curve, frozen(model), list(done.notes), done.failure
+            )
+        )
+    except AutocompError as error:
+        return Outcome(None, str(error))
+    except Exception as error:
+        return Outcome(None, reason_of(error))
+
+
+def last_of_the_best(results: Sequence[dict[str, Any]], objective: str, sign: float) -> dict[str, Any] | None:
+    """The last result within a standard error of the best: of readings that noise alone tells apart, the one that was trained the longest."""
+    if not results:
+        return None
+    best = max(results, key=lambda r: float(sign * r["metrics"][objective]))
+    least = sign * best["metrics"][objective] - best["errors"].get(objective, 0.0)
+    later = [r for r in results if sign * r["metrics"][objective] >= least]
+    return later[-1]
+
+
+def joined(results: Sequence[Mapping[str, Any]]) -> tuple[tuple[float, float], ...]:
+    """The curves of successive trainings as one, over steps."""
+    points, before = [], 0
+    for result in results:
+        steps = result["done"]["steps"]
+        points += [(before + float(along) * steps, float(loss)) for along, loss in result["done"]["losses"]]
+        before += steps
+    return tuple(points)
+
+
+def readings(first: float, results: Sequence[Mapping[str, Any]], objective: str) -> tuple[tuple[float, float], ...]:
+    """The objective over seconds of training."""
+    points, seconds = [(0.0, first)], 0.0
+    for result in results:
+        seconds += result["done"]["seconds"]
+        points.append((round(seconds, 3), result["metrics"][objective]))
+    return tuple(points)
