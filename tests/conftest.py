@@ -176,6 +176,13 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"left to {' and '.join(left)}: the tests marked so" if left else ""
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Say at once what failed: a run that is stopped, or whose worker died, has no summary."""
+    in_worker = "PYTEST_XDIST_WORKER" in os.environ
+    if report.failed and not in_worker:
+        print(f"\n{report.nodeid} ({report.when}) failed:\n{str(report.longrepr)[-3000:]}", flush=True)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what ``-m`` must speak of (`ON_REQUEST`); what is left out is counted as deselected."""
     unasked = [name for name in ON_REQUEST if name not in config.option.markexpr]
