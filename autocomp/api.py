@@ -18,6 +18,7 @@ from autocomp.progress import Progress
 from autocomp.records.evaluation import Sensitivity
 from autocomp.records.latency import Latency
 from autocomp.recovery.recipe import load_recipe
+from autocomp.run.replay import with_replay
 from autocomp.run.result import Point as Point
 from autocomp.run.result import SearchResult as SearchResult
 from autocomp.run.start import check_names, length_of, searched, trained_run
@@ -59,8 +60,9 @@ def search(
     ``task`` is a `Task` or a name (``digits``, ``package.module:function``); ``profiles`` are names or YAML files of targets, ``trials`` the
     candidates told to the study, ``out`` the run folder, ``options`` the other keys of the settings (``space``, ``measurements``, ``minutes``,
     ``goals``, … as `Settings` has them: seconds, bytes, units of the metric). In the place of all of these, ``settings`` gives them resolved;
-    a `Task` may stand beside it. ``sampler`` proposes candidates: a name (``tpe``, ``nsgaii``, …) or any sampler of Optuna's. One search at a
-    time in a process.
+    a `Task` may stand beside it. ``sampler`` proposes candidates: a name (``tpe``, ``nsgaii``, …) or any sampler of Optuna's. With
+    ``replay``, the folder of a finished run, nothing is searched: its front (or the ``points`` of these ids) is made again for this task's
+    weights, and trained as there. One search at a time in a process.
 
     Raises:
         UsageError: Bad input; said before anything is lost.
@@ -421,7 +423,7 @@ def _settings(
         "seed": seed,
         **options,
     }
-    return load_settings(None, given)
+    return load_settings(None, *with_replay(given))
 
 
 def _compiled(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...], profile: str | Profile) -> Any:

@@ -33,6 +33,7 @@ from autocomp.processes import interrupt
 from autocomp.progress import Progress
 from autocomp.records.run import FRONT
 from autocomp.run.folder import CONFIG, check_run_folder, no_run
+from autocomp.run.replay import with_replay
 
 MESSAGE_LINES = 10
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -121,6 +122,12 @@ def cli() -> None:
     "--recover", help="How long to train compressed models beyond the front: 10min, 500steps, 5epochs; 0: none."
 )
 @click.option("--recipe", help="How they are trained; a recipe or its YAML file.")
+@click.option(
+    "--replay", help="A finished run whose points are made again for TASK's weights, in the place of a search."
+)
+@click.option(
+    "--point", "points", multiple=True, help="Id of such a point; may be repeated. The whole front unless given."
+)
 @click.option("--out", help="Run folder; runs/NAME OF THE TASK unless given.")
 @click.option("--resume", is_flag=True, help="Continue the run in the run folder.")
 @click.option(
@@ -375,7 +382,8 @@ def _resolve(task_name: str | None, task_option: str | None, config: Path | None
     if task_name and task_option and task_name != task_option:
         raise UsageError(f"two tasks are given, {task_name!r} and --task {task_option!r}: name one")
     overrides = {**options, "task": task_name or task_option, "profiles": list(options.get("profiles") or ()) or None}
-    settings = load_settings(config, overrides)
+    overrides |= {"points": list(options.get("points") or ()) or None}
+    settings = load_settings(config, *with_replay(overrides))
     if settings.task is None:
         raise UsageError("no task is given: name one (autocomp search digits), or give a file with --config")
     if config is not None and ":" in settings.task:  # the user's module often lies beside the config

@@ -145,6 +145,13 @@ class Settings(BaseModel):
         description="how long to train candidates beyond the front: the whole stage (10min), or each finalist (500steps, 5epochs); 0: none",
     )
     recipe: Text = Field(default="default", description="how they are trained, a name or a YAML file")
+    replay: Text | None = Field(
+        default=None,
+        description="a finished run whose points are made again for this task's weights, in the place of a search",
+    )
+    points: list[Text] = Field(
+        default=[], max_length=MOST, description="ids of those points; the whole front unless given"
+    )
     references: bool = Field(default=True, description="measure ONNX Runtime on the same model as reference points")
     evaluate_timeout: Annotated[float | None, BeforeValidator(_seconds)] = Field(
         default=None,
@@ -243,8 +250,10 @@ class Settings(BaseModel):
 SETTING_NAMES = (set(Settings.model_fields) - {"goals"}) | set(Goals.model_fields)
 
 
-def load_settings(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
-    """Resolve settings: ``overrides`` (flags, keywords; None: not given) over environment over file over defaults.
+def load_settings(
+    path: str | Path | None = None, overrides: Mapping[str, Any] | None = None, base: Mapping[str, Any] | None = None
+) -> Settings:
+    """Resolve settings: ``overrides`` (flags, keywords; None: not given) over environment over file over ``base`` over defaults.
 
     The file is YAML or TOML by its ending. Goals may be overridden under their own names (``max_drop``).
 
@@ -259,10 +268,10 @@ def load_settings(path: str | Path | None = None, overrides: Mapping[str, Any] |
         Traceback (most recent call last):
         autocomp.errors.UsageError: trails: there is no such key. Did you mean 'trials'? Known keys: ...
     """
-    merged: dict[str, Any] = {}
+    merged: dict[str, Any] = dict(base or {})
+    origins = dict.fromkeys(merged, "")
     if path is not None:
-        merged = _unversioned(read_mapping(Path(path)), Path(path))
-    origins = dict.fromkeys(merged, f"{path}: ")
+        _override(merged, _unversioned(read_mapping(Path(path)), Path(path)), origins, f"{path}: ")
     _override(merged, _from_environment(os.environ), origins, "environment: ")
     _override(merged, {key: value for key, value in (overrides or {}).items() if value is not None}, origins, "")
     return validated(Settings, merged, origins)
@@ -344,9 +353,9 @@ def _typed(name: str, text: str) -> Any:
     """A variable is always text: give it the type of its setting where it reads as one, else leave it to be refused."""
     if name == "profiles":
         return [part.strip() for part in text.split(",") if part.strip()]
-    if name in ("task", "space", "out", "storage", "sampler", "recover", "recipe"):
+    if name in ("task", "space", "out", "storage", "sampler", "recover", "recipe", "replay"):
         return text
-    if name == "family":
+    if name in ("family", "points"):
         return [part.strip() for part in text.split(",") if part.strip()]
     if name in ("references", "deterministic", "stop_when_met"):
         return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}.get(text.lower(), text)

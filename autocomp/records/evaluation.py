@@ -13,7 +13,7 @@ from autocomp.records.recovery import Recovery, recovery_from_json, recovery_to_
 
 FORMAT_VERSION = 1
 
-Source = Literal["dense", "uniform", "solver", "mutation", "optuna"]
+Source = Literal["dense", "uniform", "solver", "mutation", "optuna", "replay"]
 State = Literal["told", "measured", "failed"]
 
 

@@ -239,8 +239,14 @@ def hypervolume_figure(run: Run, evaluations: Sequence[Evaluation]) -> Figure | 
         "solver": "@reference",
         "mutation": "@front",
         "optuna": "@optuna",
+        "replay": "@front",
     }
-    names = {"solver": "solver seed", "mutation": "mutation of the front", "optuna": "Optuna's sampler"}
+    names = {
+        "solver": "solver seed",
+        "mutation": "mutation of the front",
+        "optuna": "Optuna's sampler",
+        "replay": "point of another run",
+    }
     if len(sources) == len(history):
         for source in dict.fromkeys(sources[k] for k in rises):
             at = [k for k in rises if sources[k] == source]

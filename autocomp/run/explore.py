@@ -75,11 +75,15 @@ class _Explorer:
         return self.found.judge()
 
     def explore(self) -> None:
-        self._fit_additive()
-        self._baselines()
-        if self._ours:
-            self._seed()
-        self._search()
+        if self.prepared.replayed:
+            self._baselines([])
+            self._replay()
+        else:
+            self._fit_additive()
+            self._baselines(self._uniform())
+            if self._ours:
+                self._seed()
+            self._search()
         if not self.budget.late():
             self.found.judge_again(later=True)
         self.found.doubt_metrics()
@@ -114,13 +118,16 @@ class _Explorer:
         prepared = self.prepared
         return score_early(prepared.task.model, prepared.graph, prepared.database, candidate)
 
-    def _baselines(self) -> None:
-        """Tell and measure dense and the uniform compressions: they stand beside the front, and fit the latency models."""
+    def _uniform(self) -> list[Candidate]:
+        """The compressions that treat all layers alike."""
         offered = {method for methods in self.space.methods.values() for method in methods}
         precisions = [
             name for name, form in FORMATS.items() if form.baseline and (name == FP32 or Method(name) in offered)
         ]
-        uniform = [self.space.uniform(keep, precision) for precision in precisions for keep in UNIFORM_KEEPS]
+        return [self.space.uniform(keep, precision) for precision in precisions for keep in UNIFORM_KEEPS]
+
+    def _baselines(self, uniform: Sequence[Candidate]) -> None:
+        """Tell and measure dense and the uniform compressions: they stand beside the front, and fit the latency models."""
         self.search.enqueue(self.space.dense(), "dense")
         for candidate in uniform:
             self.search.enqueue(candidate, "uniform")
@@ -142,6 +149,19 @@ class _Explorer:
             stage.advance(len(baselines) - len(todo))
             self._measure(todo, stage, self.budget.spent() + BASELINES * self.budget.to_search())
         self.found.doubt_metrics()
+        self.costs.fit(self.search.told)
+
+    def _replay(self) -> None:
+        """Tell and measure what another run found."""
+        for choice in self.prepared.replayed:
+            self.search.enqueue(choice.candidate, "replay")
+        missing = {choice.candidate.id for choice in self.prepared.replayed}
+        missing -= {evaluation.candidate.id for evaluation in self.search.told}
+        with self.progress.stage("measuring what is replayed", len(self.prepared.replayed)) as stage:
+            list(self.teller.tell(self._ask_until(missing)))
+            todo = [e for e in self._searched() if e.state == "told"]
+            stage.advance(len(self.prepared.replayed) - len(todo))
+            self._measure(todo, stage, np.inf)
         self.costs.fit(self.search.told)
 
     def _ask_until(self, missing: set[str]) -> Iterator[Asked]:

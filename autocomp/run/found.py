@@ -20,6 +20,7 @@ from autocomp.records.evaluation import Evaluation, Source, as_searched, untrain
 from autocomp.run.folder import study_of
 from autocomp.run.judged import ignores_its_model, judged_otherwise
 from autocomp.run.prepare import Prepared
+from autocomp.run.replay import ATTRIBUTE, to_json
 from autocomp.study.aims import thought_misses
 from autocomp.study.costs import Costs
 from autocomp.study.study import Choices, Engine, Search, open_search
@@ -46,7 +47,7 @@ class Found:
             Choices(space.widths, space.methods),
             engine,
             prepared.known is not None,
-            {"identity": prepared.identity},
+            {"identity": prepared.identity, **({ATTRIBUTE: to_json(prepared.replayed)} if prepared.replayed else {})},
             list(devices),
         )
         self._said: list[str] = self.search.get_attr("warnings", [])  # by earlier starts of the run

@@ -65,17 +65,17 @@ class Stage:
 
     def run(self) -> None:
         """Train, and keep what is better; a run that is resumed goes on where it was."""
-        search = self.found.search
-        if search.get_attr(f"{self.key}:done"):
-            if self.chosen is not None:
-                self.prepared.progress.warn(
-                    "these points were trained so before: give another length, recipe or points to go on from there"
-                )
+        if self.done:
             return
         try:
             self._run()
         finally:
-            search.set_attr(f"{self.key}:seconds", self.spent())
+            self.found.search.set_attr(f"{self.key}:seconds", self.spent())
+
+    @property
+    def done(self) -> bool:
+        """Whether it was, by an earlier start."""
+        return bool(self.found.search.get_attr(f"{self.key}:done"))
 
     def spent(self) -> float:
         """Seconds of this stage, over all starts of the run."""

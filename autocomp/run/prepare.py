@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from autocomp.records.candidate import Candidate
 from autocomp.run.budget import Budget
 from autocomp.run.identity import compression_of, identity_of, refuse_another
 from autocomp.run.prepare_task import check_training, compressed_layers, prepare_task
+from autocomp.run.replay import Choice, choices, only
 from autocomp.space.file import load_space
 from autocomp.space.space import Space
 from autocomp.tasks.task import Task
@@ -57,6 +58,7 @@ class Prepared:
     statistics: Statistics
     database: LayerDatabase
     sampler: BaseSampler | None = None  # the caller's own, in place of the settings' by name
+    replayed: Sequence[Choice] = ()  # candidates of another run, in the place of a search
 
     @property
     def inputs(self) -> list[tuple[torch.Tensor, ...]]:
@@ -117,6 +119,8 @@ def prepare(
     given = task.given.model if task.given and task.given.canonical is task.model else None
     profiles = [device.profile for device in devices.values()]
     ready = prepare_task(task, rules, profiles, settings.calibration_samples, progress)
+    if replayed := choices(settings, known):
+        ready = replace(ready, space=only(ready.space, replayed, settings.replay or ""))
     task, graph, inputs = ready.task, ready.graph, ready.inputs
     amount, unit = settings.training
     if amount:
@@ -132,7 +136,7 @@ def prepare(
     statistics, database = compressed_layers(
         ready, folder / "layers", samples, seed, progress, _Forecast(budget, progress)
     )
-    space = ready.space.without(database.dominated(profiles))
+    space = ready.space if replayed else ready.space.without(database.dominated(profiles))
     return Prepared(
         settings,
         folder,
@@ -148,6 +152,7 @@ def prepare(
         statistics,
         database,
         sampler,
+        replayed,
     )
 
 

@@ -21,6 +21,7 @@ from autocomp.progress import Progress
 from autocomp.recovery.recipe import load_recipe
 from autocomp.report.build import build_report
 from autocomp.run.folder import abandon_run_folder, check_run_folder, open_run_folder, probe
+from autocomp.run.replay import choices
 from autocomp.run.result import SearchResult
 from autocomp.space.file import SpaceFile, load_space
 from autocomp.tasks.task import Task, load_task, within
@@ -41,6 +42,8 @@ def searched(
     folder = Path(settings.out).absolute()  # a task may change the working folder
     check_run_folder(settings, resume, folder)
     check_names(settings)
+    if not resume:
+        choices(settings)
     probe(cache_dir(), "cache", "set AUTOCOMP_CACHE to a folder of yours with room")
     probe(
         Path(tempfile.gettempdir()), "folder for temporary files", "set TMPDIR to a folder with room", TEMPORARY_BYTES

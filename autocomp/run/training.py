@@ -25,8 +25,13 @@ def train_candidates(prepared: Prepared, found: Found) -> None:
     if not amount:
         return
     prepared.budget.training = 0.0
+    chosen = None
+    if prepared.replayed:  # those that were trained there, or, where none was and training is asked for, all
+        again = {choice.candidate for choice in prepared.replayed if choice.trained}
+        again = again or {choice.candidate for choice in prepared.replayed}
+        chosen = [e.trial for e in found.told if e.candidate in again and e.state == "measured"]
     try:
-        Stage(prepared, found, load_recipe(prepared.settings.recipe), (amount, unit), None).run()
+        Stage(prepared, found, load_recipe(prepared.settings.recipe), (amount, unit), chosen).run()
     except UsageError as error:
         prepared.progress.warn(f"nothing was trained: {error}")
 
@@ -50,7 +55,12 @@ def train_points(
         raise UsageError(
             f"the run in {prepared.folder} measured nothing but the uncompressed model: there is nothing to train"
         )
-    Stage(prepared, found, load_recipe(recipe), length, chosen).run()
+    stage = Stage(prepared, found, load_recipe(recipe), length, chosen)
+    if stage.done:
+        prepared.progress.warn(
+            "these points were trained so before: give another length, recipe or points to go on from there"
+        )
+    stage.run()
 
 
 def summary_of(found: Found) -> RecoverySummary | None:

@@ -128,6 +128,10 @@ class Space:
         ]
         return replace(self, methods=methods, refused=(*self.refused, *refused))
 
+    def of(self, widths: Mapping[str, tuple[int, ...]], methods: Mapping[str, tuple[Method, ...]]) -> Space:
+        """Return the space with fewer choices, the dense one of each among them."""
+        return replace(self, widths=widths, methods=methods)
+
     def shape(self, layer: str, widths: Mapping[str, int]) -> tuple[int, int]:
         """Return (input columns, output channels) of a layer at the given group widths (missing groups are dense)."""
         described = self.graph.layers[layer]

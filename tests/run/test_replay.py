@@ -1,0 +1,141 @@
+"""A finished run's points for other weights: the same choices, compressed, measured and trained anew; what does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import tiny_task
+import torch
+import yaml
+
+import autocomp
+from autocomp.api import SearchResult
+from autocomp.cli.main import main
+from autocomp.errors import UsageError
+from autocomp.records.table import read_evaluations
+
+pytestmark = pytest.mark.usefixtures("short_tuning")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("recipes") / "short.yaml"
+    path.write_text(yaml.safe_dump({"format_version": 1, "learning_rate": 3e-3, "stages": [{"name": "distil"}]}))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def first(recipe: str, spaces: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> SearchResult:
+    """A run with points that were trained."""
+    return autocomp.search(
+        tiny_task.learning(), trials=8, measurements=2, out=tmp_path_factory.mktemp("first") / "run", space=spaces["wide"],
+        recover="20 steps", recipe=recipe, references=False, deterministic=True,
+    )  # fmt: skip
+
+
+def retrained() -> autocomp.Task:
+    """The task with other weights, of the same architecture."""
+    task = tiny_task.learning()
+    net = tiny_task.model()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(1.01)
+    return autocomp.Task(
+        net,
+        task.example_inputs,
+        task.calibration,
+        task.evaluate,
+        task.test,
+        task.train,
+        task.loss,
+        unit="%",
+        name="retrained",
+    )
+
+
+def test_a_front_is_made_again_for_other_weights(first: SearchResult, tmp_path: Path) -> None:
+    before = {p.candidate for p in first.front if p.record.evaluation.source != "dense"}
+    again = autocomp.search(retrained(), replay=first.folder, out=tmp_path / "again")
+    made = {e.candidate: e for e in read_evaluations(again.folder) if e.source == "replay"}
+    assert set(made) == before
+    assert all(e.state == "measured" for e in made.values())
+    assert {e.source for e in read_evaluations(again.folder)} == {"replay", "dense"}
+    assert {e.candidate for e in made.values() if e.recovered is not None} <= {
+        p.candidate for p in first.front if p.recovered is not None
+    }
+    assert any(e.recovered is not None and e.recovered.steps == 20 for e in made.values())
+    for point in again.front:  # what is delivered is of the new weights
+        likelihood = float(retrained().evaluate(point.load())["likelihood"].mean())
+        assert likelihood == pytest.approx(point.metrics["likelihood"], abs=1e-5)
+    page = again.report.read_text()
+    assert again.folder.name in page
+
+
+def test_one_point_goes_on_without_the_run_it_is_of(first: SearchResult, tmp_path: Path) -> None:
+    point = next(p for p in first.front if p.record.evaluation.source != "dense").candidate
+    copy, out = tmp_path / "copy", tmp_path / "one"
+    shutil.copytree(first.folder, copy)
+    autocomp.search(retrained(), replay=copy, points=[point.id], recover="0", out=out)
+    shutil.rmtree(copy)
+    (out / "front.json").unlink()
+    settings = autocomp.config.settings.read_settings(out / "config.yaml")
+    assert settings.replay == str(copy)
+    again = autocomp.search(retrained(), settings=settings, resume=True)
+    assert [e.candidate for e in read_evaluations(again.folder) if e.source == "replay"] == [point]
+
+
+def test_what_cannot_be_replayed_is_refused_at_once(
+    first: SearchResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError, match="there is no run in /nowhere to replay"):
+        autocomp.search(retrained(), replay="/nowhere", out=tmp_path / "a")
+    with pytest.raises(UsageError, match="has no point 'x'"):
+        autocomp.search(retrained(), replay=first.folder, points=["x"], out=tmp_path / "b")
+    with pytest.raises(UsageError, match="points are of a run that is replayed"):
+        autocomp.search(retrained(), points=["x"], out=tmp_path / "c")
+    other = retrained()
+    wider = autocomp.Task(
+        tiny_task.TinyNet(48).eval(), other.example_inputs, other.calibration, other.evaluate, name="wider"
+    )
+    with pytest.raises(UsageError, match=r"is not offered width \d+, which point \w+ of"):
+        autocomp.search(wider, replay=first.folder, out=tmp_path / "d", recover="0")
+    flat = autocomp.Task(
+        torch.nn.Sequential(OrderedDict(flat=torch.nn.Flatten(), head=torch.nn.Linear(64, 4))).eval(),
+        other.example_inputs, other.calibration, other.evaluate, name="flat",
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="is of another architecture"):
+        autocomp.search(flat, replay=first.folder, out=tmp_path / "e", recover="0")
+    assert not any((tmp_path / name / "config.yaml").exists() for name in "abcde")
+    assert main(["search", "digits", "--replay", str(tmp_path)]) == 2
+    assert "to replay (no config.yaml)" in capsys.readouterr().err
+
+
+def test_the_command_replays(
+    first: SearchResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(Path(tiny_task.__file__).parent)
+    out = tmp_path / "again"
+    assert (
+        main(
+            [
+                "search",
+                "tiny_task:learning",
+                "--replay",
+                str(first.folder),
+                "--recover",
+                "0",
+                "--out",
+                str(out),
+                "--json",
+            ]
+        )
+        == 0
+    )
+    run = json.loads(capsys.readouterr().out)
+    assert run.get("recovery") is None
+    wanted = {p.candidate.id for p in first.front}
+    assert {e.candidate.id for e in read_evaluations(out) if e.source == "replay"} <= wanted
