@@ -17,11 +17,11 @@ demo: $(VENV)/.ready
 	$(BIN)/autocomp search digits --trials 200 --measurements 16 --recover 45s --out $(OUT)
 
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # the built-in tasks trained to their end, and large models compiled
 test-slow: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --max-worker-restart 0 -m slow
 
 test-browser: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m browser
@@ -35,12 +35,12 @@ test-corpus: $(VENV)/.ready-corpus
 
 # a thousand operations one by one, the ones that are not compiled yet included
 test-sweep: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -n 2 -m sweep
+	$(BIN)/python -m pytest -n 2 --max-worker-restart 0 -m sweep
 
 test-torch:
 	$(MAKE) $(TORCH_VENV)/.ready-dev VENV=$(TORCH_VENV)
 	$(TORCH_VENV)/bin/python -m pip install --quiet 'torch==$(TORCH).*'
-	$(TORCH_VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(TORCH_VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # The packages of the corpus's models. torchvision asks for exactly the torch that is installed by then, so pip fetches no other; its
 # compiled operators are CUDA's on PyPI, do not load beside torch for the CPU, and are not used (tests/corpus/packages.py).

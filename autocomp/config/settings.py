@@ -271,7 +271,8 @@ def load_settings(
     merged: dict[str, Any] = dict(base or {})
     origins = dict.fromkeys(merged, "")
     if path is not None:
-        _override(merged, _unversioned(read_mapping(Path(path)), Path(path)), origins, f"{path}: ")
+        stated = _unversioned(read_mapping(Path(path)), Path(path))
+        merged, origins = {**merged, **stated}, {**origins, **dict.fromkeys(stated, f"{path}: ")}
     _override(merged, _from_environment(os.environ), origins, "environment: ")
     _override(merged, {key: value for key, value in (overrides or {}).items() if value is not None}, origins, "")
     return validated(Settings, merged, origins)

@@ -33,12 +33,16 @@ class Recovery:
 
 @dataclass(frozen=True)
 class Entrant:
-    """A candidate that was trained for a while: its divergence before, and what it lost of the objective after each round (None: not in it)."""
+    """A candidate that was trained for a while: its divergence before, and what it lost of the objective after each round (None: not in it).
+
+    ``predicted`` is what a fit to the other entrants says of its loss after the first round, where there were enough of them.
+    """
 
     id: str
     kl: float
     drops: Sequence[float | None]
     failure: str = ""
+    predicted: float | None = None
 
 
 @dataclass(frozen=True)

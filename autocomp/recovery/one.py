@@ -15,6 +15,7 @@ from autocomp.recovery.rate import search_rate
 from autocomp.recovery.recipe import Recipe
 from autocomp.recovery.schedules import DRAWING, Span
 from autocomp.recovery.train import train
+from autocomp.recovery.weights import search_weights
 from autocomp.tasks.task import Task, evaluate_task, objective_of
 
 LEAST_STEPS = 20  # of a training, or a pass through the data where that is less: fewer learn nothing
@@ -66,14 +67,25 @@ def recovered(
         span = Span(steps=epochs * (teaching.lessons.each_pass or LEAST_STEPS))
     rates = search_rate(model, teaching, recipe)
     refuse_too_short(span, rates.step_seconds, teaching)
+    weights = search_weights(model, teaching, recipe, rates.taken, shared, lambda trained: reading(task, trained))
+    if weights is not None:
+        recipe = recipe.weighed(weights.taken)
     done = train(model, teaching, recipe, span, rates.taken, shared, checkpoint)
     after = before if done.failure else evaluate_task(task, done.model, names=before)
     better = not done.failure and is_better(task, after, before)
-    notes = (*done.notes, f"learning rate {rates}", *([done.failure] if done.failure else []))
+    found = [f"learning rate {rates}", *([f"weights: {weights}"] if weights is not None else [])]
+    notes = (*done.notes, *found, *([done.failure] if done.failure else []))
     return Recovered(
         done.model if better else model, better, before, after if better else before, rates.taken, done.steps, done.seconds,
         recipe.name, done.curve, tuple(frozen(model)), notes,
     )  # fmt: skip
+
+
+def reading(task: Task, model: nn.Module) -> tuple[float, float]:
+    """The objective of a model on validation, turned so that higher is better, and its standard error (0: not known)."""
+    metrics = evaluate_task(task, model)
+    name = objective_of(task, metrics)
+    return (1.0 if task.higher_is_better else -1.0) * metrics[name], metrics.errors().get(name, 0.0)
 
 
 def is_better(task: Task, after: Mapping[str, float], before: Mapping[str, float]) -> bool:

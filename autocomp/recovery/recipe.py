@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +17,9 @@ FORMAT_VERSION = 1
 FOLDER = "recipes"
 DEFAULT = "default"
 Weight = Annotated[float, Field(ge=0.0, le=1e6)]
+# What is tried of a weight that a recipe leaves open, and what it is where nothing can be tried; chosen by hand, not measured.
+FOUND: Mapping[str, tuple[float, ...]] = {"labels": (0.0, 0.5, 2.0), "features": (0.0, 0.5), "attention": (0.0, 0.5)}
+UNTRIED: Mapping[str, float] = {"labels": 0.5, "features": 0.0, "attention": 0.0}
 
 
 class Phase(BaseModel):
@@ -28,9 +32,16 @@ class Phase(BaseModel):
     logits: Weight = Field(
         1.0, description="weight of the divergence from the uncompressed model's answers, T² KL for classes"
     )
-    labels: Weight = Field(0.5, description="weight of Task.loss, where the task has labels")
-    features: Weight = Field(
-        0.0, description="weight of the squared error of layers' outputs, in the channels that were kept"
+    labels: Weight | None = Field(
+        0.5, description="weight of Task.loss, where the task has labels; null: found by short trainings"
+    )
+    features: Weight | None = Field(
+        0.0,
+        description="weight of the squared error of layers' outputs, in the channels that were kept; null: found by short trainings",
+    )
+    attention: Weight | None = Field(
+        0.0,
+        description="weight of the divergence of attention maps, each the mean over heads; null: found by short trainings",
     )
     temperature: Literal["constant", "cosine", "entropy"] = Field(
         "cosine",
@@ -54,6 +65,16 @@ class Phase(BaseModel):
         True, description="whether the smallest weights are those of all layers together, or of each by itself"
     )
 
+    @property
+    def weights(self) -> dict[str, float | None]:
+        """By what is learnt from; None: to be found."""
+        return {
+            "logits": self.logits,
+            "labels": self.labels,
+            "features": self.features,
+            "attention": self.attention,
+        }
+
 
 class Recipe(BaseModel):
     """How to train a compressed model; what a file in ``recipes/`` holds."""
@@ -72,8 +93,10 @@ class Recipe(BaseModel):
     weight_decay: float = Field(0.0, ge=0.0, le=1.0, description="of AdamW")
     clip: float = Field(1.0, gt=0.0, le=1e6, description="largest norm of all gradients together")
     ema: float = Field(0.0, ge=0.0, lt=1.0, description="decay of the moving average of weights; 0: the last weights")
-    autocast: Literal["off", "bf16"] = Field(
-        "off", description="bf16: float layers multiply in bfloat16; norms, softmax and stored layers stay in fp32"
+    autocast: Literal["off", "bf16", "fp16"] = Field(
+        "off",
+        description="bf16, fp16: float layers multiply in 16 bits (fp16 with gradients scaled); norms, softmax, stored layers, and those that a "
+        "probe finds sensitive, stay in fp32",
     )
 
     @model_validator(mode="after")
@@ -85,13 +108,31 @@ class Recipe(BaseModel):
         if not 0 < low < high <= 1:
             raise ValueError(f"learning_rates must be two rates, the lower first, up to 1; got {low:g} and {high:g}")
         for stage in self.stages:
-            if stage.logits == stage.labels == stage.features == 0:
+            if not any(weight or weight is None for weight in stage.weights.values()):
                 raise ValueError(f"stage {shown(stage.name)} learns from nothing: give one of its weights a value")
             if stage.cold > stage.hot:
                 raise ValueError(
                     f"stage {shown(stage.name)}: cold ({stage.cold:g}) must not be above hot ({stage.hot:g})"
                 )
         return self
+
+    @property
+    def left_open(self) -> set[str]:
+        """The weights that are to be found."""
+        return {name for stage in self.stages for name, weight in stage.weights.items() if weight is None}
+
+    def weighed(self, found: Mapping[str, float]) -> Recipe:
+        """This recipe with the weights that it leaves open as they were ``found``, else as they are where nothing can be tried."""
+        known = {**UNTRIED, **found}
+        stages = [
+            stage.model_copy(update={name: known[name] for name, weight in stage.weights.items() if weight is None})
+            for stage in self.stages
+        ]
+        return self.model_copy(update={"stages": stages})
+
+    def learns_from(self, *names: str) -> bool:
+        """Whether any of these has a weight in any stage, or may get one."""
+        return any(stage.weights[name] != 0 for stage in self.stages for name in names)
 
     @property
     def masked(self) -> bool:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +16,15 @@ from autocomp.compress.batchnorm import reestimate_batchnorm
 from autocomp.errors import CorruptError, UsageError, last_line
 from autocomp.graph.batches import part
 from autocomp.recovery import stored
+from autocomp.recovery.autocast import Autocast
 from autocomp.recovery.forms.whole import converted, trainable
 from autocomp.recovery.lessons import Lesson, Teaching
-from autocomp.recovery.losses import Features, distillation_loss, labels_loss, sureness
+from autocomp.recovery.losses import Features
 from autocomp.recovery.masks import Masks
+from autocomp.recovery.objective import batch_loss
 from autocomp.recovery.recipe import Phase, Recipe
 from autocomp.recovery.refit import observed, refit, set_rounding
-from autocomp.recovery.schedules import Span, learning_rate, temperature
+from autocomp.recovery.schedules import Span, learning_rate
 
 CHECKPOINT = 20.0  # seconds between two
 CURVE = 60  # points of a curve at most
@@ -65,7 +66,7 @@ def train(
     it; ``begun`` are the weights to begin with, those of ``model`` unless given. Where ``stop`` says so it writes down where it is and ends.
     UsageError if nothing of the model can be trained.
     """
-    form = trainable(model)
+    form, recipe = trainable(model), recipe.weighed({})
     if begun is not None:
         form.load_state_dict(begun)
     run = _Run(form, teaching, recipe, span, rate, Features(teaching.teacher, shared or {}), checkpoint, stop)
@@ -76,12 +77,15 @@ def train(
     if checkpoint is not None and failure != STOPPED:
         for path in (checkpoint, _previous(checkpoint)):
             path.unlink(missing_ok=True)
-    notes = (f"batches were split into {run.parts} for want of memory",) if run.parts > 1 else ()
-    return Trained(converted(form), weights, run.step, run.seconds, run.thinned(), failure, notes)
+    notes = [f"batches were split into {run.parts} for want of memory"] if run.parts > 1 else []
+    if run.kept:
+        notes.append(f"kept in fp32, as {recipe.autocast} changes what they compute: {', '.join(run.kept)}")
+    return Trained(converted(form), weights, run.step, run.seconds, run.thinned(), failure, tuple(notes))
 
 
 def losses(model: nn.Module, teaching: Teaching, recipe: Recipe, span: Span, rate: float) -> list[float]:
     """The loss of each step of a short training at one rate, of which nothing is kept; fewer where it diverged."""
+    recipe = recipe.weighed({})
     steady = recipe.model_copy(
         update={"schedule": "constant", "ema": 0.0, "stages": [recipe.stages[-1].model_copy(update={"share": 1.0})]}
     )
@@ -108,9 +112,18 @@ class _Run:
     curve: list[tuple[float, float]] = field(default_factory=list)
     average: dict[str, Tensor] = field(default_factory=dict)
     stage: int = 0
+    kept: list[str] = field(default_factory=list)  # layers that stay in fp32, where others do not
 
     def all_stages(self) -> str:
         """Train until the span is over; why it diverged, if it did."""
+        self.precision = Autocast(self.recipe.autocast)
+        self.kept = self.precision.protect(self.form, self.teaching.calibration)
+        try:
+            return self._all_stages()
+        finally:
+            self.precision.release()
+
+    def _all_stages(self) -> str:
         self.parameters = [p for p in self.form.parameters() if p.requires_grad and p.is_floating_point()]
         if not self.parameters:
             raise UsageError("nothing of this model can be trained: it has no weights in a form that learns")
@@ -201,9 +214,10 @@ class _Run:
             self.parts *= 2
         if not math.isfinite(total):
             return total
+        self.precision.unscale(self.optimizer)
         self.masks.move(stage, self.step, within)
         torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
-        self.optimizer.step()
+        self.precision.step(self.optimizer)
         self.masks.apply()
         if self.recipe.ema:
             self._average()
@@ -231,38 +245,13 @@ class _Run:
 
     def _backward(self, stage: Phase, within: float, lesson: Lesson, samples: int) -> float:
         """Add the gradients of a part of a batch of so many samples; its share of the loss."""
-        expected: dict[str, Tensor] = {}
-        if stage.features and self.features.shared:
-            with torch.no_grad(), self.features.recorded(self.teaching.teacher) as expected:
-                self.teaching.teacher(*lesson.inputs)
-        seen: dict[str, Tensor] = {}
-        recording: AbstractContextManager[dict[str, Tensor]] = (
-            self.features.recorded(self.form) if expected else nullcontext(seen)
-        )
-        with recording as actual, self._autocast():
-            answer = self.form(*lesson.inputs)
-        loss = torch.zeros(())
-        comparison = self.teaching.comparison
-        if stage.logits:
-            sure = sureness(comparison, lesson.rows) if stage.temperature == "entropy" else 1.0
-            at = temperature(stage.temperature, stage.hot, stage.cold, within, sure)
-            found = [row.float() if row.is_floating_point() else row for row in comparison.rows(answer, lesson.samples)]
-            loss = loss + stage.logits * distillation_loss(comparison, lesson.rows, found, at)
-        if stage.labels and self.teaching.loss is not None:
-            loss = loss + stage.labels * labels_loss(self.teaching.loss, answer, lesson.target)
-        if expected:
-            loss = loss + stage.features * self.features.loss(expected, actual)
+        loss = batch_loss(self.form, self.teaching, self.features, stage, within, lesson, self.precision)
         share = loss * (lesson.samples / samples)
         if not share.requires_grad:
             raise UsageError("the loss does not depend on anything that can be trained")
         if bool(torch.isfinite(share)):
-            share.backward()
+            self.precision.backward(share)
         return float(share.detach())
-
-    def _autocast(self) -> AbstractContextManager[None]:
-        if self.recipe.autocast == "off":
-            return nullcontext()
-        return cast(AbstractContextManager[None], torch.autocast("cpu", torch.bfloat16))
 
     def _average(self) -> None:
         decay = min(self.recipe.ema, self.step / (self.step + 10))  # the first weights count for little
@@ -288,7 +277,7 @@ class _Run:
                 stored.FORM: self.form.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average, "masks": self.masks.kept,
                 "masked": [self.masks.stage, self.masks.first],
                 "step": self.step, "seconds": self.seconds, "stage": self.stage, "parts": self.parts,
-                "curve": [list(point) for point in self.curve], "rate": self.rate,
+                "curve": [list(point) for point in self.curve], "rate": self.rate, "scaler": self.precision.state(),
             },
         )  # fmt: skip
 
@@ -307,6 +296,7 @@ class _Run:
             self.average, self.stage, self.rate = data["average"], data["stage"], data["rate"]
             self.step, self.seconds, self.parts = data["step"], data["seconds"], data["parts"]
             self.curve = [(along, loss) for along, loss in data["curve"]]
+            self.precision.take_up(data.get("scaler", {}))
             return
 
 

@@ -39,12 +39,21 @@ def relative(found: Found, evaluations: Sequence[Evaluation]) -> Mapping[int, fl
     }
 
 
+def trainable(found: Found) -> list[Evaluation]:
+    """Told candidates that have something to regain, and something left to start from."""
+    told = [untrained(e) for e in found.told if e.kl is not None and e.state != "failed" and e.source != "dense"]
+    useful = useful_divergence(_measured(found), found.judge())
+    return [e for e in told if e.kl is not None and WORTH * useful < e.kl < LOST and e.predicted]
+
+
+def _measured(found: Found) -> list[Evaluation]:
+    return [untrained(e) for e in found.told if e.state == "measured" and e.kl is not None]
+
+
 def entrants(found: Found, count: int) -> list[Evaluation]:
     """Told candidates that would add the most to the front if training left `LEFT` of their divergence, most promising first."""
-    told = [untrained(e) for e in found.told if e.kl is not None and e.state != "failed" and e.source != "dense"]
-    measured = [untrained(e) for e in found.told if e.state == "measured" and e.kl is not None]
+    told, measured = trainable(found), _measured(found)
     useful = useful_divergence(measured, found.judge())
-    told = [e for e in told if e.kl is not None and WORTH * useful < e.kl < LOST and e.predicted]
     times = relative(found, [*told, *measured])
     points = np.array([(LEFT * (e.kl or 0.0), math.log(times[e.trial])) for e in told]).reshape(-1, 2)
     known = np.array([(e.kl or 0.0, math.log(times[e.trial])) for e in measured]).reshape(-1, 2)
@@ -63,3 +72,24 @@ def survivors(
     points = np.array([(expected[e.trial], math.log(times[e.trial])) for e in kept]).reshape(-1, 2)
     known = np.array([(judge.drop(e), math.log(times[e.trial])) for e in measured]).reshape(-1, 2)
     return [kept[index] for index in promising(points, known, count, (tolerated(judge), 0.0))]
+
+
+def drafted(
+    found: Found,
+    expected: Mapping[int, float],
+    evaluations: Sequence[Evaluation],
+    drops: Mapping[int, float],
+    count: int,
+) -> list[Evaluation]:
+    """More candidates to train, by what is ``expected`` of their loss after it: those that would add the most to what is measured, and to what
+    the ones trained so far (``drops``, by trial) came to."""
+    judge = found.judge()
+    measured = [e for e in found.told if e.state == "measured" and e.metrics]
+    trained = [e for e in found.told if e.trial in drops]
+    times = relative(found, [*evaluations, *measured, *trained])
+    points = np.array([(expected[e.trial], math.log(times[e.trial])) for e in evaluations]).reshape(-1, 2)
+    pairs = [(judge.drop(e), math.log(times[e.trial])) for e in measured]
+    pairs += [(drops[e.trial], math.log(times[e.trial])) for e in trained]
+    known, corner = np.array(pairs).reshape(-1, 2), (tolerated(judge), 0.0)
+    worth = np.flatnonzero(gains(points, known, corner) > 0)
+    return [evaluations[worth[index]] for index in promising(points[worth], known, count, corner)]

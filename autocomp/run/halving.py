@@ -20,14 +20,14 @@ from autocomp.processes.pool import Workers, cores
 from autocomp.records.evaluation import Evaluation, untrained
 from autocomp.records.recovery import (
     Entrant,
-    Recovery,
     RecoverySummary,
     recovery_summary_to_json,
 )
 from autocomp.recovery.recipe import Recipe
 from autocomp.recovery.schedules import DRAWING, Span
-from autocomp.run.entrants import entrants, survivors
-from autocomp.run.jobs import FOLDER, Done, Job, joined, last_of_the_best, readings, trained
+from autocomp.run.entrants import drafted, entrants, survivors, trainable
+from autocomp.run.jobs import FOLDER, Done, Job, renewed, trained
+from autocomp.run.predictor import ENOUGH, features, fitted, little, predictions
 from autocomp.tasks.task import evaluate_task
 
 if TYPE_CHECKING:
@@ -99,9 +99,10 @@ class Stage:
                 )
                 return
             search.set_attr(f"{self.key}:entered", known)
-        by_trial = {e.trial: e for e in self.found.told}
-        entered = [by_trial[number] for number in known["trials"]]
-        drops = self._rounds(entered, teaching, known["rate"])
+        entered = self._by_trials(known["trials"])
+        self.recipe = self.recipe.weighed(known.get("weights", {}))
+        drops = self._rounds(entered, known.get("more", 0), teaching, known["rate"])
+        entered = self._by_trials(list(drops))
         summary = self._summary(entered, drops, known["said"])
         search.set_attr("recovery", recovery_summary_to_json(summary))
         search.set_attr(f"{self.key}:done", True)
@@ -117,15 +118,30 @@ class Stage:
 
     def _enter(self, teaching: Teaching) -> dict[str, Any] | None:
         """Who enters, and the learning rate that the one in the middle of them, by what it has lost, bears; None where nobody does."""
+        from autocomp.recovery.one import reading
         from autocomp.recovery.rate import search_rate
+        from autocomp.recovery.weights import search_weights
 
         if not (first := self._first(teaching)):
             return None
         middle = sorted(first, key=lambda e: e.kl or 0.0)[len(first) // 2]
         model = self.prepared.stitch_untrained(middle.candidate)
         rates = search_rate(model, teaching, self.recipe)
+        shared = self.prepared.shared_layers(middle.candidate)
+        weights = search_weights(
+            model, teaching, self.recipe, rates.taken, shared, lambda trained: reading(self.prepared.task, trained)
+        )
+        said = f"{rates}; weights: {weights}" if weights is not None else str(rates)
         count = self._count(teaching, rates, len(first))
-        return {"trials": [e.trial for e in first[:count]], "rate": rates.taken, "said": str(rates)}
+        # the second half is chosen by what the first half came to
+        more = count // 2 if self.chosen is None and count // 2 >= ENOUGH else 0
+        return {
+            "trials": [e.trial for e in first[: count - more]],
+            "more": more,
+            "rate": rates.taken,
+            "said": said,
+            "weights": dict(weights.taken) if weights is not None else {},
+        }
 
     def _first(self, teaching: Teaching) -> list[Evaluation]:
         """Who may enter, most promising first."""
@@ -157,9 +173,11 @@ class Stage:
 
     # --- rounds ---
 
-    def _rounds(self, entered: list[Evaluation], teaching: Teaching, rate: float) -> dict[int, list[float | None]]:
-        """Train in rounds; what each entrant lost of the objective after each."""
-        judge, progress = self.found.judge(), self.prepared.progress
+    def _rounds(
+        self, entered: list[Evaluation], more: int, teaching: Teaching, rate: float
+    ) -> dict[int, list[float | None]]:
+        """Train in rounds, ``more`` of them entering once the first ones are trained; what each lost of the objective after each round."""
+        judge = self.found.judge()
         drops: dict[int, list[float | None]] = {e.trial: [] for e in entered}
         going = entered
         shares = SHARES if self.chosen is None else (1.0,)
@@ -174,23 +192,67 @@ class Stage:
                 going = self._measured(going)
             if not going:
                 break
-            with progress.stage(f"training: round {index + 1} of {rounds}", len(going)) as stage:
-                jobs = self._jobs(going, index, share, shares, teaching)
-                for job, metrics in self._trained(jobs, teaching, rate):
-                    evaluation = next(e for e in going if e.trial == job.trial)
-                    lost = None if metrics is None else judge.drop(replace(evaluation, metrics=metrics))
-                    drops[job.trial].append(lost)
-                    stage.advance(note=f"{judge.objective} {metrics[judge.objective]:.4g}" if metrics else "failed")
+            rest = share / sum(shares[index:])
+            said = f"training: round {index + 1} of {rounds}"
+            if index == 0 and more:
+                part = len(going) / (len(going) + more)
+                drops |= self._round(said, going, index, rest * part, share, teaching, rate)
+                others = self._drafted(going, drops, more)
+                drops |= self._round(said, others, index, rest * (1 - part) / (1 - rest * part), share, teaching, rate)
+                going = [*going, *others]
+            else:
+                for trial, lost in self._round(said, going, index, rest, share, teaching, rate).items():
+                    drops[trial] += lost
             going = [e for e in going if drops[e.trial][-1] is not None]
         self._measured([e for e in going if e.state != "measured"])
-        self._keep_best(entered)
+        self._keep_best(list(drops))
         return drops
 
+    def _round(
+        self,
+        said: str,
+        going: Sequence[Evaluation],
+        index: int,
+        rest: float,
+        share: float,
+        teaching: Teaching,
+        rate: float,
+    ) -> dict[int, list[float | None]]:
+        """Train some for a share of the time that is left, or of the steps; what each lost of the objective after it (None: it failed)."""
+        judge, drops = self.found.judge(), {}
+        with self.prepared.progress.stage(said, len(going)) as stage:
+            jobs = self._jobs(going, index, rest, share, teaching) if going else []
+            for job, metrics in self._trained(jobs, teaching, rate):
+                evaluation = next(e for e in going if e.trial == job.trial)
+                drops[job.trial] = [None if metrics is None else judge.drop(replace(evaluation, metrics=metrics))]
+                stage.advance(note=f"{judge.objective} {metrics[judge.objective]:.4g}" if metrics else "failed")
+        return drops
+
+    def _drafted(
+        self, entered: Sequence[Evaluation], drops: Mapping[int, Sequence[float | None]], count: int
+    ) -> list[Evaluation]:
+        """So many more candidates to train: by what a fit to those that were trained says of the others."""
+        search, key = self.found.search, f"{self.key}:drafted"
+        if (known := search.get_attr(key)) is None:
+            lost = {trial: left[0] for trial, left in drops.items() if left and left[0] is not None}
+            trained = [e for e in entered if e.trial in lost]
+            others = [e for e in trainable(self.found) if e.trial not in drops]
+            known, judge = [], self.found.judge()
+            predictor = fitted(features(self.found, trained), [lost[e.trial] for e in trained], little(judge))
+            if predictor is not None and others:
+                expected = dict(zip((e.trial for e in others), predictor(features(self.found, others)), strict=True))
+                known = [e.trial for e in drafted(self.found, expected, others, lost, count)]
+            search.set_attr(key, known)
+        return self._by_trials(known)
+
+    def _by_trials(self, trials: Sequence[int]) -> list[Evaluation]:
+        by_trial = {e.trial: e for e in self.found.told}
+        return [by_trial[number] for number in trials]
+
     def _jobs(
-        self, going: Sequence[Evaluation], index: int, share: float, shares: Sequence[float], teaching: Teaching
+        self, going: Sequence[Evaluation], index: int, rest: float, share: float, teaching: Teaching
     ) -> list[Job]:
         if self.unit == "seconds":
-            rest = share / sum(shares[index:])
             side_by_side = min(self._workers(teaching), len(going))
             span = Span(seconds=max(0.5, self.left() * rest * side_by_side / len(going)))
         else:
@@ -279,41 +341,18 @@ class Stage:
 
     # --- what comes of it ---
 
-    def _keep_best(self, entered: Sequence[Evaluation]) -> None:
+    def _keep_best(self, entered: Sequence[int]) -> None:
         """Give each measured entrant its best weights, where these are better on validation than what it has."""
         judge, sign = self.found.judge(), 1.0 if self.prepared.task.higher_is_better else -1.0
+        rate = float(self.found.search.get_attr(f"{self.key}:entered")["rate"])
         told = {e.trial: e for e in self.found.told}
-        for trial in (e.trial for e in entered):
+        for trial in entered:
             evaluation = told[trial]
             if evaluation.state != "measured":
                 continue
             results = [r for index in range(len(SHARES)) if (r := self._result(trial, index)) and r["metrics"]]
-            best = last_of_the_best(results, judge.objective, sign)
-            if best is None or sign * best["metrics"][judge.objective] <= sign * evaluation.metrics[judge.objective]:
-                continue
-            before = untrained(evaluation)
-            taken = results[: results.index(best) + 1]
-            recovery = Recovery(
-                before=before.metrics,
-                recipe=self.recipe.name,
-                learning_rate=float(self.found.search.get_attr(f"{self.key}:entered")["rate"]),
-                steps=sum(r["done"]["steps"] for r in taken),
-                seconds=round(sum(r["done"]["seconds"] for r in taken), 3),
-                weights=best["done"]["weights"],
-                before_errors=before.errors,
-                before_drop_errors=before.drop_errors,
-                losses=joined(taken),
-                readings=readings(before.metrics[judge.objective], taken, judge.objective),
-                frozen=tuple(best["done"]["frozen"]),
-            )
-            renewed = replace(
-                before,
-                metrics=best["metrics"],
-                errors=best["errors"],
-                drop_errors=best["drop_errors"],
-                recovered=recovery,
-            )
-            self.found.search.update(trial, renewed)
+            if (better := renewed(evaluation, results, judge.objective, sign, self.recipe.name, rate)) is not None:
+                self.found.search.update(trial, better)
         self._sweep()
 
     def _sweep(self) -> None:
@@ -328,11 +367,13 @@ class Stage:
     ) -> RecoverySummary:
         notes: list[str] = []
         found = []
+        lost = {trial: left[0] for trial, left in drops.items() if left and left[0] is not None}
+        predicted = predictions(self.found, entered, lost)
         for e in entered:
             kept = [r for index in range(len(SHARES)) if (r := self._result(e.trial, index))]
             failure = next((r["done"]["failure"] for r in kept if r["done"]["failure"]), "")
             notes += [note for r in kept for note in r["done"]["notes"]]
-            found.append(Entrant(e.candidate.id, e.kl or 0.0, tuple(drops[e.trial]), failure))
+            found.append(Entrant(e.candidate.id, e.kl or 0.0, tuple(drops[e.trial]), failure, predicted.get(e.trial)))
         stages = tuple(f"{stage.name}: {stage.share:.0%}" for stage in self.recipe.stages)
         return RecoverySummary(
             self.recipe.name, rate, round(self.spent(), 1), tuple(found), stages, tuple(dict.fromkeys(notes))

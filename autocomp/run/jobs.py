@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,8 @@ from autocomp.errors import AutocompError
 from autocomp.measurement.measurer import reason_of
 from autocomp.processes.outcome import Outcome
 from autocomp.records.candidate import Candidate
+from autocomp.records.evaluation import Evaluation, untrained
+from autocomp.records.recovery import Recovery
 from autocomp.recovery.recipe import Recipe
 from autocomp.recovery.schedules import Span
 
@@ -61,7 +63,7 @@ def trained(
     try:
         model = prepared.stitch_untrained(job.candidate)
         begun = None if job.begin is None else stored.read(prepared.folder / job.begin)[stored.FORM]
-        shared = prepared.shared_layers(job.candidate) if any(stage.features for stage in recipe.stages) else None
+        shared = prepared.shared_layers(job.candidate) if recipe.learns_from("features") else None
         done = train(model, teaching, recipe, job.span, rate, shared, folder / f"{name}.part", begun, stop.is_set)
         if not done.failure:
             stored.write(folder / name, {stored.FORM: done.weights})
@@ -74,6 +76,25 @@ def trained(
         return Outcome(None, str(error))
     except Exception as error:
         return Outcome(None, reason_of(error))
+
+
+def renewed(
+    evaluation: Evaluation, results: Sequence[dict[str, Any]], objective: str, sign: float, recipe: str, rate: float
+) -> Evaluation | None:
+    """A measured evaluation with what successive trainings made of it; None where none made it better (``sign`` 1: higher is better)."""
+    best = last_of_the_best(results, objective, sign)
+    if best is None or sign * best["metrics"][objective] <= sign * evaluation.metrics[objective]:
+        return None
+    before, taken = untrained(evaluation), results[: results.index(best) + 1]
+    recovery = Recovery(
+        before=before.metrics, recipe=recipe, learning_rate=rate, steps=sum(r["done"]["steps"] for r in taken),
+        seconds=round(sum(r["done"]["seconds"] for r in taken), 3), weights=best["done"]["weights"],
+        before_errors=before.errors, before_drop_errors=before.drop_errors, losses=joined(taken),
+        readings=readings(before.metrics[objective], taken, objective), frozen=tuple(best["done"]["frozen"]),
+    )  # fmt: skip
+    return replace(
+        before, metrics=best["metrics"], errors=best["errors"], drop_errors=best["drop_errors"], recovered=recovery
+    )
 
 
 def last_of_the_best(results: Sequence[dict[str, Any]], objective: str, sign: float) -> dict[str, Any] | None:

@@ -81,9 +81,17 @@ def correlations(
         for e in summary.entrants
         if len(e.drops) > 1 and e.drops[-1] is not None and e.drops[0] is not None
     ]
+    fitted = [
+        (e.predicted, e.drops[0])
+        for e in summary.entrants
+        if e.predicted is not None and e.drops and e.drops[0] is not None
+    ]
     found = {
         "divergence before, with the loss after a short training": spearman(
             [a for a, _ in first], [b for _, b in first]
+        ),
+        "fitted to the other entrants, with the loss after a short training": spearman(
+            [a for a, _ in fitted], [b for _, b in fitted]
         ),
         "a short training, with the loss at its end": spearman([a for a, _ in last], [b for _, b in last]),
     }

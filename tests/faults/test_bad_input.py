@@ -26,14 +26,20 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Refused:
-    """Run a command in an empty folder, hold it to the rules above, and return its message."""
+def refused(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Refused:
+    """Run a command in an empty folder and with an empty cache, hold it to the rules above, and return its message."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setitem(BUILT_IN, "digits", f"{__name__}:not_refused")
     for name in list(os.environ):
-        if name.startswith("AUTOCOMP_") and name != "AUTOCOMP_CACHE":
+        if name.startswith("AUTOCOMP_"):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("AUTOCOMP_CACHE", str(tmp_path_factory.mktemp("cache")))  # another test may have filled a store
 
     def run(*arguments: str, code: int = 2) -> str:
         before = sorted(tmp_path.rglob("*"))
