@@ -74,17 +74,18 @@ def teaching_ways(attends: bool) -> dict[str, Way]:
 
 def mask_ways() -> dict[str, Way]:
     """Schedules of masks, by the share that is masked."""
-    base, staged, found = load_recipe("default"), load_recipe("three-stage"), {}
+    base, found = load_recipe("default"), {}
     for share in SPARSITIES:
-        steps = [
-            share if stage.sparsity > share or stage.sparsity >= 0.5 else stage.sparsity for stage in staged.stages
+        shares = {"coarse": (0.3, 0.3, "cubic"), "fine": (0.4, share, "cubic"), "settle": (0.3, share, "once")}
+        stages = [
+            base.stages[0].model_copy(update={"name": name, "share": part, "sparsity": masked, "masks": masks})
+            for name, (part, masked, masks) in shares.items()
         ]
-        stages = [stage.model_copy(update={"sparsity": step}) for stage, step in zip(staged.stages, steps, strict=True)]
         found |= {
             f"{share:.0%}, not trained": Way(changed(base, sparsity=share), False),
             f"{share:.0%} at once": Way(changed(base, sparsity=share, masks="once")),
             f"{share:.0%} gradually": Way(changed(base, sparsity=share, masks="cubic")),
-            f"{share:.0%} in three stages": Way(staged.model_copy(update={"stages": stages})),
+            f"{share:.0%} in three stages": Way(base.model_copy(update={"stages": stages})),
             f"{share:.0%} moving": Way(changed(base, sparsity=share, masks="dynamic")),
         }
     return found

@@ -57,6 +57,10 @@ def recovered(
     Raises:
         UsageError: Nothing can be trained, the task's data or loss cannot be used, or the span is too short.
     """
+    if recipe.refreshes:
+        raise UsageError(
+            f"recipe {recipe.name} chooses channels while training: that is for points of a search (autocomp recover RUN --recipe …)"
+        )
     before = evaluate_task(task, model)
     if teaching is None:
         teaching = Teaching.of(task)

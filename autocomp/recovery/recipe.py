@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -52,6 +53,11 @@ class Phase(BaseModel):
     rounding: bool = Field(
         True,
         description="train in the precisions of the candidate; false: its shapes in floats, scales found anew after",
+    )
+    channels: Literal["chosen", "refreshed"] = Field(
+        "chosen",
+        description="chosen: those that compression kept; refreshed: all of them at first, fewer and fewer, those of the largest feature maps, "
+        "for the first stages, in floats (rounding: false)",
     )
     sparsity: float = Field(
         0.0, ge=0.0, lt=1.0, description="share of single weights that are masked: for size, no kernel skips them"
@@ -107,7 +113,14 @@ class Recipe(BaseModel):
         low, high = self.learning_rates
         if not 0 < low < high <= 1:
             raise ValueError(f"learning_rates must be two rates, the lower first, up to 1; got {low:g} and {high:g}")
+        wide = [stage.channels == "refreshed" for stage in self.stages]
+        if any(later and not before for before, later in itertools.pairwise(wide)) or all(wide):
+            raise ValueError(
+                "channels are refreshed in the first stages, and the last one trains what is left: channels: chosen"
+            )
         for stage in self.stages:
+            if stage.channels == "refreshed" and stage.rounding:
+                raise ValueError(f"stage {shown(stage.name)}: channels are refreshed in floats: rounding: false")
             if not any(weight or weight is None for weight in stage.weights.values()):
                 raise ValueError(f"stage {shown(stage.name)} learns from nothing: give one of its weights a value")
             if stage.cold > stage.hot:
@@ -133,6 +146,17 @@ class Recipe(BaseModel):
     def learns_from(self, *names: str) -> bool:
         """Whether any of these has a weight in any stage, or may get one."""
         return any(stage.weights[name] != 0 for stage in self.stages for name in names)
+
+    @property
+    def refreshes(self) -> float:
+        """The share of the training in which channels are chosen anew."""
+        return sum(stage.share for stage in self.stages if stage.channels == "refreshed")
+
+    def on_chosen_channels(self) -> Recipe:
+        """This recipe without the stages in which channels are chosen: what goes on from weights that have their channels."""
+        stages = [stage for stage in self.stages if stage.channels == "chosen"]
+        whole = sum(stage.share for stage in stages)
+        return self.model_copy(update={"stages": [s.model_copy(update={"share": s.share / whole}) for s in stages]})
 
     @property
     def masked(self) -> bool:

@@ -17,6 +17,7 @@ from autocomp.errors import CorruptError, UsageError, last_line
 from autocomp.graph.batches import part
 from autocomp.recovery import stored
 from autocomp.recovery.autocast import Autocast
+from autocomp.recovery.channels import Channels, Wide
 from autocomp.recovery.forms.whole import converted, trainable
 from autocomp.recovery.lessons import Lesson, Teaching
 from autocomp.recovery.losses import Features
@@ -59,20 +60,30 @@ def train(
     checkpoint: Path | None = None,
     begun: dict[str, Any] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    wide: Wide | None = None,
 ) -> Trained:
     """Train a copy of a compressed model for a span; ``rate`` is the highest learning rate (AdamW).
 
     ``shared`` are the layers matched where the recipe says so (`losses.Features`). With a ``checkpoint`` the training goes on where that left
     it; ``begun`` are the weights to begin with, those of ``model`` unless given. Where ``stop`` says so it writes down where it is and ends.
-    UsageError if nothing of the model can be trained.
+    ``wide`` is the candidate before its channels are chosen, for recipes that choose them. UsageError if nothing of the model can be trained.
     """
     form, recipe = trainable(model), recipe.weighed({})
     if begun is not None:
         form.load_state_dict(begun)
-    run = _Run(form, teaching, recipe, span, rate, Features(teaching.teacher, shared or {}), checkpoint, stop)
+        recipe = recipe.on_chosen_channels()
+    channels = None
+    if recipe.refreshes:
+        if wide is None:
+            raise UsageError(
+                f"recipe {recipe.name} chooses channels while training, which only points of a search can be trained by"
+            )
+        channels = Channels(wide)
+    run = _Run(form, teaching, recipe, span, rate, Features(teaching.teacher, shared or {}), checkpoint, stop, channels)
     failure = run.all_stages()
     if not failure:
         run.settle()
+    form = run.form
     weights = {name: tensor.detach().clone() for name, tensor in form.state_dict().items()}
     if checkpoint is not None and failure != STOPPED:
         for path in (checkpoint, _previous(checkpoint)):
@@ -85,7 +96,7 @@ def train(
 
 def losses(model: nn.Module, teaching: Teaching, recipe: Recipe, span: Span, rate: float) -> list[float]:
     """The loss of each step of a short training at one rate, of which nothing is kept; fewer where it diverged."""
-    recipe = recipe.weighed({})
+    recipe = recipe.weighed({}).on_chosen_channels()
     steady = recipe.model_copy(
         update={"schedule": "constant", "ema": 0.0, "stages": [recipe.stages[-1].model_copy(update={"share": 1.0})]}
     )
@@ -106,6 +117,7 @@ class _Run:
     features: Features
     checkpoint: Path | None
     stop: Callable[[], bool] = lambda: False
+    channels: Channels | None = None  # that are being chosen: ``form`` waits meanwhile
     step: int = 0
     seconds: float = 0.0
     parts: int = 1  # that a batch is split into
@@ -114,21 +126,34 @@ class _Run:
     stage: int = 0
     kept: list[str] = field(default_factory=list)  # layers that stay in fp32, where others do not
 
+    def __post_init__(self) -> None:
+        self.narrow = self.form
+        self.units: dict[str, Tensor] = {}  # that were chosen, by group
+        if self.channels is not None:
+            self.form, self.features = self.channels.form, Features(self.features.teacher, self.channels.rows())
+
     def all_stages(self) -> str:
         """Train until the span is over; why it diverged, if it did."""
-        self.precision = Autocast(self.recipe.autocast)
-        self.kept = self.precision.protect(self.form, self.teaching.calibration)
         try:
-            return self._all_stages()
+            failure = self._all_stages()
+            if not failure:
+                self._narrowed()  # where the time was up before
+            return failure
         finally:
             self.precision.release()
 
-    def _all_stages(self) -> str:
+    def _ready(self) -> None:
+        """Take hold of the form that is to be trained."""
+        self.precision = Autocast(self.recipe.autocast)
+        self.kept = self.precision.protect(self.form, self.teaching.calibration)
         self.parameters = [p for p in self.form.parameters() if p.requires_grad and p.is_floating_point()]
         if not self.parameters:
             raise UsageError("nothing of this model can be trained: it has no weights in a form that learns")
-        self.optimizer = self._optimizer()
         self.masks = Masks(self.form)
+        self.optimizer, self.average = self._optimizer(), {}
+
+    def _all_stages(self) -> str:
+        self._ready()
         self._take_up()
         lessons = self.teaching.lessons.begin(self.step)
         set_rounding(self.form, self.recipe.stages[self.stage].rounding)
@@ -138,6 +163,8 @@ class _Run:
             index, within = self._place(along)
             if index != self.stage:
                 self._next_stage(index)
+            if self.channels is not None and self.channels.due(along / self.recipe.refreshes):
+                self._choose(along / self.recipe.refreshes)
             loss = self._step(self.recipe.stages[index], within, lessons)
             self.step += 1
             self.seconds = time.monotonic() - clock
@@ -182,17 +209,48 @@ class _Run:
         raise AssertionError("a recipe has a stage")
 
     def _next_stage(self, index: int) -> None:
-        before, after = self.recipe.stages[self.stage].rounding, self.recipe.stages[index].rounding
-        if after and not before:
+        before, after = self.recipe.stages[self.stage], self.recipe.stages[index]
+        if after.channels == "chosen":
+            self._narrowed()
+        if after.rounding and not before.rounding:
+            set_rounding(self.form, False)
             with observed(self.form):
-                self.form.eval()
-                with torch.no_grad():
-                    for batch in self.teaching.calibration:
-                        self.form(*batch)
+                self._look()
             refit(self.form)
-            self.form.train()
-        set_rounding(self.form, after)
+        self.form.train()
+        set_rounding(self.form, after.rounding)
         self.stage, self.optimizer, self.average = index, self._optimizer(), {}
+
+    def _look(self) -> None:
+        """Have the model see the calibration data."""
+        self.form.eval()
+        with torch.no_grad():
+            for batch in self.teaching.calibration:
+                self.form(*batch)
+
+    def _choose(self, along: float) -> None:
+        """Choose channels anew, by what they make of the calibration data."""
+        assert self.channels is not None
+        with self.channels.watched():
+            self._look()
+        self.form.train()
+        self.channels.choose(along)
+
+    def _narrowed(self) -> None:
+        """Go on with the candidate's own form, in the channels that were chosen."""
+        if self.channels is None:
+            return
+        if self.channels.due(1.0):
+            self._choose(1.0)
+        self.channels.into(self.narrow)
+        self._take_narrow()
+
+    def _take_narrow(self) -> None:
+        assert self.channels is not None
+        self.features, self.units = Features(self.features.teacher, self.channels.rows()), self.channels.kept
+        self.precision.release()
+        self.form, self.channels = self.narrow, None
+        self._ready()
 
     def _optimizer(self) -> torch.optim.AdamW:
         # fused: a third of the time where parameters are many and small
@@ -219,6 +277,8 @@ class _Run:
         torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
         self.precision.step(self.optimizer)
         self.masks.apply()
+        if self.channels is not None:
+            self.channels.apply()
         if self.recipe.ema:
             self._average()
         return total
@@ -278,6 +338,8 @@ class _Run:
                 "masked": [self.masks.stage, self.masks.first],
                 "step": self.step, "seconds": self.seconds, "stage": self.stage, "parts": self.parts,
                 "curve": [list(point) for point in self.curve], "rate": self.rate, "scaler": self.precision.state(),
+                "units": self.channels.kept if self.channels is not None else self.units,
+                "turn": self.channels.turn if self.channels is not None else None,
             },
         )  # fmt: skip
 
@@ -290,6 +352,12 @@ class _Run:
                 data = stored.read(path)
             except (FileNotFoundError, CorruptError):
                 continue
+            if self.channels is not None:
+                self.channels.kept = data["units"]
+                if data["turn"] is None:  # they were chosen by then
+                    self._take_narrow()
+                else:
+                    self.channels.turn = data["turn"]
             self.form.load_state_dict(data[stored.FORM])
             self.optimizer.load_state_dict(data["optimizer"])
             self.masks.kept, (self.masks.stage, self.masks.first) = data["masks"], data["masked"]

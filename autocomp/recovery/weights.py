@@ -48,6 +48,7 @@ def search_weights(
         grid["labels"] = (0.0,)
     if not grid:
         return None
+    recipe = recipe.on_chosen_channels()
     tried: list[tuple[Mapping[str, float], float | None]] = []
     errors: dict[int, float] = {}
     sets = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]

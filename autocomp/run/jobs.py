@@ -56,6 +56,7 @@ def trained(
 ) -> Outcome[Done]:
     """One training, in a process of its own where there are several; its weights lie in a file then."""
     from autocomp.recovery import stored
+    from autocomp.recovery.channels import unfit
     from autocomp.recovery.forms.whole import frozen
     from autocomp.recovery.train import train
 
@@ -64,12 +65,27 @@ def trained(
         model = prepared.stitch_untrained(job.candidate)
         begun = None if job.begin is None else stored.read(prepared.folder / job.begin)[stored.FORM]
         shared = prepared.shared_layers(job.candidate) if recipe.learns_from("features") else None
-        done = train(model, teaching, recipe, job.span, rate, shared, folder / f"{name}.part", begun, stop.is_set)
+        wide, notes = None, []
+        if recipe.refreshes and begun is None:
+            if layer := unfit(model, prepared.graph):
+                notes = [
+                    f"{job.candidate.id} kept the channels that compression chose: {layer} is factorised, in codebooks or in a loop"
+                ]
+                recipe = recipe.on_chosen_channels()
+            else:
+                wide = prepared.wide(job.candidate)
+        done = train(model, teaching, recipe, job.span, rate, shared, folder / f"{name}.part", begun, stop.is_set, wide)
         if not done.failure:
             stored.write(folder / name, {stored.FORM: done.weights})
         return Outcome(
             Done(
-                f"{FOLDER}/{name}", done.steps, done.seconds, done.curve, frozen(model), list(done.notes), done.failure
+                f"{FOLDER}/{name}",
+                done.steps,
+                done.seconds,
+                done.curve,
+                frozen(model),
+                [*notes, *done.notes],
+                done.failure,
             )
         )
     except AutocompError as error:

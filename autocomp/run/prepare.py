@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from autocomp.database.calibrate import Statistics
     from autocomp.database.database import LayerDatabase
     from autocomp.graph.graph import Graph
+    from autocomp.recovery.channels import Wide
 
 SETTLED = 2.0  # seconds of work after which its rate says something
 
@@ -89,6 +90,13 @@ class Prepared:
             name: None if layer.out_group is None else self.database.rows(name, candidate.widths[layer.out_group])
             for name, layer in list(self.graph.layers.items())[:-1]
         }
+
+    def wide(self, candidate: Candidate) -> Wide:
+        """The candidate before its channels are chosen."""
+        from autocomp.recovery.channels import Wide, units_of
+
+        candidate = self.space.normalise(candidate)
+        return Wide(self.task.model, self.graph, units_of(self.graph, candidate.widths, self.space.counts))
 
     def keep_for_the_end(self, point: float) -> None:
         """Keep the minutes that the end of the run takes, where writing one point takes so many seconds."""
