@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,11 @@ from torch import Tensor, nn
 from autocomp.errors import UsageError
 from autocomp.recovery.forms.whole import frozen
 from autocomp.recovery.lessons import Teaching
-from autocomp.recovery.rate import search_rate
+from autocomp.recovery.rate import SEARCHING, search_rate
 from autocomp.recovery.recipe import Recipe
 from autocomp.recovery.schedules import DRAWING, Span
 from autocomp.recovery.train import train
-from autocomp.recovery.weights import search_weights
+from autocomp.recovery.weights import search_weights, steps_within
 from autocomp.tasks.task import Task, evaluate_task, objective_of
 
 LEAST_STEPS = 20  # of a training, or a pass through the data where that is less: fewer learn nothing
@@ -69,9 +70,18 @@ def recovered(
         )
     if epochs is not None:
         span = Span(steps=epochs * (teaching.lessons.each_pass or LEAST_STEPS))
-    rates = search_rate(model, teaching, recipe)
+    most = SEARCHING * span.seconds if span.seconds is not None else math.inf
+    rates = search_rate(model, teaching, recipe, most)
     refuse_too_short(span, rates.step_seconds, teaching)
-    weights = search_weights(model, teaching, recipe, rates.taken, shared, lambda trained: reading(task, trained))
+    weights = search_weights(
+        model,
+        teaching,
+        recipe,
+        rates.taken,
+        shared,
+        lambda trained: reading(task, trained),
+        steps_within(recipe, most, rates.step_seconds),
+    )
     if weights is not None:
         recipe = recipe.weighed(weights.taken)
     done = train(model, teaching, recipe, span, rates.taken, shared, checkpoint)

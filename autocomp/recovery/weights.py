@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,15 @@ from autocomp.recovery.recipe import FOUND, Recipe
 from autocomp.recovery.schedules import Span
 from autocomp.recovery.train import train
 
-STEPS = 40  # of each short training. Chosen by hand, not measured
+# Of each short training, and where time is short. Chosen by hand, not measured.
+STEPS, FEWEST = 40, 8
+
+
+def steps_within(recipe: Recipe, seconds: float, step: float) -> int:
+    """Steps for each set of weights, where all of them may take so many seconds and a step takes ``step``."""
+    sets = math.prod(len(FOUND[name]) for name in recipe.left_open)
+    return int(max(FEWEST, min(STEPS, seconds / sets / max(step, 1e-9))))
+
 
 Reading = tuple[float, float]  # of the objective, higher being better, and its standard error
 
@@ -37,8 +46,9 @@ def search_weights(
     rate: float,
     shared: dict[str, Tensor | None] | None,
     read: Callable[[nn.Module], Reading],
+    steps: int = STEPS,
 ) -> Weights | None:
-    """Train a compressed model for `STEPS` steps by each set of weights that the recipe leaves open; None where it leaves none open.
+    """Train a compressed model for some steps by each set of weights that the recipe leaves open; None where it leaves none open.
 
     ``read`` gives the objective of a trained model on validation. Of the sets within a standard error of the best the first is taken: it has
     the fewest things to learn from. The first of all is taken if every one diverged.
@@ -53,7 +63,7 @@ def search_weights(
     errors: dict[int, float] = {}
     sets = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     for weights in sorted(sets, key=lambda one: sum(value > 0 for value in one.values())):
-        done = train(model, teaching, recipe.weighed(weights), Span(steps=STEPS), rate, shared)
+        done = train(model, teaching, recipe.weighed(weights), Span(steps=steps), rate, shared)
         value = None
         if not done.failure:
             value, errors[len(tried)] = read(done.model)

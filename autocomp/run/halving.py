@@ -119,18 +119,20 @@ class Stage:
     def _enter(self, teaching: Teaching) -> dict[str, Any] | None:
         """Who enters, and the learning rate that the one in the middle of them, by what it has lost, bears; None where nobody does."""
         from autocomp.recovery.one import reading
-        from autocomp.recovery.rate import search_rate
-        from autocomp.recovery.weights import search_weights
+        from autocomp.recovery.rate import SEARCHING, search_rate
+        from autocomp.recovery.weights import search_weights, steps_within
 
         if not (first := self._first(teaching)):
             return None
         middle = sorted(first, key=lambda e: e.kl or 0.0)[len(first) // 2]
         model = self.prepared.stitch_untrained(middle.candidate)
-        rates = search_rate(model, teaching, self.recipe)
+        most = SEARCHING * self.left()
+        rates = search_rate(model, teaching, self.recipe, most)
         shared = self.prepared.shared_layers(middle.candidate)
         weights = search_weights(
-            model, teaching, self.recipe, rates.taken, shared, lambda trained: reading(self.prepared.task, trained)
-        )
+            model, teaching, self.recipe, rates.taken, shared, lambda trained: reading(self.prepared.task, trained),
+            steps_within(self.recipe, most, rates.step_seconds),
+        )  # fmt: skip
         said = f"{rates}; weights: {weights}" if weights is not None else str(rates)
         count = self._count(teaching, rates, len(first))
         # the second half is chosen by what the first half came to

@@ -26,7 +26,7 @@ from autocomp.recovery import stored
 from autocomp.recovery.lessons import Lessons, Teaching
 from autocomp.recovery.losses import Features, distillation_loss, labels_loss, sureness
 from autocomp.recovery.one import recovered
-from autocomp.recovery.rate import lowest
+from autocomp.recovery.rate import lowest, search_rate
 from autocomp.recovery.recipe import Recipe, list_recipes, load_recipe
 from autocomp.recovery.schedules import Span, learning_rate, temperature
 from autocomp.recovery.train import STOPPED, train
@@ -244,6 +244,31 @@ def test_the_rate_of_the_least_loss_is_taken_and_the_least_where_all_diverge() -
     assert str(found) == "3.2e-03 (of 6 from 1e-05 to 1e-02)"
     assert lowest(lambda rate: math.inf, [1e-5, 1e-4], 1e-2).taken == 1e-5
     assert lowest(lambda rate: 1.0 if rate < 1e-3 else 1.01, [1e-5, 1e-4, 1e-3, 1e-2], 1e-3).taken == 1e-2
+
+
+def test_a_search_for_the_rate_keeps_to_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, steps = teaching(task()), []
+
+    def counted(*given: Any) -> list[float]:
+        steps.append(given[3].steps)
+        clock[0] += given[3].steps * 1.0  # a second a step
+        return [abs(math.log10(given[4]) + 2.0) + 1.0] * given[3].steps
+
+    clock = [0.0]
+    monkeypatch.setattr("autocomp.recovery.rate.losses", counted)
+    monkeypatch.setattr("autocomp.recovery.rate.time.monotonic", lambda: clock[0])
+    recipe = PLAIN.model_copy(update={"learning_rate": None, "learning_rates": (1e-4, 1e-2)})
+    assert search_rate(made.teacher, made, recipe).taken == 1e-2
+    assert steps == [2, 12, 12, 12, 12]  # the best is the highest: one beside it
+    for seconds, expected in ((1000.0, 12), (42.0, 8), (15.0, 4)):
+        steps.clear()
+        found = search_rate(made.teacher, made, recipe, seconds)
+        assert set(steps[1:]) == {expected}
+        assert sum(steps) <= seconds
+        assert found.step_seconds == 1.0
+    steps.clear()
+    assert str(search_rate(made.teacher, made, recipe, 5.0)).startswith("1.0e-03, the middle of the range")
+    assert steps == [2]
 
 
 def test_lessons_are_drawn_once_and_gone_through_in_another_order_each_time() -> None:
