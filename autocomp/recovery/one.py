@@ -73,15 +73,8 @@ def recovered(
     most = SEARCHING * span.seconds if span.seconds is not None else math.inf
     rates = search_rate(model, teaching, recipe, most)
     refuse_too_short(span, rates.step_seconds, teaching)
-    weights = search_weights(
-        model,
-        teaching,
-        recipe,
-        rates.taken,
-        shared,
-        lambda trained: reading(task, trained),
-        steps_within(recipe, most, rates.step_seconds),
-    )
+    steps = steps_within(recipe, most, rates.step_seconds)
+    weights = search_weights(model, teaching, recipe, rates.taken, shared, lambda one: reading(task, one), steps)
     if weights is not None:
         recipe = recipe.weighed(weights.taken)
     done = train(model, teaching, recipe, span, rates.taken, shared, checkpoint)

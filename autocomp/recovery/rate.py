@@ -42,8 +42,8 @@ def search_rate(model: nn.Module, teaching: Teaching, recipe: Recipe, seconds: f
     """Return the rate of the least loss after `STEPS` steps: one in each decade of the recipe's range, then those beside the best.
 
     Within about so many ``seconds`` fewer steps are taken and those beside left out; where they do for no more than a look, the middle of the
-    range is taken. Where the recipe states a rate, that one, and nothing is tried. After the range test of Smith (2017,
-    arXiv:1506.01186), with a training for each rate in the place of one that goes through all: what it finds does not depend on the rates before.
+    range is taken. Where the recipe states a rate, that one, and nothing is tried. After the range test of Smith (2017, arXiv:1506.01186),
+    with a training for each rate in the place of one that goes through all: what it finds does not depend on the rates before.
     """
     if recipe.learning_rate is not None:
         return Rates(recipe.learning_rate, {recipe.learning_rate: 0.0})
@@ -71,8 +71,8 @@ def search_rate(model: nn.Module, teaching: Teaching, recipe: Recipe, seconds: f
 
 
 def lowest(loss: Callable[[float], float], rates: list[float], high: float, finer: bool = True) -> Rates:
-    """The rate of the least loss among some and (``finer``) those between the best and its neighbours; of those alike the highest, since so few steps
-    favour low ones; the lowest one if all diverge."""
+    """The rate of the least loss among some and (``finer``) those between the best and its neighbours; of those alike the highest, since so
+    few steps favour low ones; the lowest one if all diverge."""
     tried = {rate: loss(rate) for rate in rates}
     best = min(tried, key=lambda rate: tried[rate])
     for beside in (best / FINER, best * FINER) if finer else ():
