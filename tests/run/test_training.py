@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_task
 import torch
@@ -20,11 +21,13 @@ from autocomp.api import SearchResult
 from autocomp.cli.main import main
 from autocomp.errors import UsageError
 from autocomp.front.goals import Judge
-from autocomp.records.evaluation import untrained
+from autocomp.records.evaluation import Evaluation, untrained
 from autocomp.records.recovery import Recovery
 from autocomp.records.run import read_run
 from autocomp.records.table import read_evaluations
-from autocomp.run.folder import CONFIG
+from autocomp.run.folder import CONFIG, STUDY
+from autocomp.run.found import Found
+from autocomp.study.storage import JOURNAL, read_study
 
 pytestmark = pytest.mark.usefixtures("short_tuning")
 TESTS = Path(tiny_task.__file__).parent
@@ -242,3 +245,30 @@ def test_killed_while_it_trains_it_goes_on(narrow: str, recipe: str, tmp_path: P
         if (done := point.evaluation.recovered) is not None:  # every step was taken once, whichever start took it
             assert done.steps == sum([6, 6, 8][: len(done.readings) - 1])
             assert len(done.losses) == done.steps
+
+
+def test_half_of_those_who_enter_are_chosen_by_what_the_others_came_to(
+    spaces: dict[str, str], recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def anyone(found: Found, count: int = 100) -> list[Evaluation]:
+        return [e for e in found.told if e.source != "dense" and e.kl is not None][:count]
+
+    monkeypatch.setattr("autocomp.run.halving.entrants", anyone)
+    monkeypatch.setattr("autocomp.run.halving.trainable", anyone)
+    monkeypatch.setattr("autocomp.run.entrants.gains", lambda points, *_: np.ones(len(points)))
+    result = autocomp.search(
+        tiny_task.learning(), trials=16, measurements=1, out=tmp_path / "run", space=spaces["wide"], recover="20 steps",
+        recipe=recipe, references=False, deterministic=True,
+    )  # fmt: skip
+    study = read_study(f"{JOURNAL}{tmp_path / 'run' / STUDY}", "autocomp")
+    assert study is not None
+    (drafted,) = (value for key, value in study.attrs.items() if key.endswith(":drafted"))
+    (entered,) = (value for key, value in study.attrs.items() if key.endswith(":entered"))
+    assert len(entered["trials"]) == entered["more"] == 4
+    assert 0 < len(drafted) <= 4
+    assert not set(drafted) & set(entered["trials"])
+    summary = result.run.recovery
+    assert summary is not None
+    assert len(summary.entrants) == 4 + len(drafted)
+    assert all(entrant.drops and entrant.predicted is not None for entrant in summary.entrants)
+    assert "fitted to the other entrants, with the loss after a short training" in result.run.summary.spearman
