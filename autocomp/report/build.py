@@ -26,6 +26,7 @@ from autocomp.records.run import (
 from autocomp.records.table import read_evaluations
 from autocomp.report import figures, recovery
 from autocomp.report.curves import sensitivity_figures
+from autocomp.report.expected import expected_and_found
 from autocomp.report.figures import milliseconds
 from autocomp.report.goals import family_rows, goal_rows
 from autocomp.report.page import Page
@@ -89,6 +90,7 @@ def render(
         figure_json=_embedded({name: figure for name, (figure, _) in drawn.items()}),
         targets=targets(page) if len(run.profiles) > 1 else None,
         recovered=recovery.rows(run),
+        expected=expected_and_found(run, evaluations),
         kernels={profile: page.kernels(profile) for profile in run.profiles},
         failed=[e for e in evaluations if e.state == "failed"],
         stages=page.stages(),
