@@ -55,6 +55,11 @@ def expected_point(evaluation: Evaluation, dense: Evaluation) -> ExpectedPoint:
     return ExpectedPoint(faster, evaluation.bytes, evaluation.error)
 
 
+def telling_seconds(trials: int, each: float) -> float:
+    """Seconds that trials are expected to take, where a candidate that is read on 64 samples takes ``each`` with all cores at work."""
+    return WHOLE * trials * each
+
+
 def expect(found: Found, trial: float | None) -> None:
     """Keep what is expected of a search that has told no trial yet, in its study; nothing where it has, or where it is kept already.
 
@@ -71,7 +76,7 @@ def expect(found: Found, trial: float | None) -> None:
     trials, measurements = prepared.settings.trials, prepared.settings.measurements
     seconds = {PREPARING: prepared.budget.spent()}
     if trial is not None:
-        seconds[TELLING] = WHOLE * trials * trial
+        seconds[TELLING] = telling_seconds(trials, trial)
     if point := search.get_attr("seconds of a point", 0.0):
         seconds[MEASURING] = MEASURED * measurements * point
     points = tuple(expected_point(evaluation, dense) for evaluation in expected_front(costs))

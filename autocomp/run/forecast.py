@@ -23,7 +23,7 @@ from autocomp.processes.pool import cores
 from autocomp.progress import Progress
 from autocomp.records.evaluation import Evaluation
 from autocomp.records.run import Kept
-from autocomp.run.expect import expected_front, expected_point, thought
+from autocomp.run.expect import expected_front, expected_point, telling_seconds, thought
 from autocomp.run.prepare_task import compressed_layers, prepare_task
 from autocomp.space.file import load_space
 from autocomp.study.costs import Costs
@@ -120,7 +120,7 @@ def forecast(settings: Settings, task: Task, progress: Progress) -> Plan:
     seconds = {
         "until the first trial": prepared,
         "a trial on 64 samples": trial,
-        f"{settings.trials} trials on {cores()} cores, at least": settings.trials * trial / cores(),
+        f"{settings.trials} trials on {cores()} cores, about": telling_seconds(settings.trials, trial / cores()),
     }
     errors = {name: device.model.kernel_error for name, device in devices.items()}
     return Plan(
