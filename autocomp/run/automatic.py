@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from autocomp.config.quantities import parse_training
 from autocomp.config.settings import AUTOMATIC, TRAINED, Settings
-from autocomp.errors import UsageError
+from autocomp.errors import UsageError, shown
 from autocomp.graph.batches import count, first
 from autocomp.hardware.profile import Profile, load_profile
 from autocomp.measurement.measurer import together
 from autocomp.processes.chatter import caught
 from autocomp.processes.pool import cores
 from autocomp.progress import Progress
+from autocomp.recovery.recipe import load_recipe
 from autocomp.run.budget import BASELINES, TELLING, Budget
 from autocomp.run.prepare_task import check_training
 from autocomp.space.build import build_space
@@ -210,13 +211,14 @@ class _Chooser:
             return "0", "no minutes are given to take it from"
         if self.task.train is None:
             return "0", "Task.train is not given"
+        load_recipe(self.settings.recipe)  # a name that is wrong is the user's mistake, not a reason to train nothing
         seconds = 10.0 * (TRAINING * to_search // 10)
         if seconds < LEAST_TRAINING:
             return "0", f"a third of the time to search and train is {seconds:.0f} s, less than {LEAST_TRAINING:.0f}"
         try:
             check_training(self.task, self.settings.recipe, seconds)
         except UsageError as error:
-            return "0", " ".join(str(error).split())
+            return "0", "".join(c for c in shown(error) if c.isprintable())
         return f"{seconds:.0f}s", f"a third of the {to_search:.0f} s to search and train"
 
     def _space(self) -> tuple[str, str]:

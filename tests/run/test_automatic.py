@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import tiny_task
 
-import autocomp
 from autocomp.api import SearchResult
 from autocomp.cli.main import main
 from autocomp.config.settings import AUTOMATIC, Settings, load_settings, read_settings
 from autocomp.devices.local import LocalDevice
 from autocomp.errors import UsageError
+from autocomp.progress import Progress
 from autocomp.run import automatic
 from autocomp.run.automatic import resolve
 from autocomp.tasks.task import Task
@@ -48,7 +48,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
         monkeypatch.setattr(automatic, "cores", lambda: 2)
         monkeypatch.setattr(automatic, "together", lambda profiles: 2)
         settings = load_settings(None, {"task": TASK, "auto": True, **options})
-        return resolve(settings, task or tiny_task.task(), autocomp.progress.Progress()).settings
+        return resolve(settings, task or tiny_task.task(), Progress()).settings
 
     return choose
 
@@ -130,6 +130,11 @@ def test_training_that_would_be_refused_is_not_chosen(
     found = chosen(tiny_task.learning(), minutes=30.0)
     assert (found.recover, found.space) == ("0", "default")
     assert reasons(found)["recover"] == "600 s are too short: a step takes 60 s here"
+
+
+def test_a_recipe_that_is_not_there_is_told(chosen: Callable[..., Settings]) -> None:
+    with pytest.raises(UsageError, match="no-such-recipe"):
+        chosen(tiny_task.learning(), minutes=30.0, recipe="no-such-recipe")
 
 
 def test_a_goal_on_the_size_alone_asks_for_smaller_weights(chosen: Callable[..., Settings]) -> None:
