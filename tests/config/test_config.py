@@ -169,8 +169,9 @@ def test_what_is_left_is_what_nobody_stated(tmp_path: Path, monkeypatch: pytest.
     assert load_settings(None, {"task": "digits"}).left == ()
     monkeypatch.setenv("AUTOCOMP_AUTO", "yes")
     assert load_settings(None, {"task": "digits"}).auto is True
+    monkeypatch.delenv("AUTOCOMP_AUTO")
     chosen = settings.model_copy(update={"auto": {"trials": "97 parameters"}})
-    again = load_settings(write(tmp_path, dump_settings(chosen), "again.yaml"))
+    again = load_settings(write(tmp_path, dump_settings(chosen), "again.yaml"), {"measurements": 21})
     assert again == chosen
     assert again.left == ()
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,12 +35,21 @@ def nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def chosen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
-    """Choose for the tiny task as if a sample took so long, and it had so many samples and weights."""
+    """Choose for the tiny task as if a sample took so long, it had so many samples and weights, and its space so many parameters."""
     real = automatic._look
 
     def choose(
-        task: Task | None = None, forward: float = 1e-3, samples: int = 1000, weights: int = 10**6, **options: Any
+        task: Task | None = None,
+        forward: float = 1e-3,
+        samples: int = 1000,
+        weights: int = 10**6,
+        parameters: int = 20,
+        candidates: int = 10**12,
+        **options: Any,
     ) -> Settings:
+        space = SimpleNamespace(widths={n: (2, 1) for n in range(parameters)}, methods={"fixed": (1,)}, size=candidates)
+        monkeypatch.setattr(automatic, "build_space", lambda *_: space)
+
         def look(*arguments: Any, **others: Any) -> Any:
             seen = real(*arguments, **others)
             return replace(seen, samples=samples, weights=weights, forward=seen.forward and forward)
@@ -142,9 +152,15 @@ def test_a_goal_on_the_size_alone_asks_for_smaller_weights(chosen: Callable[...,
     assert chosen(max_size="5x", max_latency="2x").space == "default"
 
 
-def test_no_more_trials_than_candidates(chosen: Callable[..., Settings], spaces: dict[str, str]) -> None:
-    found = chosen(space=spaces["full"])
-    assert found.trials < automatic.TRIALS
+def test_more_parameters_ask_for_more_trials(chosen: Callable[..., Settings]) -> None:
+    assert [chosen(parameters=n).trials for n in (3, 100, 200)] == [300, 300, 600]
+    assert chosen(parameters=200, minutes=600.0).trials == 2000
+
+
+def test_no_more_trials_than_candidates(chosen: Callable[..., Settings]) -> None:
+    found = chosen(candidates=32)
+    assert found.trials == 32
+    assert found.measurements == 8, "a quarter of them"
     assert "no more candidates" in reasons(found)["trials"]
 
 
