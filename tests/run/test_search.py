@@ -33,6 +33,7 @@ from autocomp.front.goals import undisturbed
 from autocomp.hardware.profile import load_profile
 from autocomp.layers.w8a8 import QuantConv2d
 from autocomp.records.run import Run, speedup
+from autocomp.records.table import read_evaluations
 from autocomp.run import finish
 from autocomp.tuning.store import KernelStore
 
@@ -138,7 +139,7 @@ def test_what_was_expected_is_kept_with_what_came_of_it(finished: Finished) -> N
     assert speedups[-1] > 1.2
     assert [point.divergence for point in expected.points] == sorted(point.divergence for point in expected.points)
     assert (expected.trials, expected.measurements) == (TRIALS, MEASURE)
-    measured = {e.candidate.id for e in told(finished.folder) if e.state == "measured"}
+    measured = {e.candidate.id for e in read_evaluations(finished.folder) if e.state == "measured"}
     assert set(expected.candidates) == measured
     dense = expected.candidates[run.dense.evaluation.candidate.id]
     assert dense.speedup["x86-host"] == pytest.approx(1.0)
