@@ -47,18 +47,15 @@ LEAST_TRAINING = 60.0  # seconds, below which searching alone is a better use of
 
 # What things take, on one core. Those without a source are guesses: chosen by hand, not measured.
 LOOKED_AT = 64  # samples of the batch that is timed
-BUILD, A_LAYER = (
-    4.0,
-    0.13,
-)  # seconds to build a module with new kernels: within a third of the models in reports/benchmarks/tuning.json
+# Seconds to build a module with new kernels, and more for each layer: within a third of the models in reports/benchmarks/tuning.json.
+BUILD, A_LAYER = 4.0, 0.13
 ELSEWHERE = 2.0  # times that on a board, or where it is estimated
 REHEARSED = 2  # times a module is built by what is tried at the start, its files included
 CALIBRATING = 12  # passes through the data, most of them with gradients
 A_WEIGHT = 1e-5  # seconds to compress one; 2e-6 to 1.3e-5 in reports/benchmarks/cost.json
-TRIAL, TRIAL_PASSES = (
-    0.05,
-    2.0,
-)  # seconds of a trial itself, and passes through the data: BatchNorm's statistics, the answers
+# Seconds of a trial itself, and passes through the data; some candidates are looked at on 64 samples alone. More trials than there is time for
+# cost nothing, since the clock ends them; fewer would leave time unused.
+TRIAL, TRIAL_PASSES = 0.05, 1.0
 UNIFORM = 8  # baselines
 
 
@@ -241,7 +238,7 @@ class _Chooser:
             most = max(MOST_TRIALS, MOST_A_PARAMETER * parameters)
             affordable = TELLING * to_search / self._trial
             value = max(LEAST_TRIALS, min(most, 10 * int(affordable / 10)))
-            said += f"; a trial takes about {self._trial:.2g} s, and {TELLING * to_search:.0f} s are there for trials"
+            said += f"; a trial takes about {self._trial:.2g} s; {TELLING * to_search:.0f} s are there for them"
         if space.size < value:
             return space.size, f"{parameters} parameters: there are no more candidates"
         return value, said
@@ -263,8 +260,8 @@ class _Chooser:
             there = max((1 - TELLING) * to_search, to_search - self.settings.trials * self._trial)
             value = max(LEAST_MEASUREMENTS, int(there / self.seen.measuring))
             said = (
-                f"a module of this size takes about {self.seen.module:.0f} s to build and time, {together(self.seen.profiles)} side by side, "
-                f"and {there:.0f} s are there for it"
+                f"a module of this size takes about {self.seen.module:.0f} s, {together(self.seen.profiles)} at once; "
+                f"{there:.0f} s are there for them"
             )
         most = max(1, self.settings.trials // OF_TRIALS)
         if value > most:
