@@ -10,6 +10,8 @@ from autocomp.records.evaluation import Evaluation
 from autocomp.records.expected import MEASURING, PREPARING, TELLING, Expected
 from autocomp.records.run import Run, speedup
 
+NOTHING = 1e-9  # nats: less is what rounding leaves of 0
+
 
 def expected_and_found(run: Run, evaluations: Sequence[Evaluation]) -> dict[str, Any] | None:
     """Texts for the section: points of the expected front, how near predictions came, and seconds; None where nothing was kept."""
@@ -36,7 +38,7 @@ def _points(expected: Expected, run: Run, measured: Sequence[Evaluation]) -> lis
             found.append({"expected": _times(point.speedup.get(profile)), "found": _times(fastest)})
         rows.append(
             {
-                "divergence": f"{point.divergence:.3g}",
+                "divergence": f"{point.divergence:.3g}" if point.divergence > NOTHING else "0",
                 "smaller": f"{dense.bytes / point.bytes:.1f}×" if point.bytes else "–",
                 "profiles": found,
             }

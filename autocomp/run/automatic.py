@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from autocomp.compress.hessian import WIDE
 from autocomp.config.quantities import parse_training
 from autocomp.config.settings import AUTOMATIC, TRAINED, Settings
 from autocomp.errors import UsageError, shown
@@ -52,7 +53,9 @@ BUILD, A_LAYER = 4.0, 0.13
 ELSEWHERE = 2.0  # times that on a board, or where it is estimated
 REHEARSED = 2  # times a module is built by what is tried at the start, its files included
 CALIBRATING = 12  # passes through the data, most of them with gradients
-A_WEIGHT = 1e-5  # seconds to compress one; 2e-6 to 1.3e-5 in reports/benchmarks/cost.json
+# Seconds to compress a weight, and for each cube of a layer's columns, whose Hessian is factorised: within a factor of 2 of the databases of
+# ResNet-18, MobileNetV2 and ViT-Ti in reports/benchmarks/cost.json.
+A_WEIGHT, A_CUBE = 3e-6, 4e-10
 # Seconds of a trial itself, and passes through the data; some candidates are looked at on 64 samples alone. More trials than there is time for
 # cost nothing, since the clock ends them; fewer would leave time unused.
 TRIAL, TRIAL_PASSES = 0.05, 1.0
@@ -89,6 +92,12 @@ class _Seen:
         """Seconds to build and time a module on all targets."""
         once = BUILD + A_LAYER * len(self.graph.layers)
         return once * sum(1.0 if profile.reach == "local" else ELSEWHERE for profile in self.profiles)
+
+    @property
+    def compressing(self) -> float:
+        """Seconds that the layer database takes, with all cores at work."""
+        cubes = sum(layer.columns**3 for layer in self.graph.layers.values() if layer.columns <= WIDE)
+        return (A_WEIGHT * self.weights + A_CUBE * cubes) / cores()
 
     @property
     def measuring(self) -> float:
@@ -198,10 +207,10 @@ class _Chooser:
             return None
         seen, samples = self.seen, self.settings.calibration_samples
         written = REHEARSED * seen.module
-        compressing = CALIBRATING * samples * (seen.forward or 0.0) + A_WEIGHT * seen.weights / cores()
+        calibrating = CALIBRATING * samples * (seen.forward or 0.0)
         budget = Budget(self.settings.minutes)
         budget.keep_for_the_end(written, together(seen.profiles), self.settings.references)
-        return max(0.0, self.seconds - written - compressing - budget.kept)
+        return max(0.0, self.seconds - written - calibrating - seen.compressing - budget.kept)
 
     def _recover(self, to_search: float | None) -> tuple[str, str]:
         if to_search is None:

@@ -60,7 +60,9 @@ def as_begun(settings: Settings, folder: Path) -> Settings:
         return settings
     begun = read_settings(folder / CONFIG)
     kept: dict[str, Any] = {name: getattr(begun, name) for name in settings.left}
-    return validated(Settings, {**settings.model_dump(), **kept, "auto": begun.auto}, "")
+    kept["auto"] = begun.auto
+    validated(Settings, {**settings.model_dump(), **kept}, "")  # what is stated now must go with it
+    return settings.model_copy(update=kept)
 
 
 def no_run(folder: Path) -> UsageError:

@@ -198,4 +198,9 @@ def test_a_run_has_what_was_chosen_and_goes_on_with_it(
     assert read_settings(again.folder / "config.yaml").calibration_samples == 64
     assert read_settings(again.folder / "config.yaml").auto == kept.auto
     assert again.run.summary.told == 5
+    # the training that was chosen is no part of fewer minutes
+    config = again.folder / "config.yaml"
+    config.write_text(config.read_text().replace("recover: '0'", "recover: 90s"))
+    with pytest.raises(UsageError, match=r"recover \(90s\) is a part of minutes \(1\)"):
+        small(auto=True, resume=True, minutes=1.0)
     assert "chosen automatically" in (again.folder / "report.html").read_text(encoding="utf-8")
