@@ -19,7 +19,7 @@ from autocomp.devices.local import LocalDevice
 from autocomp.errors import UsageError
 from autocomp.progress import Progress
 from autocomp.run import automatic
-from autocomp.run.automatic import resolve
+from autocomp.run.automatic import chosen_lines, resolve
 from autocomp.tasks.task import Task
 
 TASK = "tiny_task:task"
@@ -81,6 +81,23 @@ def test_what_is_stated_stays(chosen: Callable[..., Settings]) -> None:
     assert {name: getattr(found, name) for name in stated} == stated
     assert reasons(found) == {}
     assert set(reasons(chosen(minutes=30.0, trials=7))) == set(AUTOMATIC) - {"trials"}
+
+
+def test_each_choice_is_a_line_with_its_reason(chosen: Callable[..., Settings]) -> None:
+    found = chosen(parameters=200, trials=None, space="quantize-only")
+    title, *lines = chosen_lines(found)
+    assert title == "chosen automatically:"
+    assert [line.split()[:2] for line in lines] == [
+        ["calibration_samples", "256"],
+        ["recover", "0"],
+        ["trials", "600"],
+        ["measurements", "24"],
+    ]
+    assert "200 parameters, 3 for each" in lines[2]
+    stated = {"trials": 7, "measurements": 5, "calibration_samples": 9, "recover": "0"}
+    assert chosen_lines(chosen(space="quantize-only", **stated)) == [
+        "nothing was left to choose: every setting is stated"
+    ]
 
 
 def test_a_slow_model_is_looked_at_on_fewer_samples(chosen: Callable[..., Settings]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from autocomp.api import SearchResult
+from autocomp.records.evaluation import Evaluation
 from autocomp.run import expect
 from autocomp.run.expect import expected_of
 
@@ -36,6 +37,32 @@ def test_it_is_thought_before_the_first_trial_and_stays(
     assert again.errors == first.errors
     assert first.candidates.items() <= again.candidates.items()
     assert len(again.candidates) == len(first.candidates) + 1
+
+
+def test_what_was_measured_is_thought_of_as_it_was_before(
+    small: Callable[..., SearchResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latency model in use learns from what is measured; what was thought of a candidate at the start does not."""
+    front: list[str] = []
+    real = expect.expected_front
+
+    def watched(*arguments: Any) -> list[Evaluation]:
+        found = real(*arguments)
+        front.extend(e.candidate.id for e in found)
+        return found
+
+    monkeypatch.setattr(expect, "expected_front", watched)
+    expected = small(trials=30, measurements=5).run.expected
+    assert expected is not None
+    both = [
+        (point, expected.candidates[i])
+        for i, point in zip(front, expected.points, strict=True)
+        if i in expected.candidates
+    ]
+    assert len(both) > 1, "or this says little"
+    for before, after in both:
+        assert after.speedup == pytest.approx(before.speedup)
+        assert (after.bytes, after.divergence) == (before.bytes, pytest.approx(before.divergence))
 
 
 def test_seconds_of_trials_follow_those_of_candidates_looked_at(small: Callable[..., SearchResult]) -> None:
