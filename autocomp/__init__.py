@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autocomp.api import check, compile, gate, measure, plan, rebuild_report, recover, search, sensitivity
+    from autocomp.api import check, compile, gate, measure, plan, rebuild_report, recover, resolve, search, sensitivity
     from autocomp.errors import (
         AutocompError,
         BoardError,
@@ -53,6 +53,7 @@ __all__ = [
     "plan",
     "rebuild_report",
     "recover",
+    "resolve",
     "search",
     "sensitivity",
 ]
@@ -83,6 +84,7 @@ _HOMES = {
     "plan": "autocomp.api",
     "rebuild_report": "autocomp.api",
     "recover": "autocomp.api",
+    "resolve": "autocomp.api",
     "search": "autocomp.api",
     "sensitivity": "autocomp.api",
 }

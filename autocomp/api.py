@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from autocomp.devices.device import Compiled
     from autocomp.recovery.one import Recovered
+    from autocomp.run.automatic import Resolved
     from autocomp.run.forecast import Plan
     from autocomp.run.verdict import Gated
 
@@ -63,6 +64,9 @@ def search(
     a `Task` may stand beside it. ``sampler`` proposes candidates: a name (``tpe``, ``nsgaii``, …) or any sampler of Optuna's. With
     ``replay``, the folder of a finished run, nothing is searched: its front (or the ``points`` of these ids) is made again for this task's
     weights, and trained as there. One search at a time in a process.
+
+    With ``auto=True`` what of ``space``, ``calibration_samples``, ``trials``, ``measurements`` (counts) and ``recover`` (a duration) is not
+    stated is chosen by the model, its targets, the goals and ``minutes``, and said: see `resolve`.
 
     Raises:
         UsageError: Bad input; said before anything is lost.
@@ -318,6 +322,31 @@ def check(settings: Settings, progress: Progress | None = None) -> dict[str, Any
     }
 
 
+def resolve(settings: Settings, task: Task | None = None, progress: Progress | None = None) -> Resolved:
+    """Say with which settings a search would be made, and of what; with ``auto`` what they leave open is chosen. Nothing is compiled.
+
+    ``.settings`` are the settings with nothing left to choose: given to `search`, that is what is done. ``.settings.auto`` says of each that
+    was chosen why. ``.searched`` has ``task``, ``layers``, ``parameters`` (groups and layers with a choice) and ``candidates`` (how many there
+    are, a text). The model is read once, and 64 samples of its calibration data pass through it; the seconds of that (none in a deterministic
+    search) decide where ``minutes`` are given, or the model is slow. ``task`` takes the place of the one that the settings name.
+
+    Raises:
+        UsageError, ExportError: As `search` raises them at its start.
+
+    Examples:
+        >>> from autocomp.config.settings import load_settings
+        >>> found = resolve(load_settings(overrides={"task": "digits", "auto": True, "minutes": 10.0}))  # doctest: +SKIP
+        >>> found.settings.trials, found.settings.auto["trials"]  # doctest: +SKIP
+    """
+    from autocomp.run.automatic import resolve as chosen
+
+    if settings.task is None and task is None:
+        raise UsageError("no task: name one, such as `autocomp search digits --dry-run`")
+    check_names(settings)
+    progress = progress or Progress()
+    return chosen(settings, task or load_task(settings.task or "", progress), progress)
+
+
 def plan(settings: Settings, progress: Progress | None = None) -> Plan:
     """Say what a search is expected to find and to take, before it is paid for; nothing is compiled or measured.
 
@@ -336,6 +365,7 @@ def plan(settings: Settings, progress: Progress | None = None) -> Plan:
     check_names(settings)
     progress = progress or Progress()
     task = load_task(settings.task, progress)
+    settings = resolve(settings, task, progress).settings if settings.auto is True else settings
     with one_thread(), in_float32(), caught(None, progress.console):
         return forecast(settings, task, progress)
 

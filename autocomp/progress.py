@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -76,6 +76,11 @@ class Progress:
             return
         self.warnings.append(text)
         self._print(f"[yellow]warning:[/yellow] {_plain(text)}")
+
+    def say(self, lines: Sequence[str]) -> None:
+        """Show lines of text; they are not kept."""
+        for line in lines:
+            self._print(_plain(line))
 
     def _open(self, stage: Stage) -> None:
         self._stages.append(stage)

@@ -32,7 +32,7 @@ from autocomp.hardware.profile import profile_schema
 from autocomp.processes import interrupt
 from autocomp.progress import Progress
 from autocomp.records.run import FRONT
-from autocomp.run.folder import CONFIG, check_run_folder, no_run
+from autocomp.run.folder import CONFIG, as_begun, check_run_folder, no_run
 from autocomp.run.replay import with_replay
 
 MESSAGE_LINES = 10
@@ -119,6 +119,13 @@ def cli() -> None:
 @click.option("--measure", type=int, hidden=True)  # its name of version 0.2 and before
 @click.option("--minutes", type=float, help="Minutes of the whole run, the files of its end included.")
 @click.option(
+    "--auto",
+    is_flag=True,
+    default=None,
+    help="Choose trials, measurements, calibration samples, space and recovery where they are not stated; said with the reason of each.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be searched with which settings, and end there.")
+@click.option(
     "--recover", help="How long to train compressed models beyond the front: 10min, 500steps, 5epochs; 0: none."
 )
 @click.option("--recipe", help="How they are trained; a recipe or its YAML file.")
@@ -150,7 +157,13 @@ def cli() -> None:
 )
 @common_options
 def search(
-    task_name: str | None, config: Path | None, task_option: str | None, resume: bool, as_json: bool, **options: Any
+    task_name: str | None,
+    config: Path | None,
+    task_option: str | None,
+    resume: bool,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Search the compressions of TASK and write the measured front into a run folder.
 
@@ -162,10 +175,19 @@ def search(
             raise no_run(Path(options["out"]))
         config = stored if options["out"] else None
     settings = _resolve(task_name, task_option, config, _goals_together(options))
+    if resume:
+        settings = as_begun(settings, Path(settings.out))
     folder = check_run_folder(settings, resume)  # before torch is even imported
 
     from autocomp import api
 
+    if dry_run:
+        found = api.resolve(settings, progress=_progress())
+        if as_json:
+            click.echo(json.dumps(found.to_json()))
+        else:
+            terminal.show_resolved(found, settings)
+        return
     result = api.search(settings=settings, task=None, resume=resume, progress=_progress())
     place = folder if (folder / FRONT).exists() else result.folder  # a task may have changed the working folder
     if as_json:

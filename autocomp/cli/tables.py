@@ -19,6 +19,7 @@ from autocomp.records.run import FrontPoint, Run, speedup
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from autocomp.run.automatic import Resolved
     from autocomp.run.forecast import Plan
 
 # Wide enough for a table where no terminal says how wide it is (a file, a pipe).
@@ -91,6 +92,24 @@ def show_plan(plan: Plan) -> None:
     show_table(["", ">seconds"], [[name, f"{value:.3g}"] for name, value in plan.seconds.items()], "\nwhat it takes")
     for note in plan.notes:
         output().print(f"[dim]{note}[/dim]", soft_wrap=True)
+
+
+def show_resolved(resolved: Resolved, given: Settings) -> None:
+    """Print the settings of a search that is not begun, those that were chosen with the reason of each, and what would be searched."""
+    settings, searched = resolved.settings, resolved.searched
+    chosen = settings.auto if isinstance(settings.auto, dict) else {}
+    rows = []
+    for name, value in settings.model_dump(exclude={"auto", "goals"}).items():
+        why = f"chosen: {chosen[name]}" if name in chosen else "stated" if name in given.model_fields_set else ""
+        shown = ", ".join(value) if isinstance(value, list) else "" if value is None else str(value)
+        rows.append([name, shown, why])
+    rows.append(["goals", str(settings.goals), ""])
+    show_table(["setting", "value", ""], rows)
+    output().print(
+        f"\n{searched['task']}: {searched['layers']} layers, {searched['parameters']} parameters to choose, about "
+        f"{Decimal(searched['candidates']):.1e} candidates. Nothing was searched (--dry-run).",
+        markup=False,
+    )
 
 
 def show_family(run: Run, settings: Settings) -> None:

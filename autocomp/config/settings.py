@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -24,7 +24,19 @@ ENV_PREFIX = "AUTOCOMP_"
 # Variables of autocomp that are no settings of a run.
 ENV_RESERVED = {"AUTOCOMP_CACHE"}
 # What a resumed run may change: how much more to do, and where its folder now lies.
-BUDGET_KEYS = {"trials", "measurements", "minutes", "out", "evaluate_timeout", "stop_when_met", "recover", "recipe"}
+BUDGET_KEYS = {
+    "trials",
+    "measurements",
+    "minutes",
+    "out",
+    "evaluate_timeout",
+    "stop_when_met",
+    "recover",
+    "recipe",
+    "auto",
+}
+Automatic = Literal["space", "calibration_samples", "recover", "trials", "measurements"]  # what may be left to autocomp
+AUTOMATIC: tuple[Automatic, ...] = get_args(Automatic)
 TRAINED = "trained"  # the search space of a run that trains, unless another is named
 
 
@@ -39,6 +51,15 @@ def _training(value: Any) -> Any:
     if not isinstance(value, str):
         raise ValueError(f"must be how long to train, such as 10min, 500steps or 5epochs, or 0; got {shown(value)}")
     return value.strip() if parse_training(value)[0] else "0"
+
+
+def _auto(value: Any) -> Any:
+    """True, false, or what was chosen, with reasons."""
+    chosen = value.items() if isinstance(value, Mapping) else ()
+    reasons = isinstance(value, Mapping) and all(name in AUTOMATIC and isinstance(why, str) for name, why in chosen)
+    if not (isinstance(value, bool) or reasons):
+        raise ValueError(f"must be true or false, got {shown(value)}")
+    return value
 
 
 def _has_unit(value: Any) -> bool:
@@ -171,6 +192,12 @@ class Settings(BaseModel):
         description="end the search once a measured candidate meets the goals, and each member of the family is there",
     )
 
+    auto: Annotated[bool | dict[Automatic, Text], BeforeValidator(_auto)] = Field(
+        default=False,
+        description="choose space, calibration_samples, recover, trials and measurements where they are not stated; in the config.yaml of a "
+        "run: those that were chosen, with the reason of each",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _name_out_after_task(cls, data: Any) -> Any:
@@ -202,9 +229,20 @@ class Settings(BaseModel):
         return self
 
     @property
+    def left(self) -> tuple[Automatic, ...]:
+        """Which settings are left to autocomp, and not chosen yet."""
+        return tuple(name for name in AUTOMATIC if name not in self.model_fields_set) if self.auto is True else ()
+
+    @property
     def training(self) -> tuple[float, str]:
         """How long to train, and in what: ``seconds``, ``steps`` or ``epochs``."""
         return parse_training(self.recover)
+
+    @model_validator(mode="after")
+    def _nothing_to_choose(self) -> Settings:
+        if self.auto is True and self.replay is not None:
+            raise ValueError("auto chooses how to search, and a replay searches nothing: leave one of the two out")
+        return self
 
     @model_validator(mode="after")
     def _no_clock(self) -> Settings:
@@ -358,7 +396,7 @@ def _typed(name: str, text: str) -> Any:
         return text
     if name in ("family", "points"):
         return [part.strip() for part in text.split(",") if part.strip()]
-    if name in ("references", "deterministic", "stop_when_met"):
+    if name in ("references", "deterministic", "stop_when_met", "auto"):
         return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}.get(text.lower(), text)
     for kind in (int, float):
         try:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from autocomp.cache import unwritable_reason
 from autocomp.devices.device import Compiled, Device, quieter
 from autocomp.errors import AutocompError, last_line
+from autocomp.hardware.profile import Profile
 from autocomp.measurement.preflight import Rehearsed
 from autocomp.measurement.side_by_side import side_by_side
 from autocomp.processes.pool import cores
@@ -51,8 +52,8 @@ class Measurer:
         ] = {}  # by profile, as it was first timed: what the times of candidates are brought to
         self._bases: dict[str, Compiled] = {}
         self.dense_metrics: Metrics | None = None  # as last read: what a candidate lost is told sample by sample
-        self.here = any(d.profile.reach == "local" and d.profile.cores > 1 for d in devices.values())
-        self.together = 1 if self.here else min(cores(), TOGETHER)
+        profiles = [device.profile for device in devices.values()]
+        self.here, self.together = measured_here(profiles), together(profiles)
 
     def measure_dense(self, evaluation: Evaluation) -> Evaluation:
         """Measure the uncompressed model in this process. AutocompError if it cannot be compiled, differs from torch, or has no metric."""
@@ -153,6 +154,16 @@ class Measurer:
 
     def _compile(self, model: torch.nn.Module) -> dict[str, Compiled]:
         return {name: device.compile(model, self.inputs) for name, device in self.devices.items()}
+
+
+def measured_here(profiles: Iterable[Profile]) -> bool:
+    """Whether candidates are measured in the searching process: a target of this machine has several threads."""
+    return any(profile.reach == "local" and profile.cores > 1 for profile in profiles)
+
+
+def together(profiles: Iterable[Profile]) -> int:
+    """How many candidates are measured side by side on such targets."""
+    return 1 if measured_here(profiles) else min(cores(), TOGETHER)
 
 
 def reason_of(error: Exception) -> str:

@@ -23,6 +23,7 @@ from autocomp.records.evaluation import (
     reference_to_json,
     sound,
 )
+from autocomp.records.expected import Expected, expected_from_json, expected_to_json
 from autocomp.records.recovery import (
     RecoverySummary,
     recovery_summary_from_json,
@@ -146,7 +147,7 @@ class Run:
     ``dense`` and ``baselines`` (uniform compression) are measured like the ``front``; ``references`` come from other runtimes
     and carry validation metrics too. ``hypervolume`` has a value in [0, 1] for every told trial. ``identity`` has digests of what the numbers
     belong to, by what a message calls them: the model's weights, the calibration data, each profile. ``recovery`` is there where
-    candidates were trained.
+    candidates were trained, ``expected`` where the run kept what was expected of it.
     """
 
     task: TaskInfo
@@ -164,6 +165,7 @@ class Run:
     deciders: tuple[Decider, ...] = ()
     kept: tuple[Kept, ...] = ()
     recovery: RecoverySummary | None = None
+    expected: Expected | None = None
 
 
 def speedup(evaluation: Evaluation, dense: Evaluation, profile: str) -> float:
@@ -224,6 +226,8 @@ def write_front(folder: Path, run: Run) -> Path:
         data["identity"] = dict(run.identity)
     if run.recovery is not None:
         data["recovery"] = recovery_summary_to_json(run.recovery)
+    if run.expected is not None:
+        data["expected"] = expected_to_json(run.expected)
     path = folder / FRONT
     write_atomically(path, (json.dumps(finite(data), indent=1, allow_nan=False) + "\n").encode())
     return path
@@ -261,6 +265,7 @@ def read_run(folder: Path) -> Run:
             deciders=tuple(Decider(**row) for row in data.get("deciders", ())),
             kept=tuple(Kept(**row) for row in data.get("kept", ())),
             recovery=recovery_summary_from_json(data["recovery"]) if data.get("recovery") else None,
+            expected=expected_from_json(data["expected"]) if data.get("expected") else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptError(

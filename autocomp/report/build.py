@@ -26,6 +26,7 @@ from autocomp.records.run import (
 from autocomp.records.table import read_evaluations
 from autocomp.report import figures, recovery
 from autocomp.report.curves import sensitivity_figures
+from autocomp.report.expected import expected_and_found
 from autocomp.report.figures import milliseconds
 from autocomp.report.goals import family_rows, goal_rows
 from autocomp.report.page import Page
@@ -89,11 +90,12 @@ def render(
         figure_json=_embedded({name: figure for name, (figure, _) in drawn.items()}),
         targets=targets(page) if len(run.profiles) > 1 else None,
         recovered=recovery.rows(run),
+        expected=expected_and_found(run, evaluations),
         kernels={profile: page.kernels(profile) for profile in run.profiles},
         failed=[e for e in evaluations if e.state == "failed"],
         stages=page.stages(),
         provenance=_flat({key: value for key, value in (provenance or {}).items() if key != "format_version"}),
-        config=_flat({key: value for key, value in (config or {}).items() if key != "format_version"}),
+        config=_flat(_settings(config or {})),
         created=str((provenance or {}).get("written", ""))[:16].replace("T", " "),
         style=(here / "report.css").read_text(encoding="utf-8"),
         script=(here / "report.js").read_text(encoding="utf-8"),
@@ -101,6 +103,17 @@ def render(
         milliseconds=milliseconds,
         size=format_bytes,
     )
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run's config as they are shown: what was chosen automatically stands with its reason."""
+    chosen = config.get("auto")
+    reasons = chosen if isinstance(chosen, Mapping) else {}
+    shown = {key: value for key, value in config.items() if key not in ("format_version", "auto")}
+    return {
+        key: f"{value}, chosen automatically: {reasons[key]}" if key in reasons else value
+        for key, value in shown.items()
+    }
 
 
 def _goals(data: Any) -> Goals:

@@ -14,11 +14,11 @@ TELLING = 0.5  # of a round; the rest is for measuring
 
 
 class Budget:
-    """Minutes of a run (None: as long as it takes) from now on; everything counts, from reading the model to the last file."""
+    """Minutes of a run (None: as long as it takes), of which some seconds are ``spent``; all counts, from reading the model to the last file."""
 
-    def __init__(self, minutes: float | None) -> None:
+    def __init__(self, minutes: float | None, spent: float = 0.0) -> None:
         self.minutes = minutes
-        self.start = time.monotonic()
+        self.start = time.monotonic() - spent
         self.total = minutes * 60 if minutes is not None else math.inf
         self.kept = 0.0  # seconds for the end of the run
         self.training = 0.0  # seconds for training candidates, until that begins

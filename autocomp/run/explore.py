@@ -17,6 +17,7 @@ from autocomp.records.candidate import Candidate, Method
 from autocomp.records.evaluation import Evaluation, untrained
 from autocomp.records.precisions import FORMATS, FP32
 from autocomp.run.budget import BASELINES, TELLING
+from autocomp.run.expect import expect
 from autocomp.run.found import Found, is_baseline
 from autocomp.run.prepare import Prepared
 from autocomp.run.tell import Teller
@@ -79,7 +80,7 @@ class _Explorer:
             self._baselines([])
             self._replay()
         else:
-            self._fit_additive()
+            expect(self.found, self._fit_additive())
             self._baselines(self._uniform())
             if self._ours:
                 self._seed()
@@ -89,18 +90,22 @@ class _Explorer:
         self.found.doubt_metrics()
         self._predict_anew()
 
-    def _fit_additive(self) -> None:
-        """Fit tier 0 to the divergence of random candidates on few samples; a resumed run reads what was found before."""
+    def _fit_additive(self) -> float | None:
+        """Fit tier 0 to the divergence of random candidates on few samples; a resumed run reads what was found before.
+
+        Returns the seconds that each of them took, None where none was looked at.
+        """
         from autocomp.accuracy.additive import ENOUGH
 
         count = min(FITTED, self.settings.trials // 4)
         if count < ENOUGH or self.space.size < count or self.budget.late():
-            return
+            return None
         rng = np.random.default_rng(self.settings.seed)
         drawn = [self.space.draw(rng) for _ in range(count)]
         known: list[float] = self.search.get_attr("tier0", [])
+        took = None
         if len(known) != count:
-            known = []
+            known, begun = [], self.budget.spent()
             with self.progress.stage("fitting the additive model", count) as stage:
                 until = self.budget.spent() + FITTING * self.budget.to_search()
                 for value in map_in_processes(self._score_early, drawn, cores()):
@@ -109,8 +114,10 @@ class _Explorer:
                     if self.budget.spent() > until:
                         break
             self.search.set_attr("tier0", known)
+            took = (self.budget.spent() - begun) / len(known)
         self.costs.observe(drawn[: len(known)], known)
         self.costs.fit(self.search.told)
+        return took
 
     def _score_early(self, candidate: Candidate) -> float:
         from autocomp.accuracy.proxy import score_early

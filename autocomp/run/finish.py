@@ -13,11 +13,13 @@ from autocomp.accuracy.sensitivity import curves
 from autocomp.config.settings import Settings
 from autocomp.errors import AutocompError, InfeasibleError
 from autocomp.export.files import renew_manifest
+from autocomp.front.agreement import spearman
 from autocomp.front.goals import Judge, delivered
 from autocomp.measurement.boards import remeasured
 from autocomp.records.evaluation import Evaluation, as_searched, untrained
 from autocomp.records.run import FrontPoint, LayerInfo, Run, Summary, TaskInfo, write_front
 from autocomp.records.table import write_evaluations
+from autocomp.run.expect import expected_of
 from autocomp.run.folder import CONFIG
 from autocomp.run.found import Found
 from autocomp.run.held_out import HeldOut
@@ -99,6 +101,7 @@ def _make_run(prepared: Prepared, found: Found) -> Run:
         kept=kept(prepared.graph, prepared.space, problem),
         identity={**prepared.identity, **profiles_identity({name: d.profile for name, d in prepared.devices.items()})},
         recovery=summary_of(found),
+        expected=expected_of(found),
     )
 
 
@@ -165,10 +168,10 @@ def _summary(prepared: Prepared, found: Found, objective: str) -> Summary:
     sign = -1.0 if prepared.task.higher_is_better else 1.0
     losses = [sign * untrained(evaluation).metrics[objective] for evaluation in measured]
     correlation = {
-        "tier 0 (additive error)": _spearman([e.error for e in measured], losses),
-        "tier 1 (KL)": _spearman([e.kl if e.kl is not None else np.nan for e in measured], losses),
+        "tier 0 (additive error)": spearman([e.error for e in measured], losses),
+        "tier 1 (KL)": spearman([e.kl if e.kl is not None else np.nan for e in measured], losses),
     }
-    correlation |= correlations(summary_of(found), _spearman)
+    correlation |= correlations(summary_of(found), spearman)
     whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)  # the largest process, with what it shares with others
     peak = max(resource.getrusage(who).ru_maxrss for who in whose) * 1024  # Linux counts kilobytes
     return Summary(
@@ -179,16 +182,6 @@ def _summary(prepared: Prepared, found: Found, objective: str) -> Summary:
         spearman={name: value for name, value in correlation.items() if value is not None},
         peak_bytes=peak,
     )
-
-
-def _spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Rank correlation; None where there are fewer than three points or one side never varies."""
-    from scipy.stats import spearmanr
-
-    if len(a) < 3 or len(set(a)) < 2 or len(set(b)) < 2:
-        return None
-    value = float(spearmanr(a, b).statistic)
-    return value if np.isfinite(value) else None
 
 
 def _warnings(found: Found, points: Sequence[FrontPoint]) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from autocomp.cache import sweep, unwritable_reason, write_atomically
+from autocomp.config.files import validated
 from autocomp.config.settings import Settings, differences, dump_settings, read_settings
 from autocomp.errors import AutocompError, UsageError, cut
 from autocomp.records.table import read_evaluations
@@ -51,6 +52,17 @@ def check_run_folder(settings: Settings, resume: bool, folder: Path | None = Non
             + "\nresume it with the same settings (only trials, measurements, minutes may differ), or choose another --out"
         )
     return folder
+
+
+def as_begun(settings: Settings, folder: Path) -> Settings:
+    """Settings of a run that goes on: what they leave to autocomp is as the run in the folder was begun. UsageError as `read_settings`."""
+    if settings.auto is not True or not (folder / CONFIG).exists():
+        return settings
+    begun = read_settings(folder / CONFIG)
+    kept: dict[str, Any] = {name: getattr(begun, name) for name in settings.left}
+    kept["auto"] = begun.auto
+    validated(Settings, {**settings.model_dump(), **kept}, "")  # what is stated now must go with it
+    return settings.model_copy(update=kept)
 
 
 def no_run(folder: Path) -> UsageError:

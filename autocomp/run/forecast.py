@@ -22,19 +22,18 @@ from autocomp.hardware.profile import load_profile
 from autocomp.processes.pool import cores
 from autocomp.progress import Progress
 from autocomp.records.evaluation import Evaluation
-from autocomp.records.latency import Latency
-from autocomp.records.run import Kept, speedup
+from autocomp.records.run import Kept
+from autocomp.run.expect import expected_front, expected_point, telling_seconds, thought
 from autocomp.run.prepare_task import compressed_layers, prepare_task
 from autocomp.space.file import load_space
 from autocomp.study.costs import Costs
 from autocomp.study.deciders import MOST_ROWS, kept
-from autocomp.study.solver import Problem, solve_front
+from autocomp.study.solver import Problem
 from autocomp.tasks.task import Task
 
 if TYPE_CHECKING:
     from autocomp.records.candidate import Candidate
 
-POINTS = 12  # of the predicted front
 LOOKED_AT = 6  # of them are stitched
 DRAWN = 32  # random candidates that the tables are fitted to
 
@@ -106,9 +105,8 @@ def forecast(settings: Settings, task: Task, progress: Progress) -> Plan:
         trial = (time.perf_counter() - start) / DRAWN
         costs.observe(drawn, [value if np.isfinite(value) else -1.0 for value in seen])
         costs.fit([])
-        problem = costs.problem()
-        front = solve_front(problem, POINTS)
-        looked_at = [front[k] for k in np.unique(np.linspace(0, len(front) - 1, LOOKED_AT).astype(int))]
+        front = expected_front(costs)
+        looked_at = [front[k].candidate for k in np.unique(np.linspace(0, len(front) - 1, LOOKED_AT).astype(int))]
         read: dict[Candidate, float] = {}
         with progress.stage("reading candidates", len(looked_at)) as stage:
             for candidate in looked_at:
@@ -116,12 +114,13 @@ def forecast(settings: Settings, task: Task, progress: Progress) -> Plan:
                     read[candidate] = value
                 stage.advance()
     limits = settings.goals.model_copy(update={"max_drop": None, "max_memory": None})  # of which nothing is known yet
-    judge = Judge(_thought(costs, problem, ready.space.dense()), limits, "")
-    points = tuple(_point(judge, _thought(costs, problem, candidate), read.get(candidate)) for candidate in front)
+    judge = Judge(thought(costs, ready.space.dense()), limits, "")
+    points = tuple(_point(judge, evaluation, read.get(evaluation.candidate)) for evaluation in front)
+    problem = costs.problem()
     seconds = {
         "until the first trial": prepared,
         "a trial on 64 samples": trial,
-        f"{settings.trials} trials on {cores()} cores, at least": settings.trials * trial / cores(),
+        f"{settings.trials} trials on {cores()} cores, about": telling_seconds(settings.trials, trial / cores()),
     }
     errors = {name: device.model.kernel_error for name, device in devices.items()}
     return Plan(
@@ -131,17 +130,9 @@ def forecast(settings: Settings, task: Task, progress: Progress) -> Plan:
 
 
 def _point(judge: Judge, evaluation: Evaluation, read: float | None) -> PlannedPoint:
-    dense = judge.dense
-    faster = {profile: speedup(evaluation, dense, profile) for profile in evaluation.latency}
-    smaller = dense.bytes / max(1, evaluation.bytes)
-    return PlannedPoint(faster, smaller, evaluation.error, read, judge.feasible(evaluation))
-
-
-def _thought(costs: Costs, problem: Problem, candidate: Candidate) -> Evaluation:
-    """What is thought of a candidate, in the place of an evaluation of it."""
-    cost, predicted = problem.cost(candidate), costs.predict(candidate)
-    latency = {name: Latency(seconds, 0.0, "estimated", name) for name, seconds in predicted.items()}
-    return Evaluation(0, candidate, "solver", "told", cost.error, cost.bytes, predicted, latency=latency)
+    point = expected_point(evaluation, judge.dense)
+    smaller = judge.dense.bytes / max(1, point.bytes)
+    return PlannedPoint(point.speedup, smaller, point.divergence, read, judge.feasible(evaluation))
 
 
 def _layers(problem: Problem) -> tuple[PlannedLayer, ...]:

@@ -110,14 +110,15 @@ def prepare(
     known: Mapping[str, Any] | None,
     progress: Progress,
     sampler: BaseSampler | None = None,
+    spent: float = 0.0,
 ) -> Prepared:
-    """Prepare a run, ``sampler`` being the caller's own.
+    """Prepare a run, ``sampler`` being the caller's own; so many seconds of its minutes are ``spent``.
 
     What can be refused is refused here: UsageError, ExportError, AutocompError before anything is searched.
     """
     from autocomp.database.stitch import stitch
 
-    budget = Budget(settings.minutes)
+    budget = Budget(settings.minutes, spent)
     with progress.stage("preparing devices", len(settings.profiles)) as stage:
         devices = {name: _open_device(name, stage) for name in settings.profiles}
     rules = load_space(settings.space)

@@ -25,6 +25,7 @@ LEFT_OUT = {
     "stop_when_met",
     "sampler",
     "replay",
+    "auto",
     "points",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from autocomp.processes.chatter import LOG, caught
 from autocomp.progress import Progress
 from autocomp.recovery.recipe import load_recipe
 from autocomp.report.build import build_report
-from autocomp.run.folder import abandon_run_folder, check_run_folder, open_run_folder, probe
+from autocomp.run.folder import abandon_run_folder, as_begun, check_run_folder, open_run_folder, probe
 from autocomp.run.replay import choices
 from autocomp.run.result import SearchResult
 from autocomp.space.file import SpaceFile, load_space
@@ -40,6 +41,8 @@ def searched(
 ) -> SearchResult:
     """A search from what is refused at once to its report."""
     folder = Path(settings.out).absolute()  # a task may change the working folder
+    if resume:
+        settings = as_begun(settings, folder)
     check_run_folder(settings, resume, folder)
     check_names(settings)
     if not resume:
@@ -61,13 +64,20 @@ def searched(
         progress.warn(note)
     if settings.evaluate_timeout is not None:
         task = within(task, settings.evaluate_timeout)
-    given = task
+    given, begun = task, time.monotonic()
+    if settings.auto is True:
+        from autocomp.run.automatic import chosen_lines, resolve
+
+        with interrupt.remembered():
+            settings = resolve(settings, task, progress).settings
+        progress.say(chosen_lines(settings))
+    spent = time.monotonic() - begun
 
     def work() -> SearchResult:
         # under the lock: a search that is refused leaves the settings as they are
         known = open_run_folder(settings, resume, folder)
         with caught(folder / LOG, progress.console):
-            return _run(settings, given, folder, known, progress, sampler)
+            return _run(settings, given, folder, known, progress, sampler, spent=spent)
 
     return _locked(folder, work, f"continue with --resume --out {folder}")
 
@@ -164,8 +174,9 @@ def _run(
     progress: Progress,
     sampler: BaseSampler | None,
     train: Callable[[Prepared, Found], None] | None = None,
+    spent: float = 0.0,
 ) -> SearchResult:
-    """A search; or, with ``train``, no search but that of what was found before."""
+    """A search; or, with ``train``, no search but that of what was found before. So many seconds of its minutes are ``spent``."""
     import torch
 
     from autocomp.run.explore import explore
@@ -179,7 +190,7 @@ def _run(
     with one_thread(), in_float32():  # on a busy machine a second thread makes these small layers many times slower
         torch.manual_seed(settings.seed)
         try:
-            prepared = prepare(settings, task, folder, known, progress, sampler)
+            prepared = prepare(settings, task, folder, known, progress, sampler, spent)
         except BaseException as error:
             if known is None and not interrupt.is_stop(error):  # nothing is told yet
                 abandon_run_folder(folder)

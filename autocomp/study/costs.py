@@ -9,6 +9,7 @@ import numpy as np
 
 from autocomp.accuracy.additive import additive_model
 from autocomp.devices.device import Device
+from autocomp.devices.latency import LatencyModel
 from autocomp.graph.shapes import resized
 from autocomp.records.candidate import Candidate, Method
 from autocomp.records.evaluation import Evaluation
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 class Costs:
     """The layer tables joined with the devices' latency models; both sides are refitted to what was told and measured.
 
-    With ``settled`` the latency models stay as they are: what is predicted then does not follow what this run measures.
+    With ``settled`` the latency models stay as they are: what is predicted then does not follow what this run measures. ``models`` take the
+    place of the devices' own.
     """
 
     def __init__(
@@ -33,8 +35,10 @@ class Costs:
         tables: Sequence[LayerTable],
         devices: Mapping[str, Device],
         settled: bool = False,
+        models: Mapping[str, LatencyModel] | None = None,
     ) -> None:
         self.settled = settled
+        self.models = dict(models) if models else {name: device.model for name, device in devices.items()}
         self.graph, self.space, self.tables, self.devices = graph, space, list(tables), devices
         self.additive = additive_model(self.tables)
         self._stitched: list[tuple[Candidate, float]] = []
@@ -59,10 +63,7 @@ class Costs:
 
     def predict(self, candidate: Candidate) -> dict[str, float]:
         """Predicted seconds of one inference by profile."""
-        return {
-            name: device.model.module_seconds(*self._kernel_sum(device, candidate))
-            for name, device in self.devices.items()
-        }
+        return {name: model.module_seconds(*self._kernel_sum(model, candidate)) for name, model in self.models.items()}
 
     def relative(self, candidates: Sequence[Candidate]) -> dict[str, list[float]]:
         """Predicted seconds of each candidate over dense's, by profile."""
@@ -87,20 +88,28 @@ class Costs:
         self.additive = self.additive.fitted([candidate for candidate, _ in pairs], [kl for _, kl in pairs])
         measured = [evaluation for evaluation in told if evaluation.state == "measured"]
         for name, device in () if self.settled else self.devices.items():
-            device.model.fit_kernels(device.store.records())
-            sums = [self._kernel_sum(device, evaluation.candidate) for evaluation in measured]
-            device.model.fit_modules(sums, [evaluation.latency[name].seconds for evaluation in measured])
+            model = self.models[name]
+            model.fit_kernels(device.store.records())
+            sums = [self._kernel_sum(model, evaluation.candidate) for evaluation in measured]
+            model.fit_modules(sums, [evaluation.latency[name].seconds for evaluation in measured])
         self._problems.clear()
 
-    def _kernel_sum(self, device: Device, candidate: Candidate) -> tuple[float, int]:
+    def before(self, models: Mapping[str, LatencyModel]) -> Costs:
+        """These costs as they were before the first trial was told, with latency models of that time; these here stay as they are."""
+        costs = Costs(self.graph, self.space, self.tables, self.devices, True, models)
+        costs._stitched = list(self._stitched)
+        costs.fit([])
+        return costs
+
+    def _kernel_sum(self, model: LatencyModel, candidate: Candidate) -> tuple[float, int]:
         candidate = self.space.normalise(candidate)
         total, count = 0.0, 0
         for name, layer in self.graph.layers.items():
             shape = resized(layer, *self.space.shape(name, candidate.widths))
-            seconds, kernels = device.model.layer_seconds(shape, candidate.methods[name])
+            seconds, kernels = model.layer_seconds(shape, candidate.methods[name])
             total, count = total + seconds, count + kernels
         for group in self.graph.groups.values():
-            seconds, kernels = device.model.attention_seconds(group, candidate.widths.get(group.name, group.width))
+            seconds, kernels = model.attention_seconds(group, candidate.widths.get(group.name, group.width))
             total, count = total + seconds, count + kernels
         return total, count
 
@@ -130,12 +139,10 @@ class Costs:
     ) -> float:
         shares = []
         for name in names:
-            device = self.devices[name]
-            total, count = device.model.layer_seconds(layer, method)
+            model = self.models[name]
+            total, count = model.layer_seconds(layer, method)
             if attention is not None:
-                more, kernels = device.model.attention_seconds(*attention)
+                more, kernels = model.attention_seconds(*attention)
                 total, count = total + more, count + kernels
-            shares.append(
-                (device.model.module_seconds(total, count) - device.model.module_seconds(0.0, 0)) / dense[name]
-            )
+            shares.append((model.module_seconds(total, count) - model.module_seconds(0.0, 0)) / dense[name])
         return float(np.mean(shares))

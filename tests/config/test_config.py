@@ -161,6 +161,27 @@ def test_differences_leave_the_budget_out() -> None:
     assert differences(old, other) == ["seed: 0 -> 3", "goals.max_drop: None -> 0.1"]
 
 
+def test_what_is_left_is_what_nobody_stated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "trials: 10\nauto: true")
+    monkeypatch.setenv("AUTOCOMP_MEASUREMENTS", "21")
+    settings = load_settings(path, {"task": "digits", "recover": "10min"})
+    assert settings.left == ("calibration_samples",)  # what is trained is searched for in another space
+    assert load_settings(None, {"task": "digits"}).left == ()
+    monkeypatch.setenv("AUTOCOMP_AUTO", "yes")
+    assert load_settings(None, {"task": "digits"}).auto is True
+    monkeypatch.delenv("AUTOCOMP_AUTO")
+    chosen = settings.model_copy(update={"auto": {"trials": "97 parameters"}})
+    again = load_settings(write(tmp_path, dump_settings(chosen), "again.yaml"), {"measurements": 21})
+    assert again == chosen
+    assert again.left == ()
+
+
+@pytest.mark.parametrize("value", ["perhaps", 3, ["trials"], {"seed": "by hand"}, {"trials": 3}])
+def test_auto_is_yes_or_no(value: object) -> None:
+    with pytest.raises(UsageError, match=r"^auto: must be true or false, got "):
+        load_settings(None, {"task": "digits", "auto": value})
+
+
 def test_schema_is_json_and_closed() -> None:
     schema = json.loads(json.dumps(settings_schema()))
     assert schema["additionalProperties"] is False

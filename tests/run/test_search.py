@@ -33,6 +33,7 @@ from autocomp.front.goals import undisturbed
 from autocomp.hardware.profile import load_profile
 from autocomp.layers.w8a8 import QuantConv2d
 from autocomp.records.run import Run, speedup
+from autocomp.records.table import read_evaluations
 from autocomp.run import finish
 from autocomp.tuning.store import KernelStore
 
@@ -126,6 +127,28 @@ def test_counts_add_up(finished: Finished) -> None:
     assert (rows["state"] == "measured").sum() == run.summary.measured == 1 + len(run.baselines) + MEASURE
     assert run.summary.failed == 0
     assert all(0 <= value <= 1 for value in run.hypervolume)
+
+
+def test_what_was_expected_is_kept_with_what_came_of_it(finished: Finished) -> None:
+    run = finished.result.run
+    expected = run.expected
+    assert expected is not None
+    speedups = [point.speedup["x86-host"] for point in expected.points]
+    assert speedups == sorted(speedups)
+    assert speedups[0] == pytest.approx(1.0)
+    assert speedups[-1] > 1.2
+    assert [point.divergence for point in expected.points] == sorted(point.divergence for point in expected.points)
+    assert (expected.trials, expected.measurements) == (TRIALS, MEASURE)
+    measured = {e.candidate.id for e in read_evaluations(finished.folder) if e.state == "measured"}
+    assert set(expected.candidates) == measured
+    dense = expected.candidates[run.dense.evaluation.candidate.id]
+    assert dense.speedup["x86-host"] == pytest.approx(1.0)
+    assert dense.divergence == 0
+    assert set(expected.spent) == {"until the first trial", "trials", "measuring"}
+    assert "trials" not in expected.seconds, "too few candidates were looked at beforehand to say"
+    assert expected.seconds["measuring"] > 0
+    page = (finished.folder / "report.html").read_text(encoding="utf-8")
+    assert "Expected and found" in page
 
 
 def test_front_is_verified_and_measured(finished: Finished) -> None:
