@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocomp.config.settings import Settings, load_settings
-from autocomp.errors import ExportError, ModelWarning, UsageError
+from autocomp.errors import ModelWarning, UsageError
 from autocomp.hardware.profile import Profile, load_profile
-from autocomp.processes import interrupt
 from autocomp.processes.chatter import caught
 from autocomp.progress import Progress
 from autocomp.records.evaluation import Sensitivity
@@ -35,9 +34,6 @@ if TYPE_CHECKING:
     from autocomp.run.automatic import Resolved
     from autocomp.run.forecast import Plan
     from autocomp.run.verdict import Gated
-
-
-CHECK_SECONDS = 900.0  # that `check` may take
 
 
 _SEARCHING = threading.Lock()
@@ -271,55 +267,9 @@ def check(settings: Settings, progress: Progress | None = None) -> dict[str, Any
         >>> found = check(load_settings(overrides={"task": "digits"}))  # doctest: +SKIP
         >>> [layer["layer"] for layer in found["layers"]]  # doctest: +SKIP
     """
-    from autocomp.graph.analyse import analyse
-    from autocomp.space.build import build_space
-    from autocomp.tasks.guess import describe
+    from autocomp.run.checked import checked
 
-    if settings.task is None:
-        raise UsageError("no task: name one, such as `autocomp check digits`")
-    profiles, rules = check_names(settings)
-    try:
-        with interrupt.remembered(), interrupt.limited(CHECK_SECONDS):
-            task = load_task(settings.task, progress)
-            with caught(None, progress.console if progress else None):
-                graph = analyse(task.model, task.example_inputs)
-                refuse_unsupported(task, profiles[0])
-                space = build_space(graph, rules, profiles)
-                outputs = describe(task.model.eval(), task.calibration, task.batch_axes, task.outputs)
-    except interrupt.OutOfTime as error:
-        raise UsageError(
-            f"task {settings.task!r} was {error}: does its function, or its model's forward, ever return?"
-        ) from error
-    return {
-        "task": task.name,
-        "converted": list(task.converted),
-        "profiles": list(settings.profiles),
-        "candidates": space.size,
-        "outputs": [
-            {"output": o.name, "shape": list(o.shape), "samples": o.samples, "compared": str(o), "why": o.why}
-            for o in outputs
-        ],
-        "groups": [
-            {
-                "group": name,
-                "width": group.width,
-                "approximate": group.approximate,
-                "offered": list(space.widths[name]),
-                "layers": list(dict.fromkeys((*group.producers, *group.consumers))),
-            }
-            for name, group in graph.groups.items()
-        ],
-        "layers": [
-            {
-                "layer": name,
-                "kind": layer.kind,
-                "macs": layer.total_macs,
-                "methods": [str(method) for method in space.methods[name]],
-            }
-            for name, layer in graph.layers.items()
-        ],
-        "refused": [{"subject": r.subject, "option": r.option, "reason": r.reason} for r in space.refused],
-    }
+    return checked(settings, progress)
 
 
 def resolve(settings: Settings, task: Task | None = None, progress: Progress | None = None) -> Resolved:
@@ -424,16 +374,6 @@ def _refuse_both(task: Task | str | None, others: Mapping[str, Any]) -> None:
     given = [name for name, value in others.items() if value is not None]
     if given := (["task"] if isinstance(task, str) else []) + given:
         raise UsageError(f"{given[0]} is given beside settings: put it into them, or give no settings")
-
-
-def refuse_unsupported(task: Task, profile: Profile) -> None:
-    """ExportError naming every operation of the task's model that would not be compiled."""
-    from autocomp.compiler.importer import export_program, unsupported
-
-    task.model.eval()
-    faults = unsupported(export_program(task.model, task.example_inputs), profile)
-    if faults:
-        raise ExportError("\n".join(faults))
 
 
 def _settings(

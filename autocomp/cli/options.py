@@ -1,14 +1,19 @@
-"""What every command has: its common options, and help with a mistyped name."""
+"""What commands share: options, what is made of them, progress, and help with a mistyped name."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from autocomp.config.limits import ALL
+from autocomp.config.limits import ALL, one_drop, one_latency, one_size
+from autocomp.config.settings import Settings, load_settings
 from autocomp.errors import UsageError, shown, suggest
+from autocomp.progress import Progress
+from autocomp.run.replay import with_replay
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -64,3 +69,90 @@ def together(limits: tuple[tuple[str, Any], ...]) -> Any:
     if names == [ALL]:
         return limits[0][1]
     return dict(limits) or None
+
+
+class Quantity(click.ParamType):  # type: ignore[type-arg] # generic in click 8.3 alone
+    """A number with its unit."""
+
+    def __init__(self, name: str, parse: Callable[[str], float | str]) -> None:
+        self.name = name
+        self.parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self.parse(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def settings_options(command: F) -> F:
+    """Options that say what to search, shared by `search` and `check`."""
+    options = [
+        click.argument("task_name", metavar="[TASK]", required=False),
+        click.option("--config", type=click.Path(path_type=Path), help="YAML or TOML file of settings."),
+        click.option("--task", "task_option", help="Built-in task, or package.module:function (same as TASK)."),
+        click.option(
+            "--profile", "profiles", multiple=True, help="Hardware profile or its YAML file; may be repeated."
+        ),
+        click.option("--space", help="Search space or its YAML file."),
+        click.option("--seed", type=int, help="Seed of calibration and search."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def goal_options(command: F) -> F:
+    """Options that limit what is accepted, shared by `search` and `plan`."""
+    options = [
+        click.option(
+            "--max-drop",
+            multiple=True,
+            type=LimitType("drop", one_drop),
+            help="Largest loss of the objective: in its units, in points (0.5pt) or of its value (1%); NAME=LIMIT for a metric or slice.",
+        ),
+        click.option(
+            "--max-latency",
+            multiple=True,
+            type=LimitType("duration", one_latency),
+            help="Largest latency, such as 0.5ms, or how many times faster, such as 2x; PROFILE=LIMIT for one profile.",
+        ),
+        click.option(
+            "--max-size",
+            type=Quantity("size", one_size),
+            help="Largest size, such as 500KB, or how many times smaller, such as 5x.",
+        ),
+        click.option(
+            "--max-memory",
+            type=Quantity("size", one_size),
+            help="Most memory that the compiled model may need, such as 2MB, or how many times less, such as 3x.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def goals_together(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with limits that may be repeated as one setting each."""
+    return options | {name: together(options[name]) for name in ("max_drop", "max_latency")}
+
+
+def resolve(task_name: str | None, task_option: str | None, config: Path | None, options: dict[str, Any]) -> Settings:
+    """Settings from flags, variables and the config file; a task must be among them."""
+    if task_name and task_option and task_name != task_option:
+        raise UsageError(f"two tasks are given, {task_name!r} and --task {task_option!r}: name one")
+    overrides = {**options, "task": task_name or task_option, "profiles": list(options.get("profiles") or ()) or None}
+    overrides |= {"points": list(options.get("points") or ()) or None}
+    settings = load_settings(config, *with_replay(overrides))
+    if settings.task is None:
+        raise UsageError("no task is given: name one (autocomp search digits), or give a file with --config")
+    if config is not None and ":" in settings.task:  # the user's module often lies beside the config
+        sys.path.append(str(config.parent.absolute()))
+    return settings
+
+
+def progress_shown() -> Progress:
+    from rich.console import Console
+
+    return Progress(Console(stderr=True))

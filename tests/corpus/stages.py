@@ -50,9 +50,9 @@ def built(entry: Entry, _budget: Budget, _folder: Path) -> dict[str, Any]:
 
 def analysed(entry: Entry, _budget: Budget, _folder: Path) -> dict[str, Any]:
     """What `autocomp check` says: layers, groups, and how many multiplications are in those that can be pruned or quantised."""
-    from autocomp.api import refuse_unsupported
     from autocomp.graph.analyse import analyse
     from autocomp.hardware.profile import load_profile
+    from autocomp.run.checked import refuse_unsupported
     from autocomp.space.build import build_space
     from autocomp.space.file import load_space
 

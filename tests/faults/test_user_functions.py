@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import autocomp
-from autocomp import api
 from autocomp.api import SearchResult
 from autocomp.errors import AutocompError, UsageError
 from autocomp.layers.w8a8 import QuantConv2d
@@ -214,7 +213,7 @@ def test_a_layer_of_no_outputs_is_no_obstacle(small: Callable[..., SearchResult]
 def test_check_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "endless.py").write_text("def task():\n    while True:\n        pass\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(api, "CHECK_SECONDS", 1.0)
+    monkeypatch.setattr("autocomp.run.checked.CHECK_SECONDS", 1.0)
     from autocomp.config.settings import load_settings
 
     with pytest.raises(UsageError, match="not done after 1 s"):
