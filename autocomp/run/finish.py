@@ -210,4 +210,17 @@ def _warnings(found: Found, points: Sequence[FrontPoint]) -> list[str]:
                     f"{point.evaluation.candidate.id} on {name} is noisy: its latency varied by {latency.spread:.0%} between repeats, and did "
                     f"when it was repeated; other work on the machine disturbs measurements. {instead}"
                 )
-    return list(dict.fromkeys(warnings))
+    return list(dict.fromkeys([*warnings, *unread(points)]))
+
+
+def unread(points: Sequence[FrontPoint]) -> list[str]:
+    """What is said of points whose metric was not read from what was written: it is torch's alone."""
+    why: dict[tuple[str, str], list[str]] = {}
+    for point in points:
+        for profile, read in point.deployed.items():
+            if not read.metrics:
+                why.setdefault((profile, read.note), []).append(point.evaluation.candidate.id)
+    return [
+        f"the metric of {', '.join(ids)} on {profile} is torch's alone: by the file that was written it was {note or 'not read'}"
+        for (profile, note), ids in why.items()
+    ]

@@ -19,6 +19,8 @@ import autocomp
 from autocomp.graph.canonical import canonical
 from autocomp.graph.program import CanonicalModel
 from autocomp.measurement.deployed import DeployedModel, read_deployed
+from autocomp.records.run import Deployed, FrontPoint
+from autocomp.run.finish import unread
 from autocomp.tasks.task import Task, evaluate_task
 
 INPUTS = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
@@ -134,6 +136,15 @@ def test_why_it_was_not_read_is_said() -> None:
         raise RuntimeError("the board is gone")
 
     assert "the board is gone" in read_deployed(task, told, task.model, fails, "model.so").note
+
+
+def test_points_whose_metric_was_not_read_are_told_of() -> None:
+    late, read = Deployed("model.so", note="not read in 60 s"), Deployed("model.so", {"accuracy": 0.9})
+    points = [FrontPoint(EVALUATION, deployed={"x86-host": late}), FrontPoint(EVALUATION, deployed={"x86-host": read})]
+    (said,) = unread(points)
+    assert EVALUATION.candidate.id in said
+    assert "torch's alone: by the file that was written it was not read in 60 s" in said
+    assert unread(points[1:]) == []
 
 
 def test_a_run_reads_the_metric_from_its_libraries(tmp_path: Path, spaces: dict[str, str], short_tuning: None) -> None:
