@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from autocomp.config.files import is_number, read_mapping, validated
-from autocomp.config.limits import ALL, read_drops, read_family, read_latencies, read_size
+from autocomp.config.goals import Goals as Goals
+from autocomp.config.goals import Text
+from autocomp.config.limits import ALL, read_family
 from autocomp.config.quantities import LARGEST, parse_factor, parse_seconds, parse_training
 from autocomp.config.versions import KEY, current_by_hand
 from autocomp.errors import UsageError, cut, shown, suggest
@@ -19,7 +21,6 @@ from autocomp.errors import UsageError, cut, shown, suggest
 FORMAT_VERSION = 1
 RENAMED = {"measure": "measurements", "max_bytes": "max_size"}  # names of version 0.2 and before, still read
 MOST = 10_000_000  # trials, samples, minutes: more than any run has
-LONGEST = 2000  # characters of a name, a path or an address
 ENV_PREFIX = "AUTOCOMP_"
 # Variables of autocomp that are no settings of a run.
 ENV_RESERVED = {"AUTOCOMP_CACHE"}
@@ -65,76 +66,6 @@ def _auto(value: Any) -> Any:
 def _has_unit(value: Any) -> bool:
     """Text that is only a number is left to the strict check, which refuses it."""
     return isinstance(value, str) and not is_number(value)
-
-
-def _printable(text: str) -> str:
-    if not text.isprintable() or len(text) > LONGEST:
-        raise ValueError(f"must be one line of at most {LONGEST} printable characters")
-    return text
-
-
-Text = Annotated[str, Field(min_length=1), AfterValidator(_printable)]
-
-
-Limit = float | str  # absolute, or against the uncompressed model: text
-Limits = Limit | dict[Text, Limit]  # for all, or by the name of a metric or profile; ``*`` names all others
-
-
-class Goals(BaseModel):
-    """What a candidate must meet to count as feasible; None: no limit.
-
-    A text states a limit against the uncompressed model: a drop of ``1%``, a latency of ``2x`` (twice as fast), a size of ``5x``.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    max_drop: Annotated[Limits | None, BeforeValidator(read_drops)] = Field(
-        default=None,
-        description="largest loss against the uncompressed model, in the metric's units, in points (0.5pt) or of its value (1%): of the "
-        "objective, or by metric or slice ('accuracy/noisy')",
-    )
-    max_latency: Annotated[Limits | None, BeforeValidator(read_latencies)] = Field(
-        default=None,
-        description="seconds, text with a unit (0.5ms), or how many times faster than the uncompressed model (2x): on every profile, or by "
-        "profile",
-    )
-    max_size: Annotated[int | str | None, BeforeValidator(read_size)] = Field(
-        default=None, description="bytes of stored weights, text with a unit (500KB), or how many times smaller (5x)"
-    )
-
-    max_memory: Annotated[int | str | None, BeforeValidator(read_size)] = Field(
-        default=None,
-        description="bytes that the compiled module may need while it runs, on every profile: text with a unit (2MB), or how many times less "
-        "than the uncompressed model (3x)",
-    )
-
-    def latency(self, profile: str) -> Limit | None:
-        """The limit on a profile's latency."""
-        return _of(self.max_latency, profile)
-
-    def drops(self, objective: str) -> dict[str, Limit]:
-        """The limits on what metrics may lose, by metric."""
-        if not isinstance(self.max_drop, dict):
-            return {} if self.max_drop is None else {objective: self.max_drop}
-        others = {objective: self.max_drop[ALL]} if ALL in self.max_drop else {}
-        return others | {name: limit for name, limit in self.max_drop.items() if name != ALL}  # a name wins over ``*``
-
-    @property
-    def any(self) -> bool:
-        """Whether there is a goal at all."""
-        return any(value is not None for value in (self.max_drop, self.max_latency, self.max_size, self.max_memory))
-
-    def __str__(self) -> str:
-        named = {name: getattr(self, name) for name in ("max_drop", "max_latency", "max_size", "max_memory")}
-        return ", ".join(f"{name} {_goal_text(value)}" for name, value in named.items() if value is not None) or "none"
-
-
-def _of(limits: Limits | None, name: str) -> Limit | None:
-    return limits.get(name, limits.get(ALL)) if isinstance(limits, dict) else limits
-
-
-def _goal_text(value: object) -> str:
-    return " ".join(f"{name}={limit}" for name, limit in value.items()) if isinstance(value, dict) else str(value)
 
 
 class Settings(BaseModel):

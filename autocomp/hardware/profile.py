@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from autocomp.config.files import read_mapping, validated
-from autocomp.config.settings import LONGEST
+from autocomp.config.goals import LONGEST
 from autocomp.config.shipped import shipped_files
 from autocomp.config.versions import current_by_hand
 from autocomp.errors import UsageError, shown, suggest
