@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import resource
 import time
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ from autocomp.recovery.weights import search_weights
 from autocomp.tasks.task import evaluate_task
 
 SPARSITIES = (0.5, 0.7, 0.9)
+BUSY = 1.5  # processes at work on average, past which others were
 
 
 class Way(NamedTuple):
@@ -159,7 +161,9 @@ def measured(prepared: Prepared, wanted: list[str], keep: float, steps: int, see
                 f"{part}, {name_of_way}: {np.mean(results[name_of_way]['metric']):.4f} in {np.mean(results[name_of_way]['seconds']):.1f} s",
                 flush=True,
             )
-        found[part] = {"steps": steps, "rate": rates.taken, "keep": keep, "ways": results}
+        found[part] = {
+            "steps": steps, "rate": rates.taken, "keep": keep, "load": os.getloadavg()[0], "ways": results,
+        }  # fmt: skip
     return {"dense": dense[name], "error": dense.errors().get(name), **found}
 
 
@@ -213,8 +217,14 @@ def table(data: dict[str, Any]) -> tuple[list[list[str]], list[str]]:
                     ]
                 )  # fmt: skip
             if part in found:
+                about = found[part]
+                busy = (
+                    f" Beside other work (load {about['load']:.1f}): its seconds are no measure."
+                    if about["load"] > BUSY
+                    else ""
+                )
                 notes.append(
-                    f"{task}, {part}: {found[part]['steps']} steps at {found[part]['rate']:.1e}, keep {found[part]['keep']:g}."
+                    f"{task}, {part}: {about['steps']} steps at {about['rate']:.1e}, keep {about['keep']:g}.{busy}"
                 )
         error = "" if found["error"] is None else f", standard error of one reading {found['error']:.4f}"
         notes.append(f"{task}: dense {found['dense']:.4f}{error}; ± is the spread over seeds.")
