@@ -14,7 +14,7 @@ from autocomp.errors import AutocompError, UsageError, last_line
 from autocomp.graph.batches import shape_of
 from autocomp.graph.program import CanonicalModel, in_pieces
 from autocomp.records.run import Deployed
-from autocomp.tasks.reading import SAME, Metrics
+from autocomp.tasks.reading import NOTHING, SAME, Metrics
 from autocomp.tasks.task import evaluate_task
 
 if TYPE_CHECKING:
@@ -95,5 +95,5 @@ def _differing(now: Metrics, torchs: Mapping[str, float], errors: Mapping[str, f
     return [
         name
         for name, difference in far.items()
-        if difference > SAME * abs(torchs[name]) and difference > NOISE * errors.get(name, 0.0)
+        if difference > max(SAME * abs(torchs[name]), NOTHING) and difference > NOISE * errors.get(name, 0.0)
     ]

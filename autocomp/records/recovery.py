@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+THEN = " + "  # between the recipes of trainings that went on from one another
 Curve = Sequence[tuple[float, float]]
 
 
@@ -55,6 +56,8 @@ class RecoverySummary:
     entrants: Sequence[Entrant] = ()
     stages: Sequence[str] = ()
     notes: Sequence[str] = ()
+    mark: str = ""  # what the names of its files of weights have in common
+    named: bool = False  # whether the candidates were named, in the place of chosen
 
 
 def recovery_to_json(recovery: Recovery) -> dict[str, Any]:

@@ -82,6 +82,7 @@ class _Explorer:
         else:
             expect(self.found, self._fit_additive())
             self._baselines(self._uniform())
+            self._trained_elsewhere()
             if self._ours:
                 self._seed()
             self._search()
@@ -157,6 +158,13 @@ class _Explorer:
             self._measure(todo, stage, self.budget.spent() + BASELINES * self.budget.to_search())
         self.found.doubt_metrics()
         self.costs.fit(self.search.told)
+
+    def _trained_elsewhere(self) -> None:
+        """Measure here what was trained, and measured, on another machine: its weights are as good as they were."""
+        todo = [e for e in self._searched() if e.state == "told" and e.recovered is not None]
+        if todo:
+            with self.progress.stage("measuring what was trained", len(todo)) as stage:
+                self._measure(todo, stage, np.inf)
 
     def _replay(self) -> None:
         """Tell and measure what another run found."""

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from autocomp.errors import AutocompError
+from autocomp.errors import AutocompError, UsageError
 from autocomp.front.goals import Judge
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation, Source, as_searched, untrained
@@ -31,10 +31,13 @@ if TYPE_CHECKING:
 
 
 class Found:
-    """The study of a prepared run, opened; to be closed, or used in a ``with``."""
+    """The study of a prepared run, opened; to be closed, or used in a ``with``.
 
-    def __init__(self, prepared: Prepared) -> None:
-        self.prepared = prepared
+    One that does not go on with its search (``searches`` is false) measures nothing again: UsageError where its targets are not what they were.
+    """
+
+    def __init__(self, prepared: Prepared, searches: bool = True) -> None:
+        self.prepared, self._searches = prepared, searches
         settings, space, devices = prepared.settings, prepared.space, prepared.devices
         self.costs = Costs(prepared.graph, space, prepared.database.tables(space), devices, settings.deterministic)
         url, name = study_of(settings, prepared.folder)
@@ -117,6 +120,10 @@ class Found:
             self.search.update(evaluation.trial, evaluation)
         return done
 
+    def take_back(self, said: str) -> None:
+        """Leave out what an earlier start warned of, as it begins, since it is so no more."""
+        self._said = [text for text in self._said if not text.startswith(said)]
+
     def warnings(self) -> list[str]:
         """What this start of the run said, and the ones before it."""
         return list(dict.fromkeys([*self._said, *self.prepared.progress.warnings]))
@@ -126,8 +133,9 @@ class Found:
         before, now = self._spent, self.prepared.progress.seconds
         return {name: before.get(name, 0.0) + now.get(name, 0.0) for name in dict.fromkeys([*before, *now])}
 
-    def judge_again(self, later: bool = False) -> None:
-        """Read metrics anew where a run goes on, or at its end (``later``). UsageError if they have other names; a warning if they differ."""
+    def judge_again(self, later: bool = False, refuse: bool = False) -> None:
+        """Read metrics anew where a run goes on, or at its end (``later``). UsageError if they have other names; a warning if they differ, or
+        UsageError (``refuse``)."""
         measurer, task = self.prepared.measurer, self.prepared.task
         rehearsed = measurer.rehearsed
 
@@ -140,10 +148,12 @@ class Found:
             return known
 
         if said := judged_otherwise(self.told, self.dense(), lambda e: e.metrics or None, now):
-            self._warn(
-                f"Task.evaluate judges {said} than before: it draws at random, keeps what it said of another model, or its data changed; "
-                "points are not comparable with one another"
-            )
+            why = f"Task.evaluate judges {said} than before: it draws at random, keeps what it said of another model, or its data changed"
+            if refuse:
+                raise UsageError(
+                    f"{why}; nothing was done: what comes of it could not be compared with what the run has"
+                )
+            self._warn(f"{why}; points are not comparable with one another")
 
     def doubt_metrics(self) -> None:
         """Warn of the usual slip of a closure."""
@@ -208,10 +218,16 @@ class Found:
         before = self.search.get_attr("targets", here)
         if before != here:
             again = [e for e in self.told if e.state == "measured"]
+            moved = ", ".join(name for name in here if before.get(name) != here[name])
+            if not self._searches:
+                raise UsageError(
+                    f"what the run's times were measured on is not what it was ({moved}: another machine, profile or TVM); nothing was done: "
+                    "go on with `autocomp search --resume` first, which measures again"
+                )
             for evaluation in again:
                 empty: dict[str, Any] = {}
                 forgotten = replace(
-                    untrained(evaluation),
+                    evaluation,  # what it learnt is true on any machine
                     state="told",
                     latency=empty,
                     earlier=empty,
@@ -221,7 +237,6 @@ class Found:
                 )
                 self.search.update(evaluation.trial, forgotten)
             self.search.set_attr("references", None)
-            moved = ", ".join(name for name in here if before.get(name) != here[name])
             self._warn(
                 f"{len(again)} models were measured on another machine than this one, or compiled by another TVM ({moved}): they are measured "
                 "again"

@@ -77,6 +77,10 @@ class Stage:
         """Whether it was, by an earlier start."""
         return bool(self.found.search.get_attr(f"{self.key}:done"))
 
+    def found_since(self) -> int:
+        """How many candidates were told after it was done."""
+        return len(self.found.told) - int(self.found.search.get_attr(f"{self.key}:told", len(self.found.told)))
+
     def spent(self) -> float:
         """Seconds of this stage, over all starts of the run."""
         return self.before + time.monotonic() - self.start
@@ -103,8 +107,12 @@ class Stage:
         self.recipe = self.recipe.weighed(known.get("weights", {}))
         drops = self._rounds(entered, known.get("more", 0), teaching, known["rate"])
         entered = self._by_trials(list(drops))
-        summary = self._summary(entered, drops, known["said"])
-        search.set_attr("recovery", recovery_summary_to_json(summary))
+        if not search.get_attr("recovery") or any(self._is_ours(e) for e in self.found.told):
+            summary = self._summary(entered, drops, known["said"])
+            search.set_attr("recovery", recovery_summary_to_json(summary))
+        else:  # what an earlier training brought stands, and so does what is said of it
+            progress.warn("training made no point better than it was: all stand as they were")
+        search.set_attr(f"{self.key}:told", len(self.found.told))
         search.set_attr(f"{self.key}:done", True)
 
     def _teaching(self) -> Teaching:
@@ -260,9 +268,15 @@ class Stage:
         else:
             seconds = self.left() / len(going) if self.left() < float("inf") else None
             span = Span(steps=max(1, round(self._steps(teaching) * share)), seconds=seconds)
-        stage = self.key.partition(":")[2][:6]
         return [
-            Job(f"{e.candidate.id}-{stage}-{index}.pt", e.trial, e.candidate, index, span, self._best(e.trial, index))
+            Job(
+                f"{e.candidate.id}-{self.mark}-{index}.pt",
+                e.trial,
+                e.candidate,
+                index,
+                span,
+                self._best(e.trial, index),
+            )
             for e in going
         ]
 
@@ -276,7 +290,18 @@ class Stage:
 
     def _result(self, trial: int, index: int) -> dict[str, Any] | None:
         found: dict[str, Any] | None = self.found.search.get_attr(f"{self.key}:{trial}:{index}")
-        return found
+        if found is None or found["done"]["failure"] or (self.prepared.folder / found["done"]["weights"]).exists():
+            return found
+        return None  # its weights are gone: it is trained again
+
+    @property
+    def mark(self) -> str:
+        """What the names of this stage's files have in common."""
+        return self.key.partition(":")[2][:6]
+
+    def _is_ours(self, evaluation: Evaluation) -> bool:
+        """Whether an evaluation has weights that this stage trained."""
+        return evaluation.recovered is not None and f"-{self.mark}-" in evaluation.recovered.weights
 
     def _trained(
         self, jobs: Sequence[Job], teaching: Teaching, rate: float
@@ -348,20 +373,23 @@ class Stage:
         judge, sign = self.found.judge(), 1.0 if self.prepared.task.higher_is_better else -1.0
         rate = float(self.found.search.get_attr(f"{self.key}:entered")["rate"])
         told = {e.trial: e for e in self.found.told}
+        before = {Path(e.recovered.weights).name for e in told.values() if e.recovered is not None}
         for trial in entered:
             evaluation = told[trial]
             if evaluation.state != "measured":
                 continue
             results = [r for index in range(len(SHARES)) if (r := self._result(trial, index)) and r["metrics"]]
-            if (better := renewed(evaluation, results, judge.objective, sign, self.recipe.name, rate)) is not None:
+            went_on = self.chosen is not None
+            better = renewed(evaluation, results, judge.objective, sign, self.recipe.name, rate, went_on)
+            if better is not None:
                 self.found.search.update(trial, better)
-        self._sweep()
+        self._sweep(before)
 
-    def _sweep(self) -> None:
-        """Take away the weights that no point is made of."""
+    def _sweep(self, before: set[str]) -> None:
+        """Take away this stage's weights, and those that points had ``before``, that no point is made of: others' may be wanted yet."""
         wanted = {Path(e.recovered.weights).name for e in self.found.told if e.recovered is not None}
         for path in self.folder.glob("*"):
-            if path.name not in wanted:
+            if path.name not in wanted and (f"-{self.mark}-" in path.name or path.name in before):
                 path.unlink(missing_ok=True)
 
     def _summary(
@@ -378,8 +406,9 @@ class Stage:
             found.append(Entrant(e.candidate.id, e.kl or 0.0, tuple(drops[e.trial]), failure, predicted.get(e.trial)))
         stages = tuple(f"{stage.name}: {stage.share:.0%}" for stage in self.recipe.stages)
         return RecoverySummary(
-            self.recipe.name, rate, round(self.spent(), 1), tuple(found), stages, tuple(dict.fromkeys(notes))
-        )
+            self.recipe.name, rate, round(self.spent(), 1), tuple(found), stages, tuple(dict.fromkeys(notes)), self.mark,
+            self.chosen is not None,
+        )  # fmt: skip
 
 
 def _event() -> Any:

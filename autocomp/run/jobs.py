@@ -12,7 +12,7 @@ from autocomp.measurement.measurer import reason_of
 from autocomp.processes.outcome import Outcome
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation, untrained
-from autocomp.records.recovery import Recovery
+from autocomp.records.recovery import THEN, Recovery
 from autocomp.recovery.recipe import Recipe
 from autocomp.recovery.schedules import Span
 
@@ -95,9 +95,18 @@ def trained(
 
 
 def renewed(
-    evaluation: Evaluation, results: Sequence[dict[str, Any]], objective: str, sign: float, recipe: str, rate: float
+    evaluation: Evaluation,
+    results: Sequence[dict[str, Any]],
+    objective: str,
+    sign: float,
+    recipe: str,
+    rate: float,
+    went_on: bool = False,
 ) -> Evaluation | None:
-    """A measured evaluation with what successive trainings made of it; None where none made it better (``sign`` 1: higher is better)."""
+    """A measured evaluation with what successive trainings made of it; None where none made it better (``sign`` 1: higher is better).
+
+    Where they ``went_on`` from what it had learnt before, that is a part of its record.
+    """
     best = last_of_the_best(results, objective, sign)
     if best is None or sign * best["metrics"][objective] <= sign * evaluation.metrics[objective]:
         return None
@@ -108,9 +117,21 @@ def renewed(
         before_errors=before.errors, before_drop_errors=before.drop_errors, losses=joined(taken),
         readings=readings(before.metrics[objective], taken, objective), frozen=tuple(best["done"]["frozen"]),
     )  # fmt: skip
+    if went_on and evaluation.recovered is not None:
+        recovery = after(evaluation.recovered, recovery)
     return replace(
         before, metrics=best["metrics"], errors=best["errors"], drop_errors=best["drop_errors"], recovered=recovery
     )
+
+
+def after(first: Recovery, then: Recovery) -> Recovery:
+    """The record of a training that went on from the weights of another."""
+    losses = [*first.losses, *((step + first.steps, loss) for step, loss in then.losses)]
+    values = [*first.readings, *((seconds + first.seconds, value) for seconds, value in then.readings[1:])]
+    return replace(
+        then, recipe=f"{first.recipe}{THEN}{then.recipe}", steps=first.steps + then.steps, seconds=round(first.seconds + then.seconds, 3),
+        losses=tuple(losses), readings=tuple(values),
+    )  # fmt: skip
 
 
 def last_of_the_best(results: Sequence[dict[str, Any]], objective: str, sign: float) -> dict[str, Any] | None:

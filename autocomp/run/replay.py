@@ -10,6 +10,7 @@ from typing import Any
 from autocomp.config.settings import Settings, read_settings
 from autocomp.errors import UsageError, shown, suggest
 from autocomp.records.candidate import Candidate
+from autocomp.records.recovery import THEN
 from autocomp.records.run import Run, read_run
 from autocomp.run.folder import CONFIG
 from autocomp.space.space import Space
@@ -44,6 +45,9 @@ def with_replay(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     if not given.get("replay"):
         return dict(given), {}
     folder = Path(given["replay"]).absolute()
+    own = Path(given.get("out") or "") / CONFIG
+    if given.get("out") and own.exists() and (settings := read_settings(own)).replay == str(folder):  # it goes on
+        return {**given, "replay": str(folder)}, settings.model_dump(exclude={"out"})
     return {**given, "replay": str(folder)}, _settings_of(folder)
 
 
@@ -52,7 +56,10 @@ def _settings_of(folder: Path) -> dict[str, Any]:
     trained = [point.evaluation.recovered for point in run.front if point.evaluation.recovered is not None]
     given = {name: value for name, value in settings.model_dump().items() if name not in LEFT_OUT}
     if trained:
-        given |= {"recover": f"{max(done.steps for done in trained)}steps", "recipe": trained[0].recipe}
+        given |= {
+            "recover": f"{max(done.steps for done in trained)}steps",
+            "recipe": trained[0].recipe.rpartition(THEN)[2],
+        }
     return given
 
 

@@ -195,8 +195,10 @@ def _run(
             if known is None and not interrupt.is_stop(error):  # nothing is told yet
                 abandon_run_folder(folder)
             raise
-        with explore(prepared) if train is None else Found(prepared) as found:
+        with explore(prepared) if train is None else Found(prepared, searches=False) as found:
             (train or train_candidates)(prepared, found)
+            if train is not None:
+                found.judge_again(later=True)
             run = finish(prepared, found)
     with progress.stage("writing the report"):
         _report(folder, progress)

@@ -31,7 +31,12 @@ def train_candidates(prepared: Prepared, found: Found) -> None:
         again = again or {choice.candidate for choice in prepared.replayed}
         chosen = [e.trial for e in found.told if e.candidate in again and e.state == "measured"]
     try:
-        Stage(prepared, found, load_recipe(prepared.settings.recipe), (amount, unit), chosen).run()
+        stage = Stage(prepared, found, load_recipe(prepared.settings.recipe), (amount, unit), chosen)
+        if stage.done and (since := stage.found_since()):
+            prepared.progress.warn(
+                f"{since} candidates were found since training was done, and are not trained: `autocomp recover {prepared.folder}` trains more"
+            )
+        stage.run()
     except UsageError as error:
         prepared.progress.warn(f"nothing was trained: {error}")
 
@@ -40,6 +45,8 @@ def train_points(
     prepared: Prepared, found: Found, points: Sequence[str], recipe: str, length: tuple[float, str]
 ) -> None:
     """Train points of a finished run by their ids (none: its whole front) for so long. UsageError if there is none of such an id."""
+    prepared.measurer.names = tuple(found.dense().metrics)
+    found.judge_again(later=True, refuse=True)
     measured = {e.candidate.id: e for e in found.told if e.state == "measured" and e.source != "dense"}
     judge = found.judge()
     if missing := [point for point in points if point not in measured]:
@@ -55,6 +62,7 @@ def train_points(
         raise UsageError(
             f"the run in {prepared.folder} measured nothing but the uncompressed model: there is nothing to train"
         )
+    found.take_back("nothing was trained:")
     stage = Stage(prepared, found, load_recipe(recipe), length, chosen)
     if stage.done:
         prepared.progress.warn(

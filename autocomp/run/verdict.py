@@ -273,8 +273,11 @@ class _Checks:
             verdict = Verdict.ACCEPT
         else:
             verdict = Verdict.INCONCLUSIVE if noisy or times * (1 + spread / 2) >= floor else Verdict.REGRESSION
-        if ours.how == "estimated" and self._is_other(profile, device.profile):
-            verdict, said = Verdict.INCONCLUSIVE, f"{said}; the profile is not what it was when the run was made"
+        if self._is_other(profile, device.profile):
+            if ours.how == "estimated":
+                verdict, said = Verdict.INCONCLUSIVE, f"{said}; the profile is not what it was when the run was made"
+            else:
+                said = f"{said}; the machine or the profile is not what it was when the run was made"
         return _check(name, verdict, said, **numbers)
 
     def _is_other(self, name: str, profile: Profile) -> bool:

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -131,6 +131,11 @@ class Task:
                 raise UsageError(f"Task.{name} must be a function, got {_kind(value)}")
         if self.train is not None and not isinstance(self.train, Iterable):
             raise UsageError(f"Task.train must be an iterable of (inputs, target), got {_kind(self.train)}")
+        if isinstance(self.train, Iterator):
+            raise UsageError(
+                f"Task.train is gone through many times, and a {type(self.train).__name__} can be once: give a list, a DataLoader, or an object "
+                "whose __iter__ begins afresh"
+            )
         if self.train is not None and notes:
             self.train = PlainBatches(self.train)
         if not isinstance(self.unit, str) or len(self.unit) > LONGEST_UNIT:
