@@ -1,0 +1,125 @@
+"""Training batches of ``speech``: voices, speeds, noises, microphones and masks drawn anew for every utterance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autocomp.tasks.speech.audio import WINDOW, Audio, as_float, in_window
+from autocomp.tasks.speech.corpus import JOINED_WORDS, Pool, pool
+from autocomp.tasks.speech.features import BANDS, FRAMES, log_mel
+from autocomp.tasks.speech.noise import Noises, Random, joined, noisy
+from autocomp.tasks.speech.recordings import Bank, banks
+from autocomp.tasks.speech.voices import FLITE, PEOPLE
+from autocomp.tasks.speech.words import BLANK, encoded, frames_needed
+
+SHARES = {"people": 0.25, "flite": 0.15}  # of utterances; the rest are espeak-ng's. Without recordings all are
+SPEEDS = ((9, 10), (1, 1), (11, 10))  # speed perturbation (Ko et al. 2015)
+WIDER = ((4, 5), (9, 10), (1, 1), (11, 10), (6, 5))  # speed moves pitch and resonances, too: few speakers sound like more
+NOISELESS = 0.25  # the share without noise; the others have a ratio to it of
+SNR = (-3.0, 25.0)  # dB
+GAIN = 6.0  # dB either way of a smooth curve over the bands: another microphone
+TIME_MASKS, LONGEST_MASK = 2, 20  # SpecAugment (Park et al. 2019, arXiv:1904.08779): frames, and
+BAND_MASKS, WIDEST_MASK = 2, 7  # bands that are silenced
+
+
+class SpeechBatches:
+    """Batches ``((frames,), characters)``: frames ``[N, 200, 40]``, classes ``[N, longest]`` filled up with blanks.
+
+    Passes differ from each other, but a fresh object of the same seed gives the same passes again. Voices are synthesised when the first
+    batch is asked for, and once in a cache folder.
+    """
+
+    def __init__(self, utterances: int, batch: int, length: int, seed: int, masks: bool = True) -> None:
+        self.utterances = utterances
+        self.batch = batch
+        self.length = length
+        self.masks = masks
+        self._seed = seed
+        self._random = np.random.default_rng((4, seed))
+        self._voices: tuple[Pool, Noises, dict[str, list[Bank]]] | None = None
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+        for _ in range(self.length):
+            yield self._drawn()
+
+    def _drawn(self) -> tuple[tuple[Tensor, ...], Tensor]:
+        if self._voices is None:
+            known = banks()
+            recorded = {
+                name: [known[one] for one in speakers["training"] if one in known]
+                for name, speakers in (("people", PEOPLE), ("flite", FLITE))
+            }
+            noises = Noises("training", known.get("noise-training"))
+            self._voices = pool(self.utterances, self._seed), noises, recorded
+        random = self._random
+        texts, windows = [], []
+        while len(windows) < self.batch:
+            text, audio, speeds = self._utterance(*self._voices)
+            audio = faster(audio, *speeds[int(random.integers(len(speeds)))])
+            if len(audio) > WINDOW or frames_needed(encoded(text)) > FRAMES // 4:
+                continue
+            window = in_window(audio, "an utterance", int(random.integers(WINDOW - len(audio) + 1)))
+            if random.random() >= NOISELESS:
+                kinds = self._voices[1].kinds
+                window = noisy(window, kinds[int(random.integers(len(kinds)))](random), random.uniform(*SNR))
+            texts.append(text)
+            windows.append(window)
+        frames = log_mel(torch.from_numpy(np.stack(windows)), gains(self.batch, random))
+        if self.masks:
+            mask(frames, random)
+        return (frames,), padded([encoded(text) for text in texts])
+
+    def _utterance(
+        self, synthetic: Pool, _: Noises, recorded: dict[str, list[Bank]]
+    ) -> tuple[str, Audio, Sequence[tuple[int, int]]]:
+        random, at = self._random, self._random.random()
+        for name, share in SHARES.items():
+            if at < share and recorded[name]:
+                bank = recorded[name][int(random.integers(len(recorded[name])))]
+                words = list(random.choice(list(bank), int(random.integers(1, JOINED_WORDS, endpoint=True))))
+                clips = [bank[word][int(random.integers(len(bank[word])))] for word in words]
+                return " ".join(words), joined(clips, random), WIDER
+            at -= share
+        text, samples = synthetic[int(random.integers(len(synthetic)))]
+        return text, as_float(samples, text), SPEEDS
+
+
+def faster(audio: Audio, up: int, down: int) -> Audio:
+    """Return audio at ``up / down`` times the speed."""
+    from scipy.signal import resample_poly
+
+    return audio if up == down else resample_poly(audio, down, up).astype(np.float32)
+
+
+def gains(count: int, random: Random) -> Tensor:
+    """Return a smooth random gain of energy for each band ``[N, 1, 40]``: three cosines, within 6 dB either way together."""
+    place = np.arange(BANDS) / BANDS
+    waves = np.stack([np.cos(np.pi * (k + 1) * place) for k in range(3)])  # [3, bands]
+    decibels = random.uniform(-GAIN / 3, GAIN / 3, (count, 3)) @ waves
+    return torch.from_numpy(10 ** (decibels / 10)).float()[:, None]
+
+
+def mask(frames: Tensor, random: Random) -> None:
+    """Silence stretches of time and of bands in place, other ones for each utterance."""
+    for one in frames:
+        for _ in range(TIME_MASKS):
+            width = int(random.integers(LONGEST_MASK))
+            start = int(random.integers(FRAMES - width))
+            one[start : start + width] = -1
+        for _ in range(BAND_MASKS):
+            width = int(random.integers(WIDEST_MASK))
+            start = int(random.integers(BANDS - width))
+            one[:, start : start + width] = -1
+
+
+def padded(classes: Sequence[Sequence[int]]) -> Tensor:
+    """Return sequences of classes as one tensor, the shorter ones filled up with blanks."""
+    longest = max(map(len, classes))
+    return torch.tensor([[*some, *[BLANK] * (longest - len(some))] for some in classes])
