@@ -154,7 +154,7 @@ def search(
 ) -> None:
     """Search the compressions of TASK and write the measured front into a run folder.
 
-    TASK is a built-in task (digits, digits-mobile, tokens), or package.module:function that returns an autocomp.Task.
+    TASK is a built-in task (digits, digits-mobile, speech, tokens), or package.module:function that returns an autocomp.Task.
     """
     if resume and config is None and task_name is None and task_option is None:
         stored = Path(options["out"] or "") / CONFIG
@@ -198,7 +198,7 @@ def report(run: Path, as_json: bool) -> None:
 def measure(model: str, profiles: tuple[str, ...], kernels: int, as_json: bool) -> None:
     """Compile a model, tune its kernels and time it.
 
-    The model is that of a built-in task (digits, digits-mobile, tokens), of package.module:function, or a torch.export file (.pt2).
+    The model is that of a built-in task (digits, digits-mobile, speech, tokens), of package.module:function, or a torch.export file (.pt2).
     """
     from autocomp.hardware.profile import load_profile
     from autocomp.records.latency import latency_to_json

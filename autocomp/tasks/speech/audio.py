@@ -37,28 +37,31 @@ def checked(samples: npt.NDArray[np.generic], rate: int, where: str) -> Audio:
 
     UsageError, naming ``where`` it came from, if its rate is not 8 kHz, it is not mono, empty, silent, clipped, or not finite.
     """
-    x = np.asarray(samples)
-    if x.ndim != 1:
-        raise UsageError(f"audio must be mono, {where} has the shape {x.shape}: take one channel, or the mean of them")
+    if samples.ndim != 1:
+        raise UsageError(
+            f"audio must be mono, {where} has the shape {samples.shape}: take one channel, or the mean of them"
+        )
     if rate != RATE:
         raise UsageError(f"audio must have {RATE} samples a second, {where} has {rate}: `resampled` converts it")
-    if not len(x):
+    if not len(samples):
         raise UsageError(f"audio must hold samples, {where} is empty")
-    x = as_float(x, where)
+    x = as_float(samples, where)
     if bad := int((~np.isfinite(x)).sum()):
         raise UsageError(f"audio must be finite, {where} has {bad} value(s) that are NaN or infinite, of {len(x)}")
     largest = float(np.abs(x).max())
     if not largest:
         raise UsageError(f"audio must hold sound, {where} is silent: all {len(x)} samples are 0")
     if float((np.abs(x) >= 0.9999).mean()) > CLIPPED:
-        raise UsageError(f"audio must not be clipped, more than {CLIPPED:.0%} of {where} is at the limit: record it softer")
+        raise UsageError(
+            f"audio must not be clipped, more than {CLIPPED:.0%} of {where} is at the limit: record it softer"
+        )
     return x
 
 
 def as_float(x: npt.NDArray[np.generic], where: str) -> Audio:
     """Return samples of 16 bits, or floats, as float32 between -1 and 1."""
     if x.dtype == np.int16:
-        return x.astype(np.float32) / 32768
+        return np.asarray(x, np.float32) * np.float32(2**-15)
     if x.dtype.kind == "f":
         return x.astype(np.float32)
     raise UsageError(f"audio must be of 16 bits or floats between -1 and 1, {where} is {x.dtype}: convert it first")
@@ -69,7 +72,7 @@ def resampled(x: Audio, rate: int) -> Audio:
     from scipy.signal import resample_poly
 
     shared = math.gcd(rate, RATE)
-    return x if rate == RATE else resample_poly(x, RATE // shared, rate // shared).astype(np.float32)
+    return x if rate == RATE else np.asarray(resample_poly(x, RATE // shared, rate // shared), np.float32)
 
 
 def in_window(x: Audio, where: str, start: int = 0) -> Audio:

@@ -3,27 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from autocomp.tasks.speech.audio import WINDOW, Audio, as_float, in_window
-from autocomp.tasks.speech.corpus import JOINED_WORDS, Pool, pool
-from autocomp.tasks.speech.features import BANDS, FRAMES, log_mel
+from autocomp.tasks.speech.audio import WINDOW, Audio, Samples, as_float, in_window
+from autocomp.tasks.speech.corpus import JOINED_WORDS, SEEDS, drawn, spoken
+from autocomp.tasks.speech.features import BANDS, FRAMES, STEPS, log_mel
 from autocomp.tasks.speech.noise import Noises, Random, joined, noisy
 from autocomp.tasks.speech.recordings import Bank, banks
-from autocomp.tasks.speech.voices import FLITE, PEOPLE
+from autocomp.tasks.speech.voices import ACCENTS, FLITE, PEOPLE, variants
 from autocomp.tasks.speech.words import BLANK, encoded, frames_needed
 
 SHARES = {"people": 0.25, "flite": 0.15}  # of utterances; the rest are espeak-ng's. Without recordings all are
 SPEEDS = ((9, 10), (1, 1), (11, 10))  # speed perturbation (Ko et al. 2015)
-WIDER = ((4, 5), (9, 10), (1, 1), (11, 10), (6, 5))  # speed moves pitch and resonances, too: few speakers sound like more
+WIDER = (
+    (4, 5),
+    (9, 10),
+    (1, 1),
+    (11, 10),
+    (6, 5),
+)  # speed moves pitch and resonances, too: few speakers sound like more
 NOISELESS = 0.25  # the share without noise; the others have a ratio to it of
 SNR = (-3.0, 25.0)  # dB
 GAIN = 6.0  # dB either way of a smooth curve over the bands: another microphone
 TIME_MASKS, LONGEST_MASK = 2, 20  # SpecAugment (Park et al. 2019, arXiv:1904.08779): frames, and
 BAND_MASKS, WIDEST_MASK = 2, 7  # bands that are silenced
+
+
+@dataclass(frozen=True)
+class Voices:
+    """Who and what is heard in training."""
+
+    synthetic: list[tuple[str, Samples]]
+    recorded: dict[str, list[Bank]]  # by the names of `SHARES`
+    noises: Noises
+
+
+def voices(utterances: int, seed: int) -> Voices:
+    """Return the voices of the training split, with about ``utterances`` of espeak-ng's: some do not fit."""
+    known = banks()
+    speakers = {"people": PEOPLE["training"], "flite": FLITE["training"]}
+    recorded = {name: [known[one] for one in some if one in known] for name, some in speakers.items()}
+    orders = drawn(utterances, variants("training"), ACCENTS, np.random.default_rng((SEEDS["training"], seed)))
+    return Voices(spoken(orders), recorded, Noises("training", known.get("noise-training")))
 
 
 class SpeechBatches:
@@ -38,9 +63,9 @@ class SpeechBatches:
         self.batch = batch
         self.length = length
         self.masks = masks
-        self._seed = seed
+        self.seed = seed
         self._random = np.random.default_rng((4, seed))
-        self._voices: tuple[Pool, Noises, dict[str, list[Bank]]] | None = None
+        self._voices: Voices | None = None
 
     def __len__(self) -> int:
         return self.length
@@ -51,24 +76,19 @@ class SpeechBatches:
 
     def _drawn(self) -> tuple[tuple[Tensor, ...], Tensor]:
         if self._voices is None:
-            known = banks()
-            recorded = {
-                name: [known[one] for one in speakers["training"] if one in known]
-                for name, speakers in (("people", PEOPLE), ("flite", FLITE))
-            }
-            noises = Noises("training", known.get("noise-training"))
-            self._voices = pool(self.utterances, self._seed), noises, recorded
+            self._voices = voices(self.utterances, self.seed)
         random = self._random
-        texts, windows = [], []
+        texts: list[str] = []
+        windows: list[Audio] = []
         while len(windows) < self.batch:
-            text, audio, speeds = self._utterance(*self._voices)
+            text, audio, speeds = self._utterance(self._voices)
             audio = faster(audio, *speeds[int(random.integers(len(speeds)))])
-            if len(audio) > WINDOW or frames_needed(encoded(text)) > FRAMES // 4:
+            if len(audio) > WINDOW or frames_needed(encoded(text)) > STEPS:
                 continue
             window = in_window(audio, "an utterance", int(random.integers(WINDOW - len(audio) + 1)))
             if random.random() >= NOISELESS:
-                kinds = self._voices[1].kinds
-                window = noisy(window, kinds[int(random.integers(len(kinds)))](random), random.uniform(*SNR))
+                number = int(random.integers(len(self._voices.noises.kinds)))
+                window = noisy(window, self._voices.noises.drawn(random, number), random.uniform(*SNR))
             texts.append(text)
             windows.append(window)
         frames = log_mel(torch.from_numpy(np.stack(windows)), gains(self.batch, random))
@@ -76,18 +96,17 @@ class SpeechBatches:
             mask(frames, random)
         return (frames,), padded([encoded(text) for text in texts])
 
-    def _utterance(
-        self, synthetic: Pool, _: Noises, recorded: dict[str, list[Bank]]
-    ) -> tuple[str, Audio, Sequence[tuple[int, int]]]:
+    def _utterance(self, heard: Voices) -> tuple[str, Audio, Sequence[tuple[int, int]]]:
+        """Return a text, how it sounds, and the speeds that it may have."""
         random, at = self._random, self._random.random()
         for name, share in SHARES.items():
-            if at < share and recorded[name]:
-                bank = recorded[name][int(random.integers(len(recorded[name])))]
+            if at < share and (speakers := heard.recorded[name]):
+                bank = speakers[int(random.integers(len(speakers)))]
                 words = list(random.choice(list(bank), int(random.integers(1, JOINED_WORDS, endpoint=True))))
                 clips = [bank[word][int(random.integers(len(bank[word])))] for word in words]
                 return " ".join(words), joined(clips, random), WIDER
             at -= share
-        text, samples = synthetic[int(random.integers(len(synthetic)))]
+        text, samples = heard.synthetic[int(random.integers(len(heard.synthetic)))]
         return text, as_float(samples, text), SPEEDS
 
 
@@ -95,7 +114,7 @@ def faster(audio: Audio, up: int, down: int) -> Audio:
     """Return audio at ``up / down`` times the speed."""
     from scipy.signal import resample_poly
 
-    return audio if up == down else resample_poly(audio, down, up).astype(np.float32)
+    return audio if up == down else np.asarray(resample_poly(audio, down, up), np.float32)
 
 
 def gains(count: int, random: Random) -> Tensor:

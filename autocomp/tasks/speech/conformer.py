@@ -44,6 +44,9 @@ class RotaryAttention(nn.Module):
     The number of heads is read off the projections, so that heads can be removed.
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, width: int, heads: int, length: int) -> None:
         super().__init__()
         self.head_dim = width // heads
@@ -126,9 +129,7 @@ class Conformer(nn.Module):
     ) -> None:
         super().__init__()
         self.subsampling = Subsampling(bands, channels, width)
-        self.blocks = nn.Sequential(
-            *(ConformerBlock(width, heads, hidden, frames // 4, kernel) for _ in range(depth))
-        )
+        self.blocks = nn.Sequential(*(ConformerBlock(width, heads, hidden, frames // 4, kernel) for _ in range(depth)))
         self.head = nn.Linear(width, characters)
 
     def forward(self, x: Tensor) -> Tensor:

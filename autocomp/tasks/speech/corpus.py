@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
-from autocomp.cache import cache_dir, write_atomically
 from autocomp.progress import Progress
 from autocomp.tasks.speech.audio import WINDOW, Audio, Samples, as_float, in_window
 from autocomp.tasks.speech.espeak import Order, synthesised
-from autocomp.tasks.speech.features import FRAMES, log_mel
+from autocomp.tasks.speech.features import STEPS, log_mel
 from autocomp.tasks.speech.noise import Noises, Random, joined, noisy
 from autocomp.tasks.speech.recordings import SET_UP, Bank, banks
 from autocomp.tasks.speech.voices import ACCENTS, FLITE, HELD_OUT_ACCENTS, PEOPLE, Split, variants
@@ -27,6 +22,8 @@ FASTEST, SLOWEST = 260, 120  # words a minute
 LOWEST, HIGHEST = 20, 80  # pitch, of 0 to 99
 SHORTEST = 1600  # samples: what is shorter was not said
 CONDITIONS: dict[str, float | None] = {"clean": None, "10 dB": 10.0, "0 dB": 0.0}
+SEEDS: dict[Split, int] = {"training": 3, "validation": 1, "test": 2}
+COUNTS = {"human": 60, "synthetic": 80, "accent": 60}  # utterances of a held-out split
 KINDS = ("human", "synthetic", "accent")
 JOINED_WORDS = 3  # at most, of people: five do not fit into two seconds
 
@@ -48,19 +45,22 @@ class HeldOut:
     kinds: list[str]
     frames: dict[str, Tensor]
 
+    def described(self) -> str:
+        return ", ".join(f"{self.kinds.count(kind)} utterances {kind}" for kind in KINDS if kind in self.kinds)
 
-def held_out(split: Split, counts: dict[str, int], progress: Progress) -> HeldOut:
+
+def held_out(split: Split, counts: Mapping[str, int], progress: Progress) -> HeldOut:
     """Return the validation or the test split, the same every time: ``counts`` utterances of each kind.
 
     Where recordings are missing the slice of people is, and `progress` is told.
     """
-    random = np.random.default_rng({"validation": 1, "test": 2}.get(split, 0))
+    random = np.random.default_rng(SEEDS[split])
     known = banks()
     utterances = []
     for kind, accents in (("synthetic", ACCENTS), ("accent", HELD_OUT_ACCENTS[split])):
         orders = drawn(2 * counts[kind], variants(split), accents, random)
-        fitting = [(text, said) for text, said in spoken(orders) if len(said) <= WINDOW][: counts[kind]]
-        utterances += [Utterance(text, kind, _placed(as_float(said, text), random)) for text, said in fitting]
+        for text, said in spoken(orders)[: counts[kind]]:
+            utterances.append(Utterance(text, kind, _placed(as_float(said, text), random)))
     people = [known[name] for name in PEOPLE[split] if name in known]
     if people:
         utterances += from_banks(people, counts["human"], "human", random)
@@ -71,13 +71,11 @@ def held_out(split: Split, counts: dict[str, int], progress: Progress) -> HeldOu
     noises = Noises(split, known.get(f"noise-{split}"))
     frames = {}
     for condition, decibels in CONDITIONS.items():
-        audio = [u.audio if decibels is None else noisy(u.audio, _noise(noises, n, random), decibels) for n, u in enumerate(utterances)]
+        audio = [one.audio for one in utterances]
+        if decibels is not None:
+            audio = [noisy(clean, noises.drawn(random, n), decibels) for n, clean in enumerate(audio)]
         frames[condition] = log_mel(torch.from_numpy(np.stack(audio)))
     return HeldOut([u.text for u in utterances], [u.kind for u in utterances], frames)
-
-
-def _noise(noises: Noises, index: int, random: Random) -> np.ndarray:  # every kind of noise as often
-    return noises.kinds[index % len(noises.kinds)](random)
 
 
 def drawn(count: int, names: Sequence[str], accents: Sequence[str], random: Random) -> list[Order]:
@@ -91,14 +89,14 @@ def drawn(count: int, names: Sequence[str], accents: Sequence[str], random: Rand
     return orders
 
 
-def spoken(orders: Sequence[Order]) -> Iterable[tuple[str, Samples]]:
-    """Return what was said of each order and how it sounds; without those of which nothing was heard, or CTC has too few frames."""
-    said = synthesised(orders)
-    texts = [order.text for order in orders]
+def spoken(orders: Sequence[Order]) -> list[tuple[str, Samples]]:
+    """Return what was said of each order and how it sounds, without those that do not fit into a window, that CTC has too few frames for, or of
+    which nothing was heard."""
+    said = zip([order.text for order in orders], synthesised(orders), strict=True)
     return [
         (text, audio)
-        for text, audio in zip(texts, said, strict=True)
-        if len(audio) >= SHORTEST and frames_needed(encoded(text)) <= FRAMES // 4
+        for text, audio in said
+        if SHORTEST <= len(audio) <= WINDOW and frames_needed(encoded(text)) <= STEPS
     ]
 
 
@@ -121,40 +119,3 @@ def from_banks(speakers: Sequence[Bank], count: int, kind: str, random: Random) 
 
 def _placed(audio: Audio, random: Random) -> Audio:
     return in_window(audio, "an utterance", int(random.integers(WINDOW - len(audio) + 1)))
-
-
-class Pool:
-    """Synthetic training utterances that lie in the cache, mapped into memory: made once, shared by processes."""
-
-    def __init__(self, texts: list[str], ends: np.ndarray, samples: np.ndarray) -> None:
-        self.texts = texts
-        self._ends = ends
-        self._samples = samples
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def __getitem__(self, index: int) -> tuple[str, Samples]:
-        start = int(self._ends[index - 1]) if index else 0
-        return self.texts[index], self._samples[start : int(self._ends[index])]
-
-
-def pool(count: int, seed: int) -> Pool:
-    """Return about ``count`` utterances of the training voices: fewer, as those that do not fit are left out."""
-    orders = drawn(count, variants("training"), ACCENTS, np.random.default_rng((3, seed)))
-    name = hashlib.sha256(json.dumps([astuple(order) for order in orders]).encode()).hexdigest()[:12]
-    path = cache_dir() / "tasks" / "speech" / f"pool-{name}"
-    index = path.with_suffix(".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        if not index.exists():
-            fitting = [(text, said) for text, said in spoken(orders) if len(said) <= WINDOW]
-            ends = np.cumsum([len(said) for _, said in fitting])
-            write_atomically(path, np.concatenate([said for _, said in fitting]).tobytes())
-            write_atomically(index, json.dumps({"texts": [text for text, _ in fitting], "ends": ends.tolist()}).encode())
-    stored = json.loads(index.read_text())
-    return Pool(stored["texts"], np.array(stored["ends"]), _mapped(path))
-
-
-def _mapped(path: Path) -> np.ndarray:
-    return np.memmap(path, np.int16, "r")

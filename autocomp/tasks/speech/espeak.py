@@ -1,24 +1,27 @@
 """Synthetic voices: espeak-ng, from pip's espeakng-loader, called through ctypes in a process of its own.
 
 The library keeps random numbers and the end of the last utterance from one call to the next. In a fresh process the same orders, one
-after the other, give the same samples.
+after the other, give the same samples. They are kept in the cache, and mapped into memory: processes share them.
 """
 
 from __future__ import annotations
 
 import ctypes
-import io
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
+from autocomp.cache import cache_dir, write_atomically
 from autocomp.errors import AutocompError, UsageError, last_line
 from autocomp.tasks.speech.audio import Samples, as_float, resampled, to_int16, trimmed
 
@@ -62,17 +65,41 @@ def synthesised(orders: Sequence[Order]) -> list[Samples]:
         AutocompError: The process failed; the message has what it said last.
     """
     require()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     asked = json.dumps([astuple(order) for order in orders]).encode()
-    done = subprocess.run(
-        [sys.executable, "-m", "autocomp.tasks.speech.espeak"], input=asked, capture_output=True, env=environment
-    )
+    name = hashlib.sha256(version("espeakng-loader").encode() + asked).hexdigest()[:16]
+    path = cache_dir() / "tasks" / "speech" / f"said-{name}.npy"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        found = _stored(path)
+        if found is None:
+            write_atomically(path, _said(asked))
+            found = _stored(path)
+    if found is None or len(found) != len(orders):
+        raise AutocompError(f"what espeak-ng said does not read back: delete {path}")
+    return found
+
+
+def _stored(path: Path) -> list[Samples] | None:
+    """Return what is kept: the lengths, then all samples. None if the file is not there, or not whole."""
+    try:
+        with path.open("rb") as file:
+            lengths = np.load(file)
+            start = file.tell()
+        samples = np.memmap(path, np.int16, "r", start, (int(lengths.sum()),))
+    except (OSError, ValueError, EOFError):
+        return None
+    return np.split(samples, np.cumsum(lengths)[:-1])
+
+
+def _said(asked: bytes) -> bytes:
+    """Return what the process wrote that was given these orders."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", "autocomp.tasks.speech.espeak"]
+    done = subprocess.run(command, input=asked, capture_output=True, env=environment, check=False)
     if done.returncode:
         said = last_line(RuntimeError(done.stderr.decode(errors="replace")))
         raise AutocompError(f"espeak-ng failed with exit code {done.returncode}: {said}")
-    file = io.BytesIO(done.stdout)
-    lengths, samples = np.load(file), np.load(file)
-    return np.split(samples, np.cumsum(lengths)[:-1])
+    return done.stdout
 
 
 def _spoken(orders: Sequence[Order]) -> Iterator[Samples]:
@@ -103,7 +130,6 @@ def _spoken(orders: Sequence[Order]) -> Iterator[Samples]:
 
 
 if __name__ == "__main__":
-    asked = [Order(*order) for order in json.load(sys.stdin.buffer)]
-    found = list(_spoken(asked))
-    np.save(sys.stdout.buffer, np.array([len(samples) for samples in found]))
-    np.save(sys.stdout.buffer, np.concatenate(found))
+    spoken = list(_spoken([Order(*order) for order in json.load(sys.stdin.buffer)]))
+    np.save(sys.stdout.buffer, np.array([len(samples) for samples in spoken]))
+    sys.stdout.buffer.write(np.concatenate(spoken).tobytes())

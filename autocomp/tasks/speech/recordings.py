@@ -29,23 +29,25 @@ def write(clips: Mapping[str, Sequence[Samples]]) -> None:
     flat = {f"{key}/{n}": clip for key, some in clips.items() for n, clip in enumerate(some)}
     np.savez(file, **flat)  # type: ignore[arg-type]  # numpy's stub takes the names for its own options
     write_atomically(path(), sealed(HEADER, file.getvalue()))
-    banks.cache_clear()
+    _read.cache_clear()
 
 
-@cache
 def banks() -> Mapping[str, Bank]:
     """Return what was recorded, by speaker and word; nothing where `fetch` has not run.
 
     CorruptError if the file does not read back as it was written.
     """
-    if not path().exists():
-        return {}
-    content = unsealed(HEADER, path().read_bytes())
+    return _read(path()) if path().exists() else {}
+
+
+@cache
+def _read(file: Path) -> Mapping[str, Bank]:
+    content = unsealed(HEADER, file.read_bytes())
     if content is None:
-        raise CorruptError(f"the recordings {path()} are not what was written: make them again with `{SET_UP}`")
+        raise CorruptError(f"the recordings {file} are not what was written: make them again with `{SET_UP}`")
     found: dict[str, Bank] = {}
-    with np.load(io.BytesIO(content)) as file:
-        for key in file.files:
+    with np.load(io.BytesIO(content)) as stored:
+        for key in stored.files:
             speaker, word, _ = key.split("/")
-            found.setdefault(speaker, {}).setdefault(word, []).append(file[key])
+            found.setdefault(speaker, {}).setdefault(word, []).append(stored[key])
     return found

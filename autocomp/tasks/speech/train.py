@@ -2,7 +2,7 @@
 
     python -m autocomp.tasks.speech.train --out FOLDER
 
-On one core 2,600 steps take about 25 minutes. Who has fetched the recordings (`fetch`) trains on people too.
+On one core 4,000 steps take about 25 minutes. Who has fetched the recordings (`fetch`) trains on people too.
 """
 
 from __future__ import annotations
@@ -19,21 +19,19 @@ from torch import Tensor, nn
 from autocomp.errors import AutocompError
 from autocomp.progress import Progress
 from autocomp.tasks.speech.batches import SpeechBatches
-from autocomp.tasks.speech.corpus import HeldOut, held_out
+from autocomp.tasks.speech.corpus import COUNTS, HeldOut, held_out
 from autocomp.tasks.speech.metrics import ctc_loss, error_rates
 from autocomp.tasks.speech.recordings import banks
 from autocomp.tasks.speech.trained import FOLDER, load, new_model, save
 from autocomp.tasks.speech.words import WORDS
 from autocomp.tasks.training import one_thread
 
-COUNTS = {"human": 60, "synthetic": 80, "accent": 60}  # utterances of a held-out split
-
 
 @dataclass(frozen=True)
 class Recipe:
     """All that decides the weights, beside the voices."""
 
-    steps: int = 2600
+    steps: int = 4000
     batch: int = 32
     utterances: int = 5000
     learning_rate: float = 2e-3
@@ -71,7 +69,11 @@ def scored(model: nn.Module, split: HeldOut) -> dict[str, dict[str, float]]:
     found = {}
     for name, rates in error_rates(model, split).items():
         error = float(rates.std()) / len(rates) ** 0.5
-        found[name] = {"percent": round(100 * float(rates.mean()), 2), "error": round(100 * error, 2), "utterances": len(rates)}
+        found[name] = {
+            "percent": round(100 * float(rates.mean()), 2),
+            "error": round(100 * error, 2),
+            "utterances": len(rates),
+        }
     return found
 
 

@@ -41,9 +41,13 @@ def load(folder: Path = FOLDER) -> nn.Module:
     content = (folder / WEIGHTS).read_bytes()
     stored: dict[str, Any] = json.loads((folder / SCORES).read_text())
     if hashlib.sha256(content).hexdigest() != stored["sha256"]:
-        raise CorruptError(f"{folder / WEIGHTS} is not the model that {SCORES} tells of: its checksum differs; install autocomp again")
+        raise CorruptError(
+            f"{folder / WEIGHTS} is not the model that {SCORES} tells of: its checksum differs; install autocomp again"
+        )
     model = new_model()
-    model.load_state_dict({name: tensor.to(model.state_dict()[name].dtype) for name, tensor in tensors(content).items()})
+    model.load_state_dict(
+        {name: tensor.to(model.state_dict()[name].dtype) for name, tensor in tensors(content).items()}
+    )
     return model.eval()
 
 

@@ -17,9 +17,9 @@ BABBLE: dict[Split, tuple[str, ...]] = {  # who speaks in the background; of tra
     "test": ("f4", "m8", "caleb", "aunty"),
 }
 ODD = (  # no voices of people
-    "whisper whisperf croak Demonic UniRobot anikaRobot "
-    "robosoft robosoft2 robosoft3 robosoft4 robosoft5 robosoft6 robosoft7 robosoft8"
-).split()  # fmt: skip
+    "whisper", "whisperf", "croak", "Demonic", "UniRobot", "anikaRobot", "robosoft", "robosoft2", "robosoft3",
+    "robosoft4", "robosoft5", "robosoft6", "robosoft7", "robosoft8",
+)  # fmt: skip
 
 # espeak-ng's accents of English; the slice "accent" is of held-out variants with accents that are not trained on.
 ACCENTS = ("gmw/en", "gmw/en-US", "gmw/en-GB-x-rp", "gmw/en-GB-x-gbclan")
@@ -45,6 +45,4 @@ def variants(split: Split) -> tuple[str, ...]:
 
     held_out = (HELD_OUT["validation"], HELD_OUT["test"], BABBLE["validation"], BABBLE["test"])
     others = {*ODD, *(name for names in held_out for name in names)}
-    return tuple(
-        sorted(path.name for path in (data_folder() / "voices" / "!v").iterdir() if path.name not in others)
-    )
+    return tuple(sorted(path.name for path in (data_folder() / "voices" / "!v").iterdir() if path.name not in others))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from autocomp.errors import UsageError, shown
 
 # Annex 10 of the Convention on International Civil Aviation has the alphabet; spelt here as English has it (alpha, juliet, xray).
-LETTERS = tuple(
-    "alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima mike november oscar papa quebec romeo "
-    "sierra tango uniform victor whiskey xray yankee zulu".split()
-)
-DIGITS = tuple("zero one two three four five six seven eight nine".split())
+LETTERS = (
+    "alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india", "juliet", "kilo",
+    "lima", "mike", "november", "oscar", "papa", "quebec", "romeo", "sierra", "tango", "uniform", "victor",
+    "whiskey", "xray", "yankee", "zulu",
+)  # fmt: skip
+DIGITS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
+)  # fmt: skip
 WORDS = LETTERS + DIGITS
 LONGEST = 5  # words in an utterance
 
@@ -58,4 +62,4 @@ def decoded(classes: Iterable[int]) -> str:
 
 def frames_needed(classes: Sequence[int]) -> int:
     """Return the fewest frames that CTC can write these classes in: a blank must part equal neighbours."""
-    return len(classes) + sum(one == other for one, other in zip(classes, classes[1:], strict=False))
+    return len(classes) + sum(one == other for one, other in pairwise(classes))
