@@ -154,7 +154,7 @@ def test_what_was_said_is_kept_and_made_again_where_it_is_cut(cache: Path) -> No
 
 
 def test_a_voice_that_is_not_there_is_named(cache: Path) -> None:
-    with pytest.raises(AutocompError, match="espeak-ng failed with exit code 1: .*no voice 'gmw/xx'"):
+    with pytest.raises(AutocompError, match=r"espeak-ng failed with exit code 1: .*no voice 'gmw/xx'"):
         synthesised([Order("gmw/xx", "nine")])
 
 

@@ -34,10 +34,11 @@ class Recipe:
     steps: int = 4000
     batch: int = 32
     utterances: int = 5000
-    learning_rate: float = 2e-3
+    gentle: int = 600  # steps over which noise and masks come in
+    learning_rate: float = 1.5e-3
     weight_decay: float = 0.02
     clip: float = 1.0  # norm of the gradient
-    warm_up: float = 0.15  # share of the steps
+    warm_up: float = 0.05  # share of the steps
     seed: int = 0
 
 
@@ -85,7 +86,7 @@ def main(out: Path, steps: int, seed: int) -> None:
     recipe, progress = Recipe(steps=steps, seed=seed), Progress()
     try:
         splits = {name: held_out(name, COUNTS, progress) for name in ("validation", "test")}
-        batches = SpeechBatches(recipe.utterances, recipe.batch, recipe.steps, recipe.seed)
+        batches = SpeechBatches(recipe.utterances, recipe.batch, recipe.steps, recipe.seed, gentle=recipe.gentle)
         write(train(recipe, batches, progress), recipe, splits, out)
     except AutocompError as error:
         print(f"error: {error}", file=sys.stderr)
