@@ -48,14 +48,13 @@ def checked(samples: npt.NDArray[np.generic], rate: int, where: str) -> Audio:
     x = as_float(samples, where)
     if bad := int((~np.isfinite(x)).sum()):
         raise UsageError(f"audio must be finite, {where} has {bad} value(s) that are NaN or infinite, of {len(x)}")
-    largest = float(np.abs(x).max())
-    if not largest:
+    if not np.abs(x).max():
         raise UsageError(f"audio must hold sound, {where} is silent: all {len(x)} samples are 0")
     if float((np.abs(x) >= 0.9999).mean()) > CLIPPED:
         raise UsageError(
             f"audio must not be clipped, more than {CLIPPED:.0%} of {where} is at the limit: record it softer"
         )
-    return x
+    return centred(x)
 
 
 def as_float(x: npt.NDArray[np.generic], where: str) -> Audio:
@@ -65,6 +64,11 @@ def as_float(x: npt.NDArray[np.generic], where: str) -> Audio:
     if x.dtype.kind == "f":
         return x.astype(np.float32)
     raise UsageError(f"audio must be of 16 bits or floats between -1 and 1, {where} is {x.dtype}: convert it first")
+
+
+def centred(x: Audio) -> Audio:
+    """Return audio about zero. The recordings of one speaker are not: cut from them, a word began and ended with a click."""
+    return np.asarray(x - x.mean(), np.float32)
 
 
 def resampled(x: Audio, rate: int) -> Audio:

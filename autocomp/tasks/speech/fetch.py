@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from autocomp.errors import AutocompError, UsageError
-from autocomp.tasks.speech.audio import Audio, as_float, resampled, to_int16, trimmed
+from autocomp.tasks.speech.audio import Audio, as_float, centred, resampled, to_int16, trimmed
 from autocomp.tasks.speech.recordings import path, write
 from autocomp.tasks.speech.voices import FLITE
 from autocomp.tasks.speech.words import DIGITS, LETTERS, WORDS
@@ -111,7 +111,7 @@ def _read(file: Path) -> Audio:
 
     rate, samples = wavfile.read(file)
     x = as_float(samples, str(file))
-    return resampled(x if x.ndim == 1 else np.asarray(x.mean(1)), rate)
+    return resampled(centred(x if x.ndim == 1 else np.asarray(x.mean(1))), rate)
 
 
 def _flite(folder: Path) -> Iterator[tuple[str, str, Audio]]:
