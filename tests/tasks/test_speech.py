@@ -145,14 +145,14 @@ def test_loss_is_that_of_each_utterance_by_itself_and_can_be_learnt() -> None:
 
 
 def test_training_changes_the_model_and_what_is_written_reads_back(tmp_path: Path, validation: HeldOut) -> None:
-    recipe = train.Recipe(steps=20, batch=4, utterances=30)
+    recipe = train.Recipe(steps=50, batch=4, utterances=30)
     model = train.train(recipe, SpeechBatches(30, 4, 2, seed=5), Progress())
     train.write(model, recipe, {"validation": validation}, tmp_path)
     again = trained.load(tmp_path)
     for name, value in again.state_dict().items():
         torch.testing.assert_close(value, model.state_dict()[name], atol=1e-3, rtol=1e-3)
     facts = json.loads((tmp_path / trained.SCORES).read_text())
-    assert facts["recipe"]["steps"] == 20
+    assert facts["recipe"]["steps"] == 50
     assert facts["recordings"] == {"menardi": 2, "june": 2}
     assert facts["scores"]["validation"]["cer/human"]["utterances"] == 6
 

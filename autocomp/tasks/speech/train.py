@@ -80,7 +80,7 @@ def scored(model: nn.Module, split: HeldOut) -> dict[str, dict[str, float]]:
 
 @click.command(help=__doc__)
 @click.option("--out", type=click.Path(path_type=Path), default=FOLDER, show_default="beside this file")
-@click.option("--steps", type=click.IntRange(20), default=Recipe.steps, show_default=True)
+@click.option("--steps", type=click.IntRange(50), default=Recipe.steps, show_default=True)
 @click.option("--seed", type=int, default=Recipe.seed, show_default=True)
 def main(out: Path, steps: int, seed: int) -> None:
     recipe, progress = Recipe(steps=steps, seed=seed), Progress()
