@@ -28,7 +28,7 @@ from autocomp.hardware.profile import profile_schema
 def measure(model: str, profiles: tuple[str, ...], kernels: int, as_json: bool) -> None:
     """Compile a model, tune its kernels and time it.
 
-    The model is that of a built-in task (digits, digits-mobile, tokens), of package.module:function, or a torch.export file (.pt2).
+    The model is that of a built-in task (digits, digits-mobile, speech, tokens), of package.module:function, or a torch.export file (.pt2).
     """
     from autocomp.hardware.profile import load_profile
     from autocomp.records.latency import latency_to_json

@@ -101,7 +101,7 @@ def search(
 ) -> None:
     """Search the compressions of TASK and write the measured front into a run folder.
 
-    TASK is a built-in task (digits, digits-mobile, tokens), or package.module:function that returns an autocomp.Task.
+    TASK is a built-in task (digits, digits-mobile, speech, tokens), or package.module:function that returns an autocomp.Task.
     """
     if resume and config is None and task_name is None and task_option is None:
         stored = Path(options["out"] or "") / CONFIG

@@ -5,5 +5,6 @@ from __future__ import annotations
 BUILT_IN = {
     "digits": "autocomp.tasks.digits:load_digits_task",
     "digits-mobile": "autocomp.tasks.mobilenet:load_digits_mobile_task",
+    "speech": "autocomp.tasks.speech.task:load_speech_task",
     "tokens": "autocomp.tasks.tokens:load_tokens_task",
 }

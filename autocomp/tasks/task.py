@@ -204,7 +204,7 @@ def load_task(spec: str, progress: Progress | None = None) -> Task:
     Examples:
         >>> load_task("digit")
         Traceback (most recent call last):
-        autocomp.errors.UsageError: unknown task 'digit'. Did you mean 'digits'? Built in: digits, digits-mobile, tokens; ...
+        autocomp.errors.UsageError: unknown task 'digit'. Did you mean 'digits'? Built in: digits, digits-mobile, speech, tokens; ...
     """
     if ":" not in spec:
         if spec not in BUILT_IN:
