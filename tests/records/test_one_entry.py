@@ -24,6 +24,8 @@ NAMES = {
     "autocomp.measurement.references": "files for another runtime",
     "autocomp.layers.recurrent": "the op of a loop over time in 8 bits, whose layer is of two precisions at once",
     "autocomp.compiler.recurrent": "its lowering",
+    "autocomp.recovery.recipe": "what torch's autocast is told, of a whole training and no layer",
+    "autocomp.recovery.autocast": "the same",
 }
 MODULES = {
     "autocomp.layers.recurrent": "a loop over time computes with the integers of its hidden layer",

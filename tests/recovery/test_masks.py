@@ -13,7 +13,7 @@ from autocomp.compress.scales import quantised
 from autocomp.recovery.forms.whole import trainable
 from autocomp.recovery.lessons import Teaching
 from autocomp.recovery.masks import Masks
-from autocomp.recovery.recipe import Phase, load_recipe
+from autocomp.recovery.recipe import Phase, Recipe, load_recipe
 from autocomp.recovery.schedules import Span
 from autocomp.recovery.train import train
 
@@ -63,14 +63,24 @@ def test_a_dynamic_mask_moves_and_keeps_its_number() -> None:
         assert not masks.weights[name][~kept].any()
 
 
-@pytest.mark.parametrize("name", ["three-stage", "dynamic-sparse"])
-def test_what_is_delivered_has_the_zeros(name: str) -> None:
+STEPPED = Recipe(
+    format_version=1,
+    stages=[
+        {"name": "coarse", "share": 0.3, "sparsity": 0.3, "masks": "cubic"},
+        {"name": "fine", "share": 0.4, "sparsity": 0.7, "masks": "cubic"},
+        {"name": "settle", "share": 0.3, "sparsity": 0.7},
+    ],
+)
+
+
+@pytest.mark.parametrize("recipe", [STEPPED, load_recipe("dynamic-sparse")], ids=["in steps", "dynamic-sparse"])
+def test_what_is_delivered_has_the_zeros(recipe: Recipe) -> None:
     task = tiny_task.learning()
     teaching = Teaching.of(task)
     teaching.lessons.draw()
     model = tiny_task.model()
     model.set_submodule("conv1", quantised(model.get_submodule("conv1"), 20.0, 0))
-    done = train(model, teaching, load_recipe(name), Span(steps=60), 1e-3)
+    done = train(model, teaching, recipe, Span(steps=60), 1e-3)
     weights = [done.model.get_submodule(layer).weight for layer in ("stem", "conv1", "conv2")]
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
     assert zeros == pytest.approx(0.7, abs=0.05)
