@@ -145,10 +145,11 @@ def test_a_stage_that_may_learn_from_something_is_one() -> None:
         Recipe(format_version=1, stages=[{"name": "shut", "logits": 0.0, "labels": 0.0}])
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp16"])
-def test_sixteen_bits_train_and_what_is_delivered_is_whole(kind: str) -> None:
+# torch computes fp16 on processors forty times slower
+@pytest.mark.parametrize(("kind", "steps"), [("bf16", 40), ("fp16", 8)])
+def test_sixteen_bits_train_and_what_is_delivered_is_whole(kind: str, steps: int) -> None:
     made = task()
-    done = recovered(damaged(made.model), made, PLAIN.model_copy(update={"autocast": kind}), Span(steps=40))
+    done = recovered(damaged(made.model), made, PLAIN.model_copy(update={"autocast": kind}), Span(steps=steps))
     assert done.better
     assert {tensor.dtype for tensor in done.model.state_dict().values() if tensor.is_floating_point()} == {
         torch.float32
