@@ -31,6 +31,10 @@ class Recovery:
     readings: Curve = ()
     frozen: Sequence[str] = ()
 
+    def is_of(self, mark: str) -> bool:
+        """Whether its weights are of the stage whose files have that mark in their names."""
+        return f"-{mark}-" in self.weights
+
 
 @dataclass(frozen=True)
 class Entrant:

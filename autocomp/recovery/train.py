@@ -89,8 +89,8 @@ def train(
         for path in (checkpoint, _previous(checkpoint)):
             path.unlink(missing_ok=True)
     notes = [f"batches were split into {run.parts} for want of memory"] if run.parts > 1 else []
-    if run.kept:
-        notes.append(f"kept in fp32, as {recipe.autocast} changes what they compute: {', '.join(run.kept)}")
+    if kept := run.precision.kept:
+        notes.append(f"kept in fp32, as {recipe.autocast} changes what they compute: {', '.join(kept)}")
     return Trained(converted(form), weights, run.step, run.seconds, run.thinned(), failure, tuple(notes))
 
 
@@ -124,7 +124,6 @@ class _Run:
     curve: list[tuple[float, float]] = field(default_factory=list)
     average: dict[str, Tensor] = field(default_factory=dict)
     stage: int = 0
-    kept: list[str] = field(default_factory=list)  # layers that stay in fp32, where others do not
 
     def __post_init__(self) -> None:
         self.narrow = self.form
@@ -145,7 +144,7 @@ class _Run:
     def _ready(self) -> None:
         """Take hold of the form that is to be trained."""
         self.precision = Autocast(self.recipe.autocast)
-        self.kept = self.precision.protect(self.form, self.teaching.calibration)
+        self.precision.protect(self.form, self.teaching.calibration)
         self.parameters = [p for p in self.form.parameters() if p.requires_grad and p.is_floating_point()]
         if not self.parameters:
             raise UsageError("nothing of this model can be trained: it has no weights in a form that learns")

@@ -93,7 +93,7 @@ def rows(run: Run) -> list[dict[str, Any]]:
     for entrant in run.recovery.entrants:
         point = points.get(entrant.id)
         done = point.evaluation.recovered if point is not None else None
-        if done is not None and run.recovery.mark and f"-{run.recovery.mark}-" not in done.weights:
+        if done is not None and run.recovery.mark and not done.is_of(run.recovery.mark):
             done = None  # an earlier training's
         drops = [*entrant.drops, *[None] * (count - len(entrant.drops))]
         sign = -1.0 if metric.higher_is_better else 1.0

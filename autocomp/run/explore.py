@@ -14,7 +14,7 @@ from autocomp.front.pareto import promising
 from autocomp.processes.pool import cores, map_in_processes
 from autocomp.progress import Stage
 from autocomp.records.candidate import Candidate, Method
-from autocomp.records.evaluation import Evaluation, untrained
+from autocomp.records.evaluation import Evaluation, Source, untrained
 from autocomp.records.precisions import FORMATS, FP32
 from autocomp.run.budget import BASELINES, TELLING
 from autocomp.run.expect import expect
@@ -136,13 +136,8 @@ class _Explorer:
 
     def _baselines(self, uniform: Sequence[Candidate]) -> None:
         """Tell and measure dense and the uniform compressions: they stand beside the front, and fit the latency models."""
-        self.search.enqueue(self.space.dense(), "dense")
-        for candidate in uniform:
-            self.search.enqueue(candidate, "uniform")
-        missing = {candidate.id for candidate in (self.space.dense(), *uniform)}
-        missing -= {evaluation.candidate.id for evaluation in self.search.told}  # by a run that was stopped
         with self.progress.stage("measuring baselines", 1 + len(uniform)) as stage:
-            list(self.teller.tell(self._ask_until(missing)))
+            self._tell([(self.space.dense(), "dense"), *((candidate, "uniform") for candidate in uniform)])
             baselines = [e for e in self.search.told if is_baseline(e.source)]
             stage.advance(1 + len(uniform) - len(baselines))  # some are the same
             dense = next((e for e in baselines if e.source == "dense" and e.state == "told"), None)
@@ -168,16 +163,21 @@ class _Explorer:
 
     def _replay(self) -> None:
         """Tell and measure what another run found."""
-        for choice in self.prepared.replayed:
-            self.search.enqueue(choice.candidate, "replay")
-        missing = {choice.candidate.id for choice in self.prepared.replayed}
-        missing -= {evaluation.candidate.id for evaluation in self.search.told}
         with self.progress.stage("measuring what is replayed", len(self.prepared.replayed)) as stage:
-            list(self.teller.tell(self._ask_until(missing)))
+            self._tell([(choice.candidate, "replay") for choice in self.prepared.replayed])
             todo = [e for e in self._searched() if e.state == "told"]
             stage.advance(len(self.prepared.replayed) - len(todo))
             self._measure(todo, stage, np.inf)
         self.costs.fit(self.search.told)
+
+    def _tell(self, chosen: Sequence[tuple[Candidate, Source]]) -> None:
+        """Tell these candidates, but those that a start before this one told."""
+        for candidate, source in chosen:
+            self.search.enqueue(candidate, source)
+        missing = {candidate.id for candidate, _ in chosen} - {
+            evaluation.candidate.id for evaluation in self.search.told
+        }
+        list(self.teller.tell(self._ask_until(missing)))
 
     def _ask_until(self, missing: set[str]) -> Iterator[Asked]:
         """Trials, until all of these candidates were among them."""

@@ -301,7 +301,7 @@ class Stage:
 
     def _is_ours(self, evaluation: Evaluation) -> bool:
         """Whether an evaluation has weights that this stage trained."""
-        return evaluation.recovered is not None and f"-{self.mark}-" in evaluation.recovered.weights
+        return evaluation.recovered is not None and evaluation.recovered.is_of(self.mark)
 
     def _trained(
         self, jobs: Sequence[Job], teaching: Teaching, rate: float
