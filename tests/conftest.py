@@ -111,6 +111,19 @@ def spaces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(folder / f"{name}.yaml") for name in ("wide", "full")}
 
 
+@pytest.fixture(scope="session")
+def recipe_at(tmp_path_factory: pytest.TempPathFactory) -> Callable[[float], str]:
+    """The path of a recipe like the default, at a learning rate that is stated."""
+    import yaml
+
+    def recipe(rate: float) -> str:
+        path = tmp_path_factory.mktemp("recipes") / "short.yaml"
+        path.write_text(yaml.safe_dump({"format_version": 1, "learning_rate": rate, "stages": [{"name": "distil"}]}))
+        return str(path)
+
+    return recipe
+
+
 @pytest.fixture
 def without_exports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the files of front points, half of the time of a run, where a test is about what goes before."""

@@ -34,11 +34,8 @@ TESTS = Path(tiny_task.__file__).parent
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The default, at a rate that is stated."""
-    path = tmp_path_factory.mktemp("recipes") / "short.yaml"
-    path.write_text(yaml.safe_dump({"format_version": 1, "learning_rate": 3e-3, "stages": [{"name": "distil"}]}))
-    return str(path)
+def recipe(recipe_at: Callable[[float], str]) -> str:
+    return recipe_at(3e-3)
 
 
 @pytest.fixture(scope="module")

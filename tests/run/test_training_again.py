@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny_task
 import torch
-import yaml
 
 import autocomp
 from autocomp.api import SearchResult
@@ -24,10 +24,8 @@ pytestmark = pytest.mark.usefixtures("short_tuning")
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("recipes") / "short.yaml"
-    path.write_text(yaml.safe_dump({"format_version": 1, "learning_rate": 1e-4, "stages": [{"name": "distil"}]}))
-    return str(path)
+def recipe(recipe_at: Callable[[float], str]) -> str:
+    return recipe_at(1e-4)
 
 
 @pytest.fixture(scope="module")
