@@ -30,9 +30,11 @@ from common import earlier, publish
 from prepared import TASKS, Prepared, prepare
 from torch import nn
 
+from autocomp.graph.graph import Layer
 from autocomp.hardware.profile import load_profile
 from autocomp.recovery.attention import Maps
 from autocomp.recovery.lessons import Teaching
+from autocomp.recovery.losses import shared_layers
 from autocomp.recovery.masks import Masks
 from autocomp.recovery.one import reading
 from autocomp.recovery.rate import search_rate
@@ -146,10 +148,7 @@ def measured(prepared: Prepared, wanted: list[str], keep: float, steps: int, see
         teaching = Teaching.of(prepared.task)
         teaching.lessons.draw(most=max(steps, 1))
         rates = search_rate(student, teaching, load_recipe("default"))
-        shared = {
-            name: None if layer.out_group is None else prepared.database.rows(name, candidate.widths[layer.out_group])
-            for name, layer in list(prepared.graph.layers.items())[:-1]
-        }
+        shared = shared_layers(prepared.graph, partial(rows_of, prepared, candidate))
         results = {}
         for name_of_way, way in ways.items():
             work = partial(trained, prepared, student, teaching, shared, rates.taken, steps, way)
@@ -165,6 +164,11 @@ def measured(prepared: Prepared, wanted: list[str], keep: float, steps: int, see
             "steps": steps, "rate": rates.taken, "keep": keep, "load": os.getloadavg()[0], "ways": results,
         }  # fmt: skip
     return {"dense": dense[name], "error": dense.errors().get(name), **found}
+
+
+def rows_of(prepared: Prepared, candidate: Any, layer: Layer) -> torch.Tensor | None:
+    """The output channels of a layer that a candidate keeps."""
+    return prepared.database.rows(layer.name, candidate.widths[layer.out_group or ""])
 
 
 def _alone(work: Any, seed: int) -> Any:

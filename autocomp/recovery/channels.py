@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from autocomp.errors import UsageError
-from autocomp.graph.graph import Graph, Group
+from autocomp.graph.graph import Graph, Group, Layer
 from autocomp.graph.removal import removed
 from autocomp.layers.convolution import Convolutions, Layers, Transposed, outputs_first
 from autocomp.recovery.forms.form import Training
 from autocomp.recovery.forms.whole import trainable
+from autocomp.recovery.losses import shared_layers
 
 REFRESHED = 8  # times that channels are chosen anew: every five passes of a training of forty
 SETTLED = 0.75  # of the stages, after which the choice stays. Both after the seed text's schedule, not measured
@@ -116,11 +117,12 @@ class Channels:
     def rows(self) -> dict[str, Tensor | None]:
         """By layer, the teacher's output channels that it has (None: all), as `losses.Features` takes them."""
         by_name = {group.name: group for group in self.wide.groups}
-        found: dict[str, Tensor | None] = {}
-        for name, layer in list(self.wide.graph.layers.items())[:-1]:
+
+        def kept(layer: Layer) -> Tensor | None:
             group = by_name.get(layer.out_group or "")
-            found[name] = None if group is None else group.rows_kept(name, self.kept[group.name])
-        return found
+            return None if group is None else group.rows_kept(layer.name, self.kept[group.name])
+
+        return shared_layers(self.wide.graph, kept)
 
 
 def unfit(model: nn.Module, graph: Graph) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch.nn import functional
 
 from autocomp.errors import UsageError, last_line
 from autocomp.tasks.divergence import Comparison
+
+if TYPE_CHECKING:
+    from autocomp.graph.graph import Graph, Layer
 
 STEADY = 1e-4  # of a channel's mean square: the least that its variance counts for
 
@@ -59,6 +62,12 @@ def sureness(comparison: Comparison, expected: Sequence[Tensor]) -> float:
             entropy = -(logs.exp() * logs).sum(-1).mean()
             found.append(1.0 - float(entropy / torch.tensor(float(rows.shape[-1])).log()))
     return sum(found) / len(found) if found else 1.0
+
+
+def shared_layers(graph: Graph, rows: Callable[[Layer], Tensor | None]) -> dict[str, Tensor | None]:
+    """The layers whose outputs teacher and student share, all but the last, as `Features` takes them; ``rows`` gives what a layer kept."""
+    layers = list(graph.layers.values())[:-1]
+    return {layer.name: None if layer.out_group is None else rows(layer) for layer in layers}
 
 
 class Features:

@@ -85,11 +85,12 @@ class Prepared:
 
     def shared_layers(self, candidate: Candidate) -> dict[str, torch.Tensor | None]:
         """The layers whose outputs a candidate shares with the uncompressed model, and which of its channels it kept (None: all)."""
+        from autocomp.recovery.losses import shared_layers
+
         candidate = self.space.normalise(candidate)
-        return {
-            name: None if layer.out_group is None else self.database.rows(name, candidate.widths[layer.out_group])
-            for name, layer in list(self.graph.layers.items())[:-1]
-        }
+        return shared_layers(
+            self.graph, lambda layer: self.database.rows(layer.name, candidate.widths[layer.out_group or ""])
+        )
 
     def wide(self, candidate: Candidate) -> Wide:
         """The candidate before its channels are chosen."""
