@@ -141,6 +141,8 @@ def _terms(table: LayerTable, names: Sequence[str], curves: Mapping[str, Floats]
         behind = np.zeros_like(behind)
     terms[names.index("pair of widths")] = np.sqrt(before * behind)
     terms[names.index("pair with method")] = np.sqrt((rest + by_rank) * (before + behind))
+    if table.out_group is not None:  # a layer that is left out costs nothing itself
+        terms[:, :, [o for o, width in enumerate(table.widths_out) if not width]] = 0.0
     return terms
 
 

@@ -190,6 +190,8 @@ def show_check(found: Mapping[str, Any]) -> None:
             output().print(
                 f"* approximate: {group['approximate']} is computed over the channels of {group['group']} that are left"
             )
+    if any(branch["offered"] for branch in found["branches"]):
+        output().print("0: the branch that ends there is left out whole, a constant in its place")
     layers = [
         [layer["layer"], layer["kind"], f"{layer['macs'] / 1e6:.3g}", ", ".join(layer["methods"])]
         for layer in found["layers"]

@@ -47,6 +47,12 @@ class Entry:
     parts: tuple[Part, ...]
     error: Tensor
 
+    def constant(self, rows: Tensor | None = None) -> Tensor:
+        """What a layer gives, by output channel, that keeps no inputs."""
+        bias = self.parts[0].bias
+        assert bias is not None
+        return bias if rows is None else bias[rows]
+
     def module(self, layer: Layer, original: nn.Module, rows: Tensor | None = None) -> nn.Module:
         """Return the module that computes the layer, with the output channels ``rows`` (None: all)."""
         if len(self.parts) == 1 and self.method.precision == FP32:
@@ -78,8 +84,24 @@ def compress_layer(
     which loses whole groups, ``rows`` are the output channels that stay with them.
     """
     assert isinstance(module, Layers)
+    if columns is not None and not len(columns):
+        return {Method(): _constant(module, layer, seen, rows)}
     task = _Compression(module, layer, seen, columns, rows, in_width, observer, update)
     return {method: task.entry(method) for method in methods}
+
+
+def _constant(module: AnyLayer, layer: Layer, seen: LayerStatistics, rows: Tensor | None) -> Entry:
+    """A layer without inputs: its mean output, before any BatchNorm. The error is what its output varies by."""
+    weight = outputs_first(module).detach().double().flatten(1)
+    if layer.conv_groups > 1:  # goes with its channels, whole
+        assert rows is not None
+        part, error = replace(whole_part(weight[rows]), bias=weight.new_zeros(0).float()), seen.fisher[rows]
+    else:
+        mean = weight @ seen.mean
+        mean = mean if module.bias is None else mean + module.bias.detach().double()
+        part = replace(whole_part(weight[:, :0]), bias=mean.float())
+        error = seen.fisher * (times(weight, seen.covariance) * weight).sum(1).clamp_min(0.0)
+    return Entry(layer.name, 0, Method(), (part,), error)
 
 
 class _Compression:

@@ -44,7 +44,7 @@ def order_group(
     All are judged by the Fisher-weighted error they leave in the consumers after the least-squares update, as the mean
     over ``widths`` of its logarithm. ``counts`` says how many units of each segment a width keeps.
     """
-    narrow = [width for width in widths if width < group.width]
+    narrow = [width for width in widths if 0 < width < group.width]
     if not narrow or not group.prunable:
         return torch.arange(group.width), "l1"
     readers = [Reader.of(model, graph, statistics, group, name) for name in group.consumers]

@@ -6,10 +6,11 @@ import copy
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from autocomp.compress.batchnorm import reestimate_batchnorm
-from autocomp.graph.program import tensor_at
+from autocomp.graph.branches import bypassed
+from autocomp.graph.program import CanonicalModel, tensor_at
 from autocomp.graph.removal import Changes, narrowed
 from autocomp.records.candidate import Candidate, Method
 
@@ -23,33 +24,48 @@ def stitch(
 ) -> nn.Module:
     """Return the candidate as a model of its own, in evaluation mode; ``model`` is not changed.
 
-    Tensors are really smaller, 8-bit layers are `QuantConv2d` or `QuantLinear`, factorised ones `nn.Sequential`. The
+    Tensors are really smaller, 8-bit layers are `QuantConv2d` or `QuantLinear`, factorised ones `nn.Sequential`, branches left out. The
     result can be exported, copied and saved. ``reestimate`` makes a pass over the calibration batches for BatchNorm.
     """
     candidate = database.space.normalise(candidate)
+    branches = [graph.branches[name] for name in database.space.left_out(candidate.widths)]
+    gone = {name for branch in branches for name in branch.layers}
+    ends = {name for branch in branches for name in branch.ends} - gone
+    constants: dict[str, Tensor] = {}
     memo: dict[int, object] = {}
     for name, layer in graph.layers.items():
+        if name in gone:
+            continue
         method = candidate.methods[name]
         width_in = database.widths_in(name)[0] if layer.in_group is None else candidate.widths[layer.in_group]
         rows = None
         if layer.out_group is not None:
             rows = database.rows(name, candidate.widths[layer.out_group])
+        if name in ends:
+            constants[name] = database.entry(name, 0, Method()).constant(rows)
+            continue
         if method == Method() and rows is None and width_in == database.widths_in(name)[0]:
             continue
         original = model.get_submodule(name)
         memo[id(original)] = database.entry(name, width_in, method).module(layer, original, rows)
     less: Counter[str] = Counter()  # by how much each size shrinks: one may follow several groups
+    lost = {name for branch in branches for name in branch.groups}
     for group in graph.groups.values():
+        if group.name in lost:
+            continue
         kept = database.kept(group.name, candidate.widths[group.name])
         if kept is not None:
             changes = narrowed(model, group, kept)
             memo |= {id(model.get_submodule(name)): module for name, module in changes.modules.items()}
             memo |= {id(tensor_at(model, path)): tensor for path, tensor in changes.tensors.items()}
             less.update(changes.sizes)
-    changed = bool(memo)
+    changed = bool(memo or constants)
     # Deep copies go through the memo: what was replaced is never copied.
     stitched: nn.Module = copy.deepcopy(model, memo).eval()
     Changes({}, {}, less).apply(stitched)
+    if constants:
+        assert isinstance(stitched, CanonicalModel)
+        stitched = bypassed(stitched, constants, database.statistics.batches[0])
     if changed and reestimate:
         reestimate_batchnorm(stitched, database.statistics.batches, database.statistics.axes)
     return stitched

@@ -180,12 +180,16 @@ class LatencyModel:
         return float(self._features(work) @ coefficients)
 
     def layer_seconds(self, layer: Layer, method: Method) -> tuple[float, int]:
-        """Predicted (seconds, kernels) of all calls of one layer of this shape."""
+        """Predicted (seconds, kernels) of all calls of one layer of this shape; none where nothing is left of it."""
+        if not layer.in_channels or not layer.out_channels:
+            return 0.0, 0
         work = [item for call in layer.each_call for item in layer_work(call, method, self.profile)]
         return sum(self.kernel_seconds(item) for item in work), len(work)
 
     def attention_seconds(self, group: Group, width: int) -> tuple[float, int]:
         """Predicted (seconds, kernels) of the products of attention, when a group keeps ``width`` units (heads)."""
+        if not width:
+            return 0.0, 0
         lanes = self.profile.lanes
         work = [
             Work("batch_matmul", (max(1, round(a.batch * width)), padded_rows(a.m), round_up(a.n, lanes)), (a.k,))

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from torch import Tensor, fx, nn
 
+from autocomp.graph.branches import find_branches
 from autocomp.graph.canonical import canonical
 from autocomp.graph.graph import Graph, Layer
 from autocomp.graph.graph import Group as Group
@@ -49,7 +50,8 @@ def analyse(model: nn.Module, example_inputs: tuple[Tensor, ...]) -> Graph:
             layers[name] = replace(layers[name], in_group=group.name)
     order = {name: index for index, name in enumerate(layers)}
     groups = dict(sorted(groups.items(), key=lambda item: order[item[0]]))
-    return Graph(layers, groups, other, skipped)
+    branches, whole = find_branches(model, example_inputs, layers, groups)
+    return Graph(layers, groups, other, skipped, branches, whole)
 
 
 def _layers(model: CanonicalModel, graph: fx.Graph) -> tuple[dict[str, Layer], dict[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -96,17 +96,42 @@ class Graph:
     """Layers and groups of a model by name, in the order of execution.
 
     ``other_bytes`` is the size of all parameters and buffers that belong to no layer and fold into none, at full width. ``skipped``
-    says of other convolutions and linear layers why they are left alone.
+    says of other convolutions and linear layers why they are left alone. ``branches`` are those that can be left out whole, by the group
+    that they end in, ``whole`` says of other groups why not.
     """
 
     layers: Mapping[str, Layer]
     groups: Mapping[str, Group]
     other_bytes: int = 0
     skipped: Mapping[str, str] = field(default_factory=dict)
+    branches: Mapping[str, Branch] = field(default_factory=dict)
+    whole: Mapping[str, str] = field(default_factory=dict)
+
+    def without(self, ended: Iterable[str]) -> Graph:
+        """The layers and groups that are left when the branches that end in these groups are left out."""
+        branches = [self.branches[name] for name in ended]
+        gone = {name for branch in branches for name in (*branch.ends, *branch.layers)}
+        lost = {name for branch in branches for name in branch.groups}
+        return replace(
+            self,
+            layers={name: layer for name, layer in self.layers.items() if name not in gone},
+            groups={name: group.without(gone) for name, group in self.groups.items() if name not in lost},
+            branches={name: branch for name, branch in self.branches.items() if name not in lost},
+        )
 
     def norms(self) -> dict[str, str]:
         """Map layer to the BatchNorm that follows it: what `fold_batchnorm` takes."""
         return {layer.name: layer.norm for layer in self.layers.values() if layer.norm is not None}
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What goes when a group loses all its units. ``ends`` are the layers that read it: constants take their places. ``layers`` are those that
+    nothing else needs, ``groups`` those that go with them, the group itself first."""
+
+    ends: tuple[str, ...]
+    layers: tuple[str, ...]
+    groups: tuple[str, ...]
 
 
 class Count(NamedTuple):
@@ -171,6 +196,16 @@ class Group:
     def columns_kept(self, name: str, kept: Tensor) -> Tensor:
         """Input columns (channels of a convolution) of a layer that are left when the units ``kept`` are."""
         return kept_places(self.columns[name], kept, self.width)
+
+    def without(self, layers: Collection[str]) -> Group:
+        """The group where some layers are gone."""
+        return replace(
+            self,
+            producers=tuple(name for name in self.producers if name not in layers),
+            consumers=tuple(name for name in self.consumers if name not in layers),
+            rows={name: units for name, units in self.rows.items() if name not in layers},
+            columns={name: units for name, units in self.columns.items() if name not in layers},
+        )
 
     def sizes(self) -> tuple[int, ...]:
         """Number of units of each segment."""

@@ -73,12 +73,13 @@ class Kept:
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """A layer as the report shows it: ``out_group`` (None: never narrowed) says whose width it keeps."""
+    """A layer as the report shows it: ``out_group`` (None: never narrowed) says whose width it keeps, ``in_group`` whose it reads."""
 
     name: str
     kind: str
     out_group: str | None
     out_channels: int
+    in_group: str | None = None
 
 
 @dataclass(frozen=True)

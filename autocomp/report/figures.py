@@ -307,6 +307,8 @@ def choices_text(evaluation: Evaluation, dense: Evaluation) -> str:
     parts = []
     if sum(full.values()):
         parts.append(f"{100 * sum(widths.values()) / sum(full.values()):.0f} % of channels")
+    if left := sum(width == 0 for width in widths.values()):
+        parts.append(f"{left} group{'s' if left > 1 else ''} left out whole")
     parts.append(
         f"{sum(FORMATS[m.precision].family.arithmetic is INT8 for m in methods)} of {len(methods)} layers int8"
     )

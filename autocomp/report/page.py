@@ -325,10 +325,12 @@ class Page:
             group = layer.out_group if layer else None
             dense = full.get(group, layer.out_channels if layer else 0) if group else layer.out_channels if layer else 0
             kept = widths.get(group, dense) if group else dense
+            left_out = layer is not None and 0 in (widths.get(layer.out_group or ""), widths.get(layer.in_group or ""))
+            kept = 0 if left_out else kept
             rows.append(
                 {
                     "name": name, "kind": layer.kind if layer else "", "kept": kept, "dense": dense,
-                    "share": kept / dense if dense else 1.0, "precision": method.precision,
+                    "share": kept / dense if dense else 1.0, "precision": "left out" if left_out else method.precision,
                     "rank": " × ".join(map(str, method.ranks)), "fixed": group is None,
                 }
             )  # fmt: skip

@@ -65,6 +65,10 @@ def checked(settings: Settings, progress: Progress | None = None) -> dict[str, A
             }
             for name, layer in graph.layers.items()
         ],
+        "branches": [
+            {"group": name, "offered": 0 in space.widths[name], "layers": [*branch.ends, *branch.layers]}
+            for name, branch in graph.branches.items()
+        ],
         "refused": [{"subject": r.subject, "option": r.option, "reason": r.reason} for r in space.refused],
     }
 

@@ -92,7 +92,7 @@ def _make_run(prepared: Prepared, found: Found) -> Run:
         hypervolume=tuple(found.search.hypervolume()),
         summary=_summary(prepared, found, objective),
         layers=tuple(
-            LayerInfo(layer.name, layer.kind, layer.out_group, layer.out_channels)
+            LayerInfo(layer.name, layer.kind, layer.out_group, layer.out_channels, layer.in_group)
             for layer in prepared.graph.layers.values()
         ),
         warnings=tuple(_warnings(found, points)),

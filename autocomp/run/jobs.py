@@ -67,13 +67,12 @@ def trained(
         shared = prepared.shared_layers(job.candidate) if recipe.learns_from("features") else None
         wide, notes = None, []
         if recipe.refreshes and begun is None:
-            if layer := unfit(model, prepared.graph):
+            wide = prepared.wide(job.candidate)
+            if layer := unfit(model, wide.graph):
                 notes = [
                     f"{job.candidate.id} kept the channels that compression chose: {layer} is factorised, in codebooks or in a loop"
                 ]
-                recipe = recipe.on_chosen_channels()
-            else:
-                wide = prepared.wide(job.candidate)
+                recipe, wide = recipe.on_chosen_channels(), None
         done = train(model, teaching, recipe, job.span, rate, shared, folder / f"{name}.part", begun, stop.is_set, wide)
         if not done.failure:
             stored.write(folder / name, {stored.FORM: done.weights})

@@ -89,7 +89,8 @@ class Prepared:
 
         candidate = self.space.normalise(candidate)
         return shared_layers(
-            self.graph, lambda layer: self.database.rows(layer.name, candidate.widths[layer.out_group or ""])
+            self.graph.without(self.space.left_out(candidate.widths)),
+            lambda layer: self.database.rows(layer.name, candidate.widths[layer.out_group or ""]),
         )
 
     def wide(self, candidate: Candidate) -> Wide:
@@ -97,7 +98,15 @@ class Prepared:
         from autocomp.recovery.channels import Wide, units_of
 
         candidate = self.space.normalise(candidate)
-        return Wide(self.task.model, self.graph, units_of(self.graph, candidate.widths, self.space.counts))
+        model, graph = self.task.model, self.graph
+        if ended := self.space.left_out(
+            candidate.widths
+        ):  # branches go at once, the channels of what is left are chosen
+            full = self.space.dense()
+            lost = {group: 0 for name in ended for group in graph.branches[name].groups}
+            model = self.stitch_untrained(Candidate({**full.widths, **lost}, full.methods))
+            graph = graph.without(ended)
+        return Wide(model, graph, units_of(graph, candidate.widths, self.space.counts))
 
     def keep_for_the_end(self, point: float) -> None:
         """Keep the minutes that the end of the run takes, where writing one point takes so many seconds."""

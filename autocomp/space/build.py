@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import gcd
 from pathlib import Path
@@ -29,6 +29,7 @@ def build_space(graph: Graph, space_file: SpaceFile | str | Path, profile: Targe
     _check_globs(graph, rules)
     builder = _Builder(graph, rules, profiles)
     counts = {group.name: builder.widths(group) for group in graph.groups.values()}
+    builder.leave_out(counts)
     widths = {name: tuple(offered) for name, offered in counts.items()}
     methods = {layer.name: builder.methods(layer) for layer in graph.layers.values()}
     for name, reason in graph.skipped.items():
@@ -62,7 +63,7 @@ class _Builder:
 
     def options(self, layer: str) -> Rule:
         """Merge the rules that match; without any, nothing is offered."""
-        merged: dict[str, Any] = {"keep": [1.0], "ranks": [], "spatial_ranks": [], "precisions": [FP32]}
+        merged: dict[str, Any] = {"keep": [1.0], "ranks": [], "spatial_ranks": [], "precisions": [FP32], "depth": False}
         for rule in self.rules.rules:
             if rule.matches(layer):
                 merged |= rule.model_dump(exclude={"layers"}, exclude_none=True)
@@ -96,6 +97,21 @@ class _Builder:
             else:
                 offered[width] = kept
         return offered
+
+    def leave_out(self, counts: Mapping[str, dict[int, tuple[int, ...]]]) -> None:
+        """Add the width 0 to the groups of every branch that may be left out."""
+        for name, branch in self.graph.branches.items():
+            members = (*branch.ends, *branch.layers)
+            protected = next((layer for layer in members if self.protected(layer)), "")
+            if all(self.options(layer).depth for layer in members):
+                if protected:
+                    self.refuse(name, "depth", f"layer {protected} is protected")
+                    continue
+                for group in branch.groups:
+                    counts[group][0] = (0,) * len(next(iter(counts[group].values())))
+        for name, reason in self.graph.whole.items():
+            if any(self.options(layer).depth for layer in self.graph.groups[name].producers):
+                self.refuse(name, "depth", reason)
 
     def _step(self, group: Group, segment: int) -> int:
         """Units of a segment that come in whole vectors (or steps of the space) in every layer; heads have a size of their own."""

@@ -34,6 +34,10 @@ class Rule(BaseModel):
         None, description="the same of a column and a row kernel in place of a square one"
     )
     precisions: list[Precision] | None = Field(None, description="what weights and activations may be stored in")
+    depth: bool | None = Field(
+        None,
+        description="whether a branch that has a way around it (a residual branch, a gate) may be left out whole, a constant in its place",
+    )
 
     @field_validator("keep", "ranks", "spatial_ranks", mode="before")
     @classmethod

@@ -45,8 +45,9 @@ class Space:
     """The legal choices: ``widths`` by group and ``methods`` by layer, each with the dense choice first.
 
     Widths count the units of a group: channels, or heads. Groups with one width and layers with one method are listed
-    too. ``lanes`` is the vector length widths and ranks are multiples of; ``counts`` says of each width how many units
-    of each segment it keeps; ``observer`` is what the ranges of 8-bit activations are chosen by.
+    too. A group of a branch that may be left out (`Graph.branches`) offers 0 last. ``lanes`` is the vector length widths and ranks
+    are multiples of; ``counts`` says of each width how many units of each segment it keeps; ``observer`` is what the ranges of 8-bit
+    activations are chosen by.
     """
 
     graph: Graph
@@ -80,7 +81,7 @@ class Space:
         widths = {
             name: options[0]
             if exact and self._approximate(name)
-            else min(options, key=lambda width: abs(width - keep * options[0]))
+            else min((width for width in options if width), key=lambda width: abs(width - keep * options[0]))
             for name, options in self.widths.items()
         }
         wanted = Method(precision)
@@ -102,15 +103,37 @@ class Space:
         return self.normalise(Candidate(widths, {name: pick(options) for name, options in self.methods.items()}))
 
     def normalise(self, candidate: Candidate) -> Candidate:
-        """Return the same choice without ranks that save nothing at the pruned shape: those layers are full rank."""
-        methods = {}
+        """Return the same choice without ranks that save nothing at the pruned shape: those layers are full rank.
+
+        Where a group of a branch keeps nothing, the whole branch goes.
+        """
+        widths, methods = self._whole_branches(candidate.widths), {}
         for name, method in candidate.methods.items():
-            inputs, outputs = self.shape(name, candidate.widths)
+            inputs, outputs = self.shape(name, widths)
             methods[name] = self.effective(name, inputs, outputs, method)
-        return Candidate(dict(candidate.widths), methods)
+        return Candidate(widths, methods)
+
+    def left_out(self, widths: Mapping[str, int]) -> list[str]:
+        """The groups in which the branches end that are left out at these widths; none that is inside another that goes."""
+        ended = [name for name in self.graph.branches if widths.get(name) == 0]
+        inside = {group for name in ended for group in self.graph.branches[name].groups[1:]}
+        return [name for name in ended if name not in inside]
+
+    def _whole_branches(self, widths: Mapping[str, int]) -> dict[str, int]:
+        whole = dict(widths)
+        for name in [name for name, width in widths.items() if width == 0]:
+            if name not in self.graph.branches:  # inside the smallest branch that it is part of
+                around = [b for b in self.graph.branches.values() if name in b.groups and 0 in self.widths[b.groups[0]]]
+                whole[min(around, key=lambda branch: len(branch.groups)).groups[0]] = 0
+        for name, branch in self.graph.branches.items():
+            if whole.get(name) == 0:
+                whole |= dict.fromkeys(branch.groups, 0)
+        return whole
 
     def effective(self, layer: str, inputs: int, outputs: int, method: Method) -> Method:
         """Return what ``method`` comes to at a shape (input columns, output channels): full rank where ranks waste."""
+        if not inputs or not outputs:  # nothing is left of it
+            return Method()
         if method.ranks and rank_waste(resized(self.graph.layers[layer], inputs, outputs), method.ranks):
             return Method(method.precision)
         return method
