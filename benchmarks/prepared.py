@@ -21,7 +21,7 @@ from autocomp.hardware.profile import load_profile
 from autocomp.progress import Progress
 from autocomp.records.candidate import Candidate
 from autocomp.run.prepare_task import compressed_layers, prepare_task
-from autocomp.space.file import load_space
+from autocomp.space.file import SpaceFile, load_space
 from autocomp.space.space import Space
 from autocomp.tasks.task import Task, evaluate_task, load_task
 
@@ -52,10 +52,11 @@ class Prepared:
         return value if self.task.higher_is_better else -value
 
 
-def prepare(name: str, space: str = "default", samples: int = 256, folder: Path | None = None) -> Prepared:
+def prepare(name: str, space: str | SpaceFile = "default", samples: int = 256, folder: Path | None = None) -> Prepared:
     """Load a task (training its model unless it is cached) and build its layer database, in a temporary folder unless given."""
     torch.set_num_threads(1)
-    ready = prepare_task(load_task(name), load_space(space), [load_profile("x86-host")], samples)
+    rules = space if isinstance(space, SpaceFile) else load_space(space)
+    ready = prepare_task(load_task(name), rules, [load_profile("x86-host")], samples)
     folder = folder or Path(tempfile.mkdtemp(prefix="autocomp-benchmark-"))
     statistics, database = compressed_layers(ready, folder, samples, 0, Progress())
     return Prepared(ready.task, ready.graph, ready.space, statistics, database, additive_model(database.tables()))

@@ -32,6 +32,7 @@ from autocomp.processes.pool import map_in_processes
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation
 from autocomp.run.explore import SOLVER_SEEDS, UNIFORM_KEEPS
+from autocomp.space.file import SpaceFile
 from autocomp.study.costs import Costs
 from autocomp.study.samplers import OURS
 from autocomp.study.solver import Problem, neighbours, solve_front
@@ -53,8 +54,8 @@ class Told(NamedTuple):
 class Bench:
     """A task with what its candidates cost."""
 
-    def __init__(self, name: str) -> None:
-        self.prepared: Prepared = prepare(name)
+    def __init__(self, name: str, space: str | SpaceFile = "default") -> None:
+        self.prepared: Prepared = prepare(name, space)
         device = open_device(load_profile("x86-host"))
         device.model.fit_kernels(device.store.records())
         space, graph = self.prepared.space, self.prepared.graph

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from autocomp.recovery.forms.whole import converted, trainable
 from autocomp.recovery.lessons import Lesson, Teaching
 from autocomp.recovery.losses import Features
 from autocomp.recovery.masks import Masks
+from autocomp.recovery.memory import PARTS, PROBED, parts_of
 from autocomp.recovery.objective import batch_loss
 from autocomp.recovery.recipe import Phase, Recipe
 from autocomp.recovery.refit import observed, refit, set_rounding
@@ -31,7 +33,6 @@ CHECKPOINT = 20.0  # seconds between two
 CURVE = 60  # points of a curve at most
 SMOOTH = 0.9  # of the losses that a curve shows
 STOPPED = "it was stopped"
-PARTS = 64  # of a batch at most, where memory runs out
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def train(
     if checkpoint is not None and failure != STOPPED:
         for path in (checkpoint, _previous(checkpoint)):
             path.unlink(missing_ok=True)
-    notes = [f"batches were split into {run.parts} for want of memory"] if run.parts > 1 else []
+    notes = [f"batches went through in {run.parts} parts, to take less memory"] if run.parts > 1 else []
     if kept := run.precision.kept:
         notes.append(f"kept in fp32, as {recipe.autocast} changes what they compute: {', '.join(kept)}")
     return Trained(converted(form), weights, run.step, run.seconds, run.thinned(), failure, tuple(notes))
@@ -121,6 +122,7 @@ class _Run:
     step: int = 0
     seconds: float = 0.0
     parts: int = 1  # that a batch is split into
+    sized: bool = False  # whether it was looked at in this stage how many these must be
     curve: list[tuple[float, float]] = field(default_factory=list)
     average: dict[str, Tensor] = field(default_factory=dict)
     stage: int = 0
@@ -218,7 +220,7 @@ class _Run:
             refit(self.form)
         self.form.train()
         set_rounding(self.form, after.rounding)
-        self.stage, self.optimizer, self.average = index, self._optimizer(), {}
+        self.stage, self.optimizer, self.average, self.sized = index, self._optimizer(), {}, False
 
     def _look(self) -> None:
         """Have the model see the calibration data."""
@@ -260,6 +262,8 @@ class _Run:
         self.masks.begin(stage, self.step, within)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * learning_rate(self.recipe.schedule, within)
+        if not self.sized:
+            self.parts, self.sized = max(self.parts, self._parts(stage, within, lesson)), True
         while True:
             self.optimizer.zero_grad()
             try:
@@ -282,25 +286,32 @@ class _Run:
             self._average()
         return total
 
+    def _parts(self, stage: Phase, within: float, lesson: Lesson) -> int:
+        """In how many parts lessons go through."""
+        if lesson.samples <= PROBED or not _splits(lesson):
+            return 1
+        few = self._piece(lesson, 0, PROBED)
+
+        def loss() -> Tensor:
+            return batch_loss(self.form, self.teaching, self.features, stage, within, few, self.precision)
+
+        return parts_of(self.form, lesson.samples, loss)
+
     def _pieces(self, lesson: Lesson) -> list[Lesson]:
         """The lesson, in parts where memory does not suffice; a target that is no tensor of samples cannot be split."""
         if self.parts == 1:
             return [lesson]
-        pieces = []
-        for k in range(self.parts):
-            start, stop = (lesson.samples * j // self.parts for j in (k, k + 1))
-            target = lesson.target
-            if isinstance(target, Tensor) and target.dim() and len(target) == lesson.samples:
-                target = target[start:stop]
-            elif target is not None:
-                raise UsageError(
-                    "memory ran out, and batches cannot be split as their targets are no tensor of samples: use smaller ones"
-                )
-            rows = [row[start:stop] for row in lesson.rows]
-            pieces.append(
-                Lesson(part(lesson.inputs, start, stop - start, self.teaching.axes), target, rows, stop - start)
+        if not _splits(lesson):
+            raise UsageError(
+                "memory ran out, and batches cannot be split as their targets are no tensor of samples: use smaller ones"
             )
-        return pieces
+        ends = [lesson.samples * k // self.parts for k in range(self.parts + 1)]
+        return [self._piece(lesson, start, stop) for start, stop in pairwise(ends) if stop > start]
+
+    def _piece(self, lesson: Lesson, start: int, stop: int) -> Lesson:
+        target = lesson.target if lesson.target is None else lesson.target[start:stop]
+        rows = [row[start:stop] for row in lesson.rows]
+        return Lesson(part(lesson.inputs, start, stop - start, self.teaching.axes), target, rows, stop - start)
 
     def _backward(self, stage: Phase, within: float, lesson: Lesson, samples: int) -> float:
         """Add the gradients of a part of a batch of so many samples; its share of the loss."""
@@ -365,6 +376,11 @@ class _Run:
             self.curve = [(along, loss) for along, loss in data["curve"]]
             self.precision.take_up(data.get("scaler", {}))
             return
+
+
+def _splits(lesson: Lesson) -> bool:
+    target = lesson.target
+    return target is None or (isinstance(target, Tensor) and target.dim() > 0 and len(target) == lesson.samples)
 
 
 def _previous(path: Path) -> Path:

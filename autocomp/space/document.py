@@ -19,6 +19,7 @@ _ADVICE = {
 
 def page() -> str:
     """Markdown."""
+    from autocomp.graph.branches import MEETS
     from autocomp.graph.labels import AXIS, MOVES, REDUCE, RELATIVE, SPATIAL
     from autocomp.graph.layer_calls import LAYER_CALLS
     from autocomp.graph.recurrent_calls import EXPANSIONS
@@ -55,6 +56,12 @@ def page() -> str:
         "marks such groups with a star, uniform baselines leave them whole where others can be narrowed, and the divergence says what each\n"
         "width costs. `rotate: true` in a search space first turns residual streams (of pre-norm Transformers, between linear layers alone) to\n"
         "their principal directions, of which the last can go at a fraction of that cost.\n",
+        "## What may be left out whole\n\n"
+        "Where a search space says `depth: true`, a branch may go as a whole: attention, a feed-forward part, the convolutions of a\n"
+        "residual block, the gate of a squeeze-and-excite. What read its last channels becomes the constant that it gave on average, and\n"
+        "what was computed for it alone goes too. There must be a way around the branch, and it must meet the data again in one of\n"
+        f"{_names(MEETS)}: concatenated branches, and layers of a chain, cannot go. `autocomp check` shows the width 0 where it is\n"
+        "offered, and says why where it is not.\n",
         "## What keeps channels, and what to do\n\n"
         "| what | why | what to do |\n| --- | --- | --- |\n"
         "| the model's inputs and outputs | their number is the model's interface | - |\n"

@@ -1,0 +1,104 @@
+"""What a search space is worth: four widths a group, a finer one, and branches that may be left out whole.
+
+    python benchmarks/spaces.py [--task digits examples.pretrained.crepe:task ...] [--trials 300] [--seeds 3] [--quick]
+
+Every space is searched by autocomp's engine as in `benchmarks/search.py`: divergences are measured, seconds predicted from the kernels in the
+cache (fill it by a search first), so that no timing disturbs the comparison. "At equal seconds" is after as many seconds, the layer database
+included, as the default space took for all its trials.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from common import earlier, publish
+from prepared import TASKS
+from search import Bench, Told, feasible, run, volume
+
+from autocomp.hardware.profile import load_profile
+from autocomp.processes.pool import map_in_processes
+from autocomp.space.file import Rule, SpaceFile, load_space
+from autocomp.study.samplers import OURS
+
+FINE = Rule(layers="*", keep=[1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125], ranks=[0.75, 0.625, 0.5, 0.375, 0.25])
+MEASURES = ("hypervolume", "at equal seconds", "feasible")
+DEPTH = {"without depth": Rule(layers="*", depth=False), "with depth": Rule(layers="*", depth=True)}
+
+
+def spaces() -> dict[str, SpaceFile]:
+    """The default space with and without depth, and in finer steps."""
+    plain = load_space("default")
+
+    def more(*rules: Rule) -> SpaceFile:
+        return plain.model_copy(update={"rules": [*plain.rules, *rules]})
+
+    without, depth = DEPTH.values()
+    return {
+        "four widths": more(without),
+        "finer": more(without, FINE),
+        "with depth": more(depth),
+        "finer, with depth": more(depth, FINE),
+    }
+
+
+def compared(task: str, trials: int, seeds: int) -> dict[str, dict[str, Any]]:
+    """By space: how many candidates there are, and of each measure a value for each seed."""
+    told: dict[str, list[list[Told]]] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for name, space in spaces().items():
+        start = time.perf_counter()
+        bench = Bench(task, space)
+        before = time.perf_counter() - start
+        jobs = [(OURS, seed) for seed in range(seeds)]
+        runs = list(map_in_processes(partial(run, bench, trials), jobs, 2))
+        told[name] = [[one._replace(at=one.at + before) for one in trials_of] for trials_of in runs]
+        found[name] = {"candidates": float(bench.prepared.space.size)}
+    for name, runs in told.items():
+        limits = [first[-1].at for first in told["four widths"]]
+        within = [[one for one in trials_of if one.at <= limit] for trials_of, limit in zip(runs, limits, strict=True)]
+        found[name] |= {
+            "hypervolume": [volume(trials_of) for trials_of in runs],
+            "at equal seconds": [volume(trials_of) for trials_of in within],
+            "feasible": [feasible(trials_of) for trials_of in runs],
+            "seconds": [trials_of[-1].at for trials_of in runs],
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", nargs="+", default=list(TASKS), help="built-in tasks, or module:function")
+    parser.add_argument("--trials", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="a smoke test: nothing is written")
+    options = parser.parse_args()
+    if options.quick:
+        options.task, options.trials, options.seeds = ["digits"], 25, 1
+    found = earlier("spaces", "tasks") if not options.quick else {}
+    for name in options.task:
+        found[name] = compared(name, options.trials, options.seeds)
+
+    def text(values: Sequence[float]) -> str:
+        return f"{np.mean(values):.4f} ± {np.std(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
+
+    rows = [
+        [task, space, f"{of['candidates']:.1e}", *(text(of[measure]) for measure in MEASURES), f"{np.mean(of['seconds']):.1f}"]
+        for task, by_space in found.items()
+        for space, of in by_space.items()
+    ]  # fmt: skip
+    notes = [
+        f"{options.trials} told trials, {options.seeds} seeds: mean and standard deviation. Divergence is measured, seconds are predicted. "
+        "Two runs at a time on two cores. Finer: eight shares of the channels and five of the ranks."
+    ]
+    headings = ["task", "space", ">candidates"]
+    headings += [">hypervolume", ">at equal seconds", ">feasible seconds / dense", ">seconds"]
+    publish("spaces", headings, rows, {"tasks": found}, load_profile("x86-host"), notes, not options.quick, "tasks")
+
+
+if __name__ == "__main__":
+    main()
