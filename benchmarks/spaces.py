@@ -82,6 +82,11 @@ def main() -> None:
     found = earlier("spaces", "tasks") if not options.quick else {}
     for name in options.task:
         found[name] = compared(name, options.trials, options.seeds)
+        written(found, options)
+
+
+def written(found: dict[str, Any], options: argparse.Namespace) -> None:
+    """The table, after each task."""
 
     def text(values: Sequence[float]) -> str:
         return f"{np.mean(values):.4f} ± {np.std(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"

@@ -109,8 +109,9 @@ def test_the_mean_is_the_best_constant_and_the_error_is_what_is_lost(made):
             torch.testing.assert_close(entry.constant(), mean.float())
 
 
-def test_what_is_left_out_has_no_bytes_but_its_constants_and_no_error_but_its_ends(made):
-    pipeline, database = made["plain"]
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_left_out_has_no_bytes_but_its_constants_and_no_error_but_its_ends(made, kind):
+    pipeline, database = made[kind]
     space, graph = pipeline.space, pipeline.graph
     tables = {table.layer: table for table in database.tables()}
     for name, branch in graph.branches.items():
