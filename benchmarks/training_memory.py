@@ -9,7 +9,10 @@ whose peak it is: the layer database while it is made, teacher, student, optimis
 from __future__ import annotations
 
 import argparse
+import json
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +26,6 @@ from zoo.inputs import smooth_noise
 
 from autocomp.database.stitch import stitch
 from autocomp.hardware.profile import load_profile
-from autocomp.processes.pool import map_in_processes
 from autocomp.progress import Progress
 from autocomp.recovery.lessons import Teaching
 from autocomp.recovery.losses import shared_layers
@@ -61,6 +63,13 @@ def measured(recipe: str, batch: int, steps: int) -> dict[str, float]:
     return {"before": before, "peak": peak(), "seconds": (time.perf_counter() - start) / done.steps}
 
 
+def in_a_process(recipe: str, batch: int, steps: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--inside", "--recipe", recipe, "--batch", str(batch), "--steps", str(steps)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def peak() -> float:
     """GB of memory that this process has taken at most."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -72,14 +81,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="a smoke test: nothing is written")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.inside:
+        print(json.dumps(measured(options.recipe[0], options.batch, options.steps)))
+        return
     if options.quick:
         options.recipe, options.batch = ["default"], 8
     found: dict[str, Any] = {} if options.quick else earlier("training_memory", "recipes")
     for recipe in options.recipe:
-        found[recipe] = next(
-            iter(map_in_processes(lambda name: measured(name, options.batch, options.steps), [recipe], 2))
-        )
+        found[recipe] = in_a_process(recipe, options.batch, options.steps)
     rows = [
         [name, f"{one['before']:.2f} GB", f"{one['peak']:.2f} GB", f"<= {LIMIT:g} GB", f"{one['seconds']:.1f}"]
         for name, one in found.items()
