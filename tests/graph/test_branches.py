@@ -73,6 +73,20 @@ class Joined(nn.Module):
         return self.head(torch.cat([x, self.b(self.a(x).relu())], 1).relu())
 
 
+class Either(nn.Module):
+    """Two branches, each the way around the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Bottleneck(), Bottleneck()
+
+    def forward(self, x: Tensor) -> Tensor:
+        def of(branch: nn.Module) -> Tensor:
+            return branch.conv3(branch.conv2(branch.conv1(x)).relu())
+
+        return (of(self.a) + of(self.b)).relu()
+
+
 PICTURE = torch.randn(2, 3, 6, 6)
 
 
@@ -85,6 +99,7 @@ FOUND = {
     "written into": (on_pictures(Bottleneck(into=True)), PICTURE, {"1.conv2"}),
     "gate": (on_pictures(Gate()), PICTURE, {"1.down"}),
     "transformer": (nn.Sequential(Block(), Block()), torch.randn(2, 6, 16), {f"{i}.{n}" for i in "01" for n in ("qkv", "fc1")}),
+    "either": (on_pictures(Either()), PICTURE, {"1.a.conv2"}),
     "joined": (on_pictures(Joined()), PICTURE, set()),
     "chain": (on_pictures(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1)), PICTURE, set()),
 }  # fmt: skip
