@@ -8,7 +8,7 @@ can go: a block of a ResNet, a feed-forward or attention branch, a module of a C
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -50,7 +50,7 @@ def find_branches(
 
     Any of them can be left out beside any others: where each of two is the way around the other, the first is found. ``model`` is one that
     ``observe`` has seen with the ``inputs``. Those found are tried: left out all at once, the model must say what it says when the layers
-    that read them are given weights of 0.
+    that read them are given weights of 0; with inputs of half a size too, where it takes such.
     """
     found: dict[str, Branch] = {}
     refused: dict[str, str] = {}
@@ -260,7 +260,7 @@ def _collapsed(value: Tensor) -> Tensor:
 
 
 def _works(model: CanonicalModel, inputs: Sequence[Tensor], ends: Iterable[str]) -> bool:
-    """Whether the model with those layers bypassed says what it says with weights of 0 and those constants as their biases."""
+    """Whether the model with those layers bypassed says what it says with weights of 0 and those constants as their biases, at every size."""
     from autocomp.layers.narrow import with_weights
 
     generator = torch.Generator().manual_seed(0)
@@ -271,14 +271,36 @@ def _works(model: CanonicalModel, inputs: Sequence[Tensor], ends: Iterable[str])
         constants[name] = torch.randn(_channels(module), generator=generator)
         weight = torch.zeros_like(module.weight)  # type: ignore[arg-type]
         blind.set_submodule(name, with_weights(module, weight, constants[name]))  # type: ignore[arg-type]
+    with torch.no_grad():
+        try:
+            small = bypassed(model, constants, inputs)
+        except Exception:  # whatever an operation says to a constant: the branch stays
+            return False
+        return all(_same(blind, small, given) for given in (inputs, *_halved(inputs)))
+
+
+def _same(model: nn.Module, small: nn.Module, inputs: Sequence[Tensor]) -> bool:
+    """Whether two models say the same, where the first takes inputs of these sizes."""
     try:
-        with torch.no_grad():
-            expected = blind(*(t.clone() for t in inputs))
-            found = bypassed(model, constants, inputs)(*(t.clone() for t in inputs))
-    except Exception:  # whatever an operation says to a constant: the branch stays
+        expected = model(*(t.clone() for t in inputs))
+    except Exception:
+        return True
+    try:
+        found = small(*(t.clone() for t in inputs))
+    except Exception:
         return False
     pairs = zip(_tensors(expected), _tensors(found), strict=True)
     return all(a.shape == b.shape and torch.allclose(a, b, 1e-3, 1e-4, equal_nan=True) for a, b in pairs)
+
+
+def _halved(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The inputs with half of a size, for each size that they have: what a branch gives must not depend on lengths."""
+    for size in sorted({size for tensor in inputs for size in tensor.shape if size > 1}):
+        half = list(inputs)
+        for at, tensor in enumerate(inputs):
+            for axis in (axis for axis, own in enumerate(tensor.shape) if own == size):
+                half[at] = half[at].narrow(axis, 0, size // 2)
+        yield half
 
 
 def _channels(module: nn.Module) -> int:
