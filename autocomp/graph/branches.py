@@ -8,7 +8,7 @@ can go: a block of a ResNet, a feed-forward or attention branch, a module of a C
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -48,8 +48,9 @@ def find_branches(
 ) -> tuple[dict[str, Branch], dict[str, str]]:
     """Return the branches that can be left out, by the group that they end in, and of other groups why not.
 
-    ``model`` is one that ``observe`` has seen with the ``inputs``. Those found are tried: left out all at once, the model must say what it
-    says when the layers that read them are given weights of 0.
+    Any of them can be left out beside any others: where each of two is the way around the other, the first is found. ``model`` is one that
+    ``observe`` has seen with the ``inputs``. Those found are tried: left out all at once, the model must say what it says when the layers
+    that read them are given weights of 0; with inputs of half a size too, where it takes such.
     """
     found: dict[str, Branch] = {}
     refused: dict[str, str] = {}
@@ -57,6 +58,8 @@ def find_branches(
         branch = _branch(model, layers, groups, group)
         if isinstance(branch, str):
             refused[group.name] = branch
+        elif why := _hindrance(model, layers, [end for other in (*found.values(), branch) for end in other.ends]):
+            refused[group.name] = f"with the branches before it left out too: {why}"
         else:
             found[group.name] = branch
     if found and not _works(model, inputs, [end for branch in found.values() for end in branch.ends]):
@@ -118,25 +121,37 @@ def _branch(
     kept = [name for name in group.consumers if min(group.columns[name]) < 0 or layers[name].loop]
     if kept:
         return f"{kept[0]} reads other channels too"
+    if why := _hindrance(model, layers, group.consumers):
+        return why
     cut = _cut(graph, group.consumers)
-    outputs = next(node for node in graph.nodes if node.op == "output").all_input_nodes
     ends = {node for node in graph.nodes if node.op == "call_module" and str(node.target) in group.consumers}
-    if any(_inputs(node, frozenset()) != _inputs(node, ends) for node in outputs):
-        return "there is no way around it"
-    for node in cut.alive - cut.constant:
-        if any(source in cut.constant for source in node.all_input_nodes) and not _takes_constants(node, cut):
-            return f"what it gives goes through {where(node)}, which takes no constant"
     called = {str(node.target) for node in graph.nodes if node.op == "call_module" and node not in ends}
-    inside = {str(node.target) for node in cut.constant - ends if node.op == "call_module"}
     needed = {str(node.target) for node in cut.alive - cut.constant if node.op == "call_module"}
-    if after := [name for name in layers if name in inside]:
-        return f"{after[0]} would have nothing but a constant to read"
     # a loop's recurrent weight is a module inside the one that is called
     gone = tuple(n for n in layers if n not in group.consumers and _caller(n, called) not in needed)
     if any(name not in gone for name in group.producers):
         return "what makes its channels is needed elsewhere"
     own = [name for name, other in groups.items() if name != group.name and set(other.producers) <= set(gone)]
     return Branch(tuple(group.consumers), gone, (group.name, *own))
+
+
+def _hindrance(model: CanonicalModel, layers: Mapping[str, Layer], names: Iterable[str]) -> str:
+    """Why the layers of these names cannot all give constants; empty if they can, and then any of them can."""
+    graph = model.code.graph
+    assert graph is not None
+    cut = _cut(graph, names)
+    ends = {node for node in graph.nodes if node.op == "call_module" and str(node.target) in set(names)}
+    outputs = next(node for node in graph.nodes if node.op == "output").all_input_nodes
+    if any(_inputs(node, frozenset()) != _inputs(node, ends) for node in outputs):
+        return "there is no way around it"
+    for node in graph.nodes:
+        reads = node.op not in ("placeholder", "output") and node not in cut.constant
+        if reads and any(n in cut.constant for n in node.all_input_nodes) and not _takes_constants(node, cut):
+            return f"what it gives goes through {where(node)}, which takes no constant"
+    inside = {str(node.target) for node in cut.constant - ends if node.op == "call_module"}
+    if after := [name for name in layers if name in inside]:
+        return f"{after[0]} would have nothing but a constant to read"
+    return ""
 
 
 def _takes_constants(node: fx.Node, cut: _Cut) -> bool:
@@ -245,7 +260,7 @@ def _collapsed(value: Tensor) -> Tensor:
 
 
 def _works(model: CanonicalModel, inputs: Sequence[Tensor], ends: Iterable[str]) -> bool:
-    """Whether the model with those layers bypassed says what it says with weights of 0 and those constants as their biases."""
+    """Whether the model with those layers bypassed says what it says with weights of 0 and those constants as their biases, at every size."""
     from autocomp.layers.narrow import with_weights
 
     generator = torch.Generator().manual_seed(0)
@@ -256,14 +271,36 @@ def _works(model: CanonicalModel, inputs: Sequence[Tensor], ends: Iterable[str])
         constants[name] = torch.randn(_channels(module), generator=generator)
         weight = torch.zeros_like(module.weight)  # type: ignore[arg-type]
         blind.set_submodule(name, with_weights(module, weight, constants[name]))  # type: ignore[arg-type]
+    with torch.no_grad():
+        try:
+            small = bypassed(model, constants, inputs)
+        except Exception:  # whatever an operation says to a constant: the branch stays
+            return False
+        return all(_same(blind, small, given) for given in (inputs, *_halved(inputs)))
+
+
+def _same(model: nn.Module, small: nn.Module, inputs: Sequence[Tensor]) -> bool:
+    """Whether two models say the same, where the first takes inputs of these sizes."""
     try:
-        with torch.no_grad():
-            expected = blind(*(t.clone() for t in inputs))
-            found = bypassed(model, constants, inputs)(*(t.clone() for t in inputs))
-    except Exception:  # whatever an operation says to a constant: the branch stays
+        expected = model(*(t.clone() for t in inputs))
+    except Exception:
+        return True
+    try:
+        found = small(*(t.clone() for t in inputs))
+    except Exception:
         return False
     pairs = zip(_tensors(expected), _tensors(found), strict=True)
     return all(a.shape == b.shape and torch.allclose(a, b, 1e-3, 1e-4, equal_nan=True) for a, b in pairs)
+
+
+def _halved(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The inputs with half of a size, for each size that they have: what a branch gives must not depend on lengths."""
+    for size in sorted({size for tensor in inputs for size in tensor.shape if size > 1}):
+        half = list(inputs)
+        for at, tensor in enumerate(inputs):
+            for axis in (axis for axis, own in enumerate(tensor.shape) if own == size):
+                half[at] = half[at].narrow(axis, 0, size // 2)
+        yield half
 
 
 def _channels(module: nn.Module) -> int:

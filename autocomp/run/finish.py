@@ -146,11 +146,15 @@ def _decides(kind: str) -> bool:
 def _timed_again(
     prepared: Prepared, found: Found, dense: Evaluation, points: list[FrontPoint]
 ) -> tuple[Evaluation, list[FrontPoint]]:
-    """Dense and the front with times taken in turn, and without the points that are dominated by these times."""
+    """Dense and the front with times taken in turn, and without the points that are dominated by these times, by dense too."""
     dense, *again = timed_in_turn(prepared, found, dense, [point.evaluation for point in points])
     by_trial = {e.trial: replace(point, evaluation=e) for point, e in zip(points, again, strict=True)}
     judge = replace(found.judge(), dense=dense)
-    kept = [by_trial[e.trial] for e in delivered(again, judge, prepared.settings.speedups, list(prepared.devices))]
+    measured = again if dense.trial in by_trial else [dense, *again]
+    front = delivered(measured, judge, prepared.settings.speedups, list(prepared.devices))
+    if any(e.trial == dense.trial for e in front) and dense.trial not in by_trial:
+        by_trial[dense.trial] = write_points(prepared, [dense])[0]
+    kept = [by_trial[e.trial] for e in front]
     for point in by_trial.values():
         place = prepared.folder / "models" / point.evaluation.candidate.id
         if point in kept:

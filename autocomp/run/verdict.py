@@ -145,10 +145,11 @@ class _Checks:
         return checks
 
     def _files(self) -> Check:
-        """Whether every file is the one that the run wrote."""
+        """Whether every file is the one that the run wrote, and the manifest says of the point what the run does."""
         from autocomp.export.files import checksum
 
-        said, whose = dict(self._manifest()["sha256"]), self._manifest().get("id", self.place.name)
+        manifest = self._manifest()
+        said, whose = dict(manifest["sha256"]), manifest.get("id", self.place.name)
         there = [name for name in said if (self.place / name).is_file()]
         wrong = [name for name in there if checksum(self.place / name) != said[name]]
         gone = [name for name in said if name not in there]
@@ -156,9 +157,25 @@ class _Checks:
             return _check("files", Verdict.REGRESSION, f"the manifest is of another point, {whose}")
         if wrong:
             return _check("files", Verdict.REGRESSION, f"not as the run wrote them: {', '.join(wrong)}")
+        if other := self._otherwise(manifest):
+            return _check(
+                "files", Verdict.REGRESSION, f"the manifest has other numbers than the run: {', '.join(other)}"
+            )
         if gone or not said:
             return _check("files", Verdict.CANNOT_RUN, f"not there: {', '.join(gone) or 'any'}")
         return _check("files", Verdict.ACCEPT, f"{len(said)} files as the run wrote them")
+
+    def _otherwise(self, manifest: Any) -> list[str]:
+        """What the manifest says otherwise than the run; its bytes are counted."""
+        point = self.point.record.evaluation
+        seconds = {name: latency.seconds for name, latency in point.latency.items()}
+        said = {name: latency["seconds"] for name, latency in manifest["latency"].items()}
+        pairs = {
+            "what was chosen": (manifest["candidate"], point.candidate.to_json()),
+            "metrics": (manifest["metrics"], dict(point.metrics)),
+            "latency": (said, seconds),
+        }
+        return [name for name, (there, here) in pairs.items() if there != here]
 
     def _task(self, task: Task) -> Check:
         """Whether the model, its data and how it is judged are those that the run was made from."""

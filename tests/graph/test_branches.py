@@ -73,6 +73,42 @@ class Joined(nn.Module):
         return self.head(torch.cat([x, self.b(self.a(x).relu())], 1).relu())
 
 
+class Either(nn.Module):
+    """Two branches, each the way around the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = Bottleneck(), Bottleneck()
+
+    def forward(self, x: Tensor) -> Tensor:
+        def of(branch: nn.Module) -> Tensor:
+            return branch.conv3(branch.conv2(branch.conv1(x)).relu())
+
+        return (of(self.a) + of(self.b)).relu()
+
+
+class Counted(nn.Module):
+    """A gate that is a sum over all steps: what a constant comes to depends on their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(16, 4), nn.Linear(4, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(self.down(x).relu()).sum(1, keepdim=True)
+
+
+class Framed(nn.Module):
+    """A branch that is padded with zeros behind its last layer: what it gives is no constant at the border."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + nn.functional.pad(self.b(self.a(x).relu()), (1, 1, 1, 1))).relu()
+
+
 PICTURE = torch.randn(2, 3, 6, 6)
 
 
@@ -85,6 +121,9 @@ FOUND = {
     "written into": (on_pictures(Bottleneck(into=True)), PICTURE, {"1.conv2"}),
     "gate": (on_pictures(Gate()), PICTURE, {"1.down"}),
     "transformer": (nn.Sequential(Block(), Block()), torch.randn(2, 6, 16), {f"{i}.{n}" for i in "01" for n in ("qkv", "fc1")}),
+    "either": (on_pictures(Either()), PICTURE, {"1.a.conv2"}),
+    "counted": (nn.Sequential(nn.Linear(16, 16), Counted()), torch.randn(2, 6, 16), set()),
+    "framed": (on_pictures(Framed()), PICTURE, set()),
     "joined": (on_pictures(Joined()), PICTURE, set()),
     "chain": (on_pictures(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1)), PICTURE, set()),
 }  # fmt: skip

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny_task
 import torch
 from torch import Tensor, nn
 
 import autocomp
 from autocomp.graph.canonical import canonical
 from autocomp.graph.fold import folded_bytes
+from autocomp.records.evaluation import Evaluation
 from autocomp.records.latency import Latency
+from autocomp.run.found import Found
 from autocomp.run.points import with_tail
 from autocomp.tasks.task import Task
 
@@ -61,6 +65,27 @@ def test_a_published_size_is_that_of_the_tensors(tmp_path: Path, spaces: dict[st
     for point in result.front:
         tensors = {t.data_ptr(): t.nbytes for t in (*point.load().parameters(), *point.load().buffers())}
         assert point.bytes <= sum(tensors.values()) + 4 * (32 + 48)
+
+
+def test_a_point_that_the_uncompressed_model_beats_in_turn_leaves_the_front(
+    tmp_path: Path, spaces: dict[str, str], short_tuning: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drifted(prepared: object, found: Found, dense: Evaluation, points: list[Evaluation]) -> list[Evaluation]:
+        slow = replace(dense.latency["x86-host"], seconds=2 * dense.latency["x86-host"].seconds)
+        again = [dense, *(e if e.trial == dense.trial else replace(e, latency={"x86-host": slow}) for e in points)]
+        return [replace(e, earlier=dict(dense.latency)) for e in again]
+
+    monkeypatch.setattr("autocomp.run.finish.timed_in_turn", drifted)
+    result = autocomp.search(
+        tiny_task.task(), out=tmp_path / "run", space=spaces["wide"], trials=8, measurements=3, references=False
+    )
+    dense = result.dense
+    point = next(point for point in result.front if point.candidate == dense.candidate)
+    assert all(p.metrics["accuracy"] > dense.metrics["accuracy"] for p in result.front if p is not point)
+    assert sorted(path.name for path in (tmp_path / "run" / "models").iterdir()) == sorted(
+        p.candidate.id for p in result
+    )
+    assert float(tiny_task.task().evaluate(point.load())["accuracy"]) == pytest.approx(dense.metrics["accuracy"])
 
 
 def test_shared_tensors_and_norms_that_fold_are_counted_as_they_are_stored() -> None:

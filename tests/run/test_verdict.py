@@ -89,6 +89,15 @@ def of_another_model(place: Path) -> None:
     autocomp.compile(other, tiny_task.task().example_inputs).save(place / "model.so")
 
 
+def says(name: str, change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
+    def spoil(place: Path) -> None:
+        manifest = json.loads((place / "manifest.json").read_text())
+        change(manifest[name])
+        (place / "manifest.json").write_text(json.dumps(manifest))
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("spoil", "check", "verdict"),
     [
@@ -98,6 +107,9 @@ def of_another_model(place: Path) -> None:
         (lambda place: (place / "model.onnx").write_bytes(b"nothing"), "onnx", "CANNOT RUN"),
         (lambda place: (place / "model.safetensors").write_bytes(b"nothing"), "files", "REGRESSION"),
         (longer_library, "files", "REGRESSION"),
+        (says("metrics", lambda metrics: metrics.update(accuracy=1.5)), "files", "REGRESSION"),
+        (says("latency", lambda latency: latency["x86-host"].update(seconds=1e-9)), "files", "REGRESSION"),
+        (says("candidate", lambda candidate: candidate["widths"].update(stem=1)), "files", "REGRESSION"),
     ],
 )
 def test_what_went_bad_is_told(spoil: Callable[[Path], object], check: str, verdict: str, run: Path) -> None:
