@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -155,6 +156,31 @@ def test_training_changes_the_model_and_what_is_written_reads_back(tmp_path: Pat
     assert facts["recipe"]["steps"] == 50
     assert facts["recordings"] == {"menardi": 2, "june": 2}
     assert facts["scores"]["validation"]["cer/human"]["utterances"] == 6
+
+
+def test_training_that_was_cut_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "EVERY", 4)
+    recipe = train.Recipe(steps=10, batch=2, utterances=30, warm_up=0.3)
+
+    class Cut(SpeechBatches):
+        def _drawn(self) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+            if self.state()["batches"] == 6:
+                raise KeyboardInterrupt
+            return super()._drawn()
+
+    def batches(kind: type[SpeechBatches] = SpeechBatches) -> SpeechBatches:
+        return kind(30, 2, recipe.steps, seed=5, gentle=4)
+
+    whole = train.train(recipe, batches(), Progress())
+    with pytest.raises(KeyboardInterrupt):
+        train.train(recipe, batches(Cut), Progress(), tmp_path)
+    kept = torch.load(tmp_path / train.CHECKPOINT, weights_only=True)
+    assert kept["step"] == 4
+    resumed = train.train(recipe, batches(), Progress(), tmp_path)
+    for name, value in resumed.state_dict().items():
+        torch.testing.assert_close(value, whole.state_dict()[name])
+    other = train.train(dataclasses.replace(recipe, seed=1), batches(), Progress(), tmp_path)
+    assert not torch.equal(other.head.weight, resumed.head.weight)
 
 
 def test_another_model_than_the_scored_one_is_refused(tmp_path: Path) -> None:

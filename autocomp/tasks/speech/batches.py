@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,13 +12,13 @@ from torch import Tensor
 
 from autocomp.tasks.speech.audio import WINDOW, Audio, Samples, as_float, in_window
 from autocomp.tasks.speech.corpus import JOINED_WORDS, SEEDS, drawn, spoken
-from autocomp.tasks.speech.features import BANDS, FRAMES, STEPS, log_mel
+from autocomp.tasks.speech.features import BANDS, FRAMES, STEPS, log_mel, mel_filters
 from autocomp.tasks.speech.noise import Noises, Random, joined, noisy
 from autocomp.tasks.speech.recordings import Bank, banks
-from autocomp.tasks.speech.voices import ACCENTS, FLITE, PEOPLE, variants
+from autocomp.tasks.speech.voices import ACCENTS, FLITE, FOREIGN_ACCENTS, PEOPLE, variants
 from autocomp.tasks.speech.words import BLANK, encoded, frames_needed
 
-SHARES = {"people": 0.25, "flite": 0.15}  # of utterances; the rest are espeak-ng's. Without recordings all are
+SHARES = {"people": 0.25, "flite": 0.2}  # of utterances; the rest are espeak-ng's. Without recordings all are
 SPEEDS = ((9, 10), (1, 1), (11, 10))  # speed perturbation (Ko et al. 2015)
 WIDER = (
     (4, 5),
@@ -26,6 +27,8 @@ WIDER = (
     (11, 10),
     (6, 5),
 )  # speed moves pitch and resonances, too: few speakers sound like more
+FOREIGN = 0.2  # of espeak-ng's utterances
+WARPS = (0.88, 0.91, 0.94, 0.97, 1.0, 1.03, 1.06, 1.09, 1.12)  # vocal tracts of other lengths
 NOISELESS = 0.25  # the share without noise; the others have a ratio to it of
 SNR = (-3.0, 25.0)  # dB
 GAIN = 6.0  # dB either way of a smooth curve over the bands: another microphone
@@ -47,7 +50,9 @@ def voices(utterances: int, seed: int) -> Voices:
     known = banks()
     speakers = {"people": PEOPLE["training"], "flite": FLITE["training"]}
     recorded = {name: [known[one] for one in some if one in known] for name, some in speakers.items()}
-    orders = drawn(utterances, variants("training"), ACCENTS, np.random.default_rng((SEEDS["training"], seed)))
+    random, foreign = np.random.default_rng((SEEDS["training"], seed)), round(utterances * FOREIGN)
+    orders = drawn(utterances - foreign, variants("training"), ACCENTS, random)
+    orders += drawn(foreign, variants("training"), FOREIGN_ACCENTS, random)
     return Voices(spoken(orders), recorded, Noises("training", known.get("noise-training")))
 
 
@@ -79,6 +84,14 @@ class SpeechBatches:
         for _ in range(self.length):
             yield self._drawn()
 
+    def state(self) -> dict[str, Any]:
+        """Return where the drawing is: what `restored` goes on from."""
+        return {"random": self._random.bit_generator.state, "batches": self._batches}
+
+    def restored(self, state: dict[str, Any]) -> None:
+        self._random.bit_generator.state = state["random"]
+        self._batches = state["batches"]
+
     def _drawn(self) -> tuple[tuple[Tensor, ...], Tensor]:
         if self._voices is None:
             self._voices = voices(self.utterances, self.seed)
@@ -98,7 +111,8 @@ class SpeechBatches:
                 window = noisy(window, self._voices.noises.drawn(random, number), random.uniform(*SNR))
             texts.append(text)
             windows.append(window)
-        frames = log_mel(torch.from_numpy(np.stack(windows)), gains(self.batch, random))
+        filters = torch.stack([mel_filters(float(warp)) for warp in random.choice(WARPS, self.batch)])
+        frames = log_mel(torch.from_numpy(np.stack(windows)), gains(self.batch, random), filters)
         if self.masks:
             mask(frames, random, hard)
         return (frames,), padded([encoded(text) for text in texts])

@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +24,8 @@ from filelock import FileLock
 from autocomp.cache import cache_dir, write_atomically
 from autocomp.errors import AutocompError, UsageError, last_line
 from autocomp.tasks.speech.audio import Samples, as_float, resampled, to_int16, trimmed
+from autocomp.tasks.speech.voices import FOREIGN_ACCENTS
+from autocomp.tasks.speech.words import as_heard
 
 # espeak-ng's speak_lib.h: AUDIO_OUTPUT_SYNCHRONOUS, espeakRATE, espeakPITCH, espeakCHARS_UTF8, POS_CHARACTER
 SYNCHRONOUS, RATE_OF_WORDS, PITCH, UTF8, BY_CHARACTER = 2, 1, 3, 1, 1
@@ -67,7 +69,7 @@ def synthesised(orders: Sequence[Order]) -> list[Samples]:
     require()
     if not orders:
         return []
-    asked = json.dumps([astuple(order) for order in orders]).encode()
+    asked = json.dumps([astuple(_spelt(order)) for order in orders]).encode()
     name = hashlib.sha256(version("espeakng-loader").encode() + asked).hexdigest()[:16]
     path = cache_dir() / "tasks" / "speech" / f"said-{name}.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +81,11 @@ def synthesised(orders: Sequence[Order]) -> list[Samples]:
     if found is None or len(found) != len(orders):
         raise AutocompError(f"what espeak-ng said does not read back: delete {path}")
     return found
+
+
+def _spelt(order: Order) -> Order:
+    foreign = order.voice.partition("+")[0] in FOREIGN_ACCENTS
+    return replace(order, text=as_heard(order.text)) if foreign else order
 
 
 def _stored(path: Path) -> list[Samples] | None:
