@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from pathlib import Path
 
+import espeakng_loader
 import numpy as np
 import pytest
 import torch
@@ -95,6 +96,15 @@ def test_resampling_keeps_a_tone_and_drops_what_would_fold_back() -> None:
     low = np.sin(2 * np.pi * 500 * np.arange(16_000) / 16_000).astype(np.float32)
     assert len(resampled(low, 16_000)) == RATE
     assert np.abs(resampled(high, 16_000)[100:-100]).max() < 0.02 < 0.9 < np.abs(resampled(low, 16_000)).max()
+
+
+def test_other_rates_are_converted_only_where_that_is_asked_for_and_down(tmp_path: Path) -> None:
+    high, low = tmp_path / "high.wav", tmp_path / "low.wav"
+    wavfile.write(high, 16_000, (0.3 * np.sin(2 * np.pi * 500 * np.arange(16_000) / 16_000)).astype(np.float32))
+    wavfile.write(low, 4000, tone(300))
+    assert len(read_wav(high, any_rate=True)) == RATE
+    with pytest.raises(UsageError, match=r"must have 8000 samples a second, .*low\.wav has 4000"):
+        read_wav(low, any_rate=True)
 
 
 # Front end
@@ -195,6 +205,12 @@ def test_without_the_packages_one_message_says_how_to_get_them(monkeypatch: pyte
     ) as raised:
         synthesised([Order("gmw/en", "nine")])
     assert raised.value.exit_code == 2
+
+
+def test_without_espeak_itself_one_message_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(espeakng_loader, "get_library_path", lambda: "/nowhere/libespeak-ng.so")
+    with pytest.raises(UsageError, match=r"espeak-ng is not there.*/nowhere/libespeak-ng\.so: pip install"):
+        synthesised([Order("gmw/en", "nine")])
 
 
 # Noise

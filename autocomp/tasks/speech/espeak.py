@@ -43,12 +43,19 @@ class Order:
 
 
 def require() -> None:
-    """Refuse to go on without the packages of the extra ``speech``: UsageError, naming those that are missing."""
+    """Refuse to go on without the packages of the extra ``speech``, or espeak-ng itself: UsageError, naming what is missing."""
     needed = {"espeakng_loader": "espeakng-loader (synthetic voices)", "jiwer": "jiwer (error rates)"}
     if missing := [what for module, what in needed.items() if find_spec(module) is None]:
         raise UsageError(
             f"the task 'speech' needs packages that are not installed, {', '.join(missing)}: pip install 'autocomp[speech]'"
         )
+    import espeakng_loader
+
+    for path in map(Path, (espeakng_loader.get_library_path(), espeakng_loader.get_data_path())):
+        if not path.exists():
+            raise UsageError(
+                f"espeak-ng is not there, espeakng-loader should have brought {path}: pip install --force-reinstall espeakng-loader"
+            )
 
 
 def data_folder() -> Path:
