@@ -16,11 +16,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from delivered import opened
 
 from autocomp.errors import AutocompError, UsageError
 from autocomp.tasks.speech.audio import read_wav
 from autocomp.tasks.speech.decoding import DECODERS
-from autocomp.tasks.speech.runner import Heard, opened, transcribe
+from autocomp.tasks.speech.runner import Heard, transcribe
 from autocomp.tasks.speech.words import encoded
 
 

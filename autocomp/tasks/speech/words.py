@@ -51,7 +51,7 @@ def encoded(text: str) -> list[int]:
     return [1 + CHARACTERS.index(character) for character in text]
 
 
-def decoded(classes: Iterable[int]) -> str:
+def decoded(classes: Iterable[int], characters: str = CHARACTERS) -> str:
     """Return the text of the best class of each frame: repeats are one, blanks are none (greedy decoding).
 
     Examples:
@@ -61,7 +61,7 @@ def decoded(classes: Iterable[int]) -> str:
     text, last = [], BLANK
     for found in classes:
         if found not in (last, BLANK):
-            text.append(CHARACTERS[found - 1])
+            text.append(characters[found - 1])
         last = found
     return "".join(text)
 
