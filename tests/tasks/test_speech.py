@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from autocomp.errors import CorruptError
 from autocomp.progress import Progress
 from autocomp.tasks.speech import corpus, recordings, task, train, trained, words
-from autocomp.tasks.speech.batches import SpeechBatches, gains, mask
+from autocomp.tasks.speech.batches import Augmentation, SpeechBatches, gains, mask
 from autocomp.tasks.speech.corpus import HeldOut, held_out
 from autocomp.tasks.speech.espeak import Order, synthesised
 from autocomp.tasks.speech.features import BANDS, FRAMES, STEPS
@@ -114,6 +116,18 @@ def test_batches_repeat_with_their_seed_and_differ_from_pass_to_pass() -> None:
     assert all(word in words.WORDS for text in texts for word in text.split())
 
 
+def test_without_augmentation_an_utterance_is_what_was_said() -> None:
+    nothing = Augmentation(**dict.fromkeys(("speed", "warp", "masks", "noise", "microphone"), False))
+    (frames,), _ = next(iter(SpeechBatches(30, 4, 1, seed=5, augmentation=nothing)))
+    assert float(frames.amax((1, 2)).min()) == 1
+    assert ((frames == -1).all(2).sum(1) > 10).all()  # silence around it
+    for name in ("warp", "noise", "microphone", "masks"):
+        (other,), _ = next(
+            iter(SpeechBatches(30, 4, 1, seed=5, augmentation=dataclasses.replace(nothing, **{name: True})))
+        )
+        assert not torch.equal(frames, other)
+
+
 def test_masks_silence_whole_frames_and_bands() -> None:
     frames = torch.ones(4, FRAMES, BANDS)
     mask(frames, np.random.default_rng(0))
@@ -155,6 +169,33 @@ def test_training_changes_the_model_and_what_is_written_reads_back(tmp_path: Pat
     assert facts["recipe"]["steps"] == 50
     assert facts["recordings"] == {"menardi": 2, "june": 2}
     assert facts["scores"]["validation"]["cer/human"]["utterances"] == 6
+    assert set(facts["decoded"]) == {"beam", "words"}
+    assert set(facts["decoded"]["words"]["validation"]) == set(facts["scores"]["validation"])
+
+
+def test_training_that_was_cut_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "EVERY", 4)
+    recipe = train.Recipe(steps=10, batch=2, utterances=30, warm_up=0.3)
+
+    class Cut(SpeechBatches):
+        def _drawn(self) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+            if self.state()["batches"] == 6:
+                raise KeyboardInterrupt
+            return super()._drawn()
+
+    def batches(kind: type[SpeechBatches] = SpeechBatches) -> SpeechBatches:
+        return kind(30, 2, recipe.steps, seed=5, gentle=4)
+
+    whole = train.train(recipe, batches(), Progress())
+    with pytest.raises(KeyboardInterrupt):
+        train.train(recipe, batches(Cut), Progress(), tmp_path)
+    kept = torch.load(tmp_path / train.CHECKPOINT, weights_only=True)
+    assert kept["step"] == 4
+    resumed = train.train(recipe, batches(), Progress(), tmp_path)
+    for name, value in resumed.state_dict().items():
+        torch.testing.assert_close(value, whole.state_dict()[name])
+    other = train.train(dataclasses.replace(recipe, seed=1), batches(), Progress(), tmp_path)
+    assert not torch.equal(other.head.weight, resumed.head.weight)
 
 
 def test_another_model_than_the_scored_one_is_refused(tmp_path: Path) -> None:
@@ -196,6 +237,21 @@ def test_the_task_says_which_slice_is_missing_and_goes_on(monkeypatch: pytest.Mo
     assert "6 utterances human, 6 utterances synthetic, 4 utterances accent" in found.description
 
 
+def test_another_length_has_the_same_weights_and_hears_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task, "COUNTS", {"human": 0, "synthetic": 6, "accent": 0})
+    monkeypatch.setattr(task, "CALIBRATION_BATCH", 4)
+    monkeypatch.setattr(task, "UTTERANCES", 30)
+    four = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "speech" / "lengths.py"))["four_seconds"]()
+    assert four.example_inputs[0].shape == (1, 2 * FRAMES, BANDS)
+    assert four.model(*four.example_inputs).shape == (1, 2 * STEPS, words.CLASSES)
+    clean = held_out("validation", task.COUNTS, Progress())
+    rates = four.evaluate(four.model)
+    ours = error_rates(trained.load(), clean)
+    assert float(rates["cer/synthetic"].mean()) <= float(ours["cer/synthetic"].mean()) + 0.15
+    (frames,), target = next(iter(four.train))
+    assert torch.isfinite(four.loss(four.model(frames), target))
+
+
 def test_the_shipped_model_hears_what_a_new_voice_says() -> None:
     """Of voices that it has not been trained on: half of the words at least, whatever version of espeak-ng this is."""
     split = held_out("test", {"human": 0, "synthetic": 10, "accent": 0}, Progress())
@@ -212,4 +268,13 @@ def test_the_page_tells_what_the_shipped_model_scores() -> None:
             f"{one['percent']:.1f} ± {one['error']:.1f} ({one['utterances']})"
             for one in (validated, scores["test"][name])
         ]
+        assert f"| `{name}` | {' | '.join(cells)} |" in page
+
+
+def test_the_page_tells_what_each_decoding_scores() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "speech.md").read_text()
+    stored = json.loads((trained.FOLDER / trained.SCORES).read_text())
+    tests = [stored["scores"]["test"], stored["decoded"]["beam"]["test"], stored["decoded"]["words"]["test"]]
+    for name in tests[0]:
+        cells = [f"{one[name]['percent']:.1f} ± {one[name]['error']:.1f}" for one in tests]
         assert f"| `{name}` | {' | '.join(cells)} |" in page

@@ -19,8 +19,11 @@ Audio = npt.NDArray[np.float32]
 Samples = npt.NDArray[np.int16]
 
 
-def read_wav(path: Path) -> Audio:
-    """Return a mono recording at 8 kHz, between -1 and 1. UsageError says what of the file is otherwise, and how to change it."""
+def read_wav(path: Path, any_rate: bool = False) -> Audio:
+    """Return a mono recording at 8 kHz, between -1 and 1. UsageError says what of the file is otherwise, and how to change it.
+
+    One of ``any_rate`` from 8 kHz on is brought to 8 kHz. There is nothing above half of a lower rate, so that it is refused.
+    """
     from scipy.io import wavfile
 
     try:
@@ -29,6 +32,8 @@ def read_wav(path: Path) -> Audio:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # scipy raises many kinds on bytes that are no WAV
         raise UsageError(f"{path} is no WAV file that can be read: {error}") from error
+    if any_rate and rate > RATE:
+        return resampled(checked(samples, RATE, str(path)), int(rate))
     return checked(samples, int(rate), str(path))
 
 
@@ -79,24 +84,24 @@ def resampled(x: Audio, rate: int) -> Audio:
     return x if rate == RATE else np.asarray(resample_poly(x, RATE // shared, rate // shared), np.float32)
 
 
-def in_window(x: Audio, where: str, start: int = 0) -> Audio:
-    """Return a window of two seconds with the audio in it from ``start`` on. UsageError if it does not fit."""
-    if start + len(x) > WINDOW:
+def in_window(x: Audio, where: str, start: int = 0, window: int = WINDOW) -> Audio:
+    """Return a window of so many samples, two seconds, with the audio in it from ``start`` on. UsageError if it does not fit."""
+    if start + len(x) > window:
         raise UsageError(
-            f"audio must fit a window of {SECONDS:g} s, {where} is {len(x) / RATE:.2f} s long: cut it where nobody speaks"
+            f"audio must fit a window of {window / RATE:g} s, {where} is {len(x) / RATE:.2f} s long: cut it where nobody speaks"
         )
-    return np.pad(x, (start, WINDOW - start - len(x)))
+    return np.pad(x, (start, window - start - len(x)))
 
 
 def to_int16(x: Audio) -> Samples:
     return np.round(np.clip(x, -1, 1) * 32767).astype(np.int16)
 
 
-def trimmed(x: Audio) -> Audio:
-    """Return audio without the silence around it: stretches of 10 ms more than 40 dB below its loudest, but 30 ms at each end."""
+def trimmed(x: Audio, softest: float = 40.0) -> Audio:
+    """Return audio without the silence around it: stretches of 10 ms more than ``softest`` dB below its loudest, but 30 ms at each end."""
     step = RATE // 100
     power = np.square(x[: len(x) // step * step].reshape(-1, step)).mean(1)
     if not len(power) or not power.max():
         return x
-    loud = np.flatnonzero(power > power.max() * 1e-4)
+    loud = np.flatnonzero(power > power.max() * 10 ** (-softest / 10))
     return x[max(0, loud[0] - 3) * step : (loud[-1] + 4) * step]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,13 +12,13 @@ from torch import Tensor
 
 from autocomp.tasks.speech.audio import WINDOW, Audio, Samples, as_float, in_window
 from autocomp.tasks.speech.corpus import JOINED_WORDS, SEEDS, drawn, spoken
-from autocomp.tasks.speech.features import BANDS, FRAMES, STEPS, log_mel
+from autocomp.tasks.speech.features import BANDS, STEPS, log_mel, mel_filters
 from autocomp.tasks.speech.noise import Noises, Random, joined, noisy
 from autocomp.tasks.speech.recordings import Bank, banks
-from autocomp.tasks.speech.voices import ACCENTS, FLITE, PEOPLE, variants
+from autocomp.tasks.speech.voices import ACCENTS, FLITE, FOREIGN_ACCENTS, PEOPLE, variants
 from autocomp.tasks.speech.words import BLANK, encoded, frames_needed
 
-SHARES = {"people": 0.25, "flite": 0.15}  # of utterances; the rest are espeak-ng's. Without recordings all are
+SHARES = {"people": 0.25, "flite": 0.2}  # of utterances; the rest are espeak-ng's. Without recordings all are
 SPEEDS = ((9, 10), (1, 1), (11, 10))  # speed perturbation (Ko et al. 2015)
 WIDER = (
     (4, 5),
@@ -26,11 +27,27 @@ WIDER = (
     (11, 10),
     (6, 5),
 )  # speed moves pitch and resonances, too: few speakers sound like more
+FOREIGN = 0.2  # of espeak-ng's utterances
+WARPS = (0.88, 0.91, 0.94, 0.97, 1.0, 1.03, 1.06, 1.09, 1.12)  # vocal tracts of other lengths
 NOISELESS = 0.25  # the share without noise; the others have a ratio to it of
 SNR = (-3.0, 25.0)  # dB
 GAIN = 6.0  # dB either way of a smooth curve over the bands: another microphone
 TIME_MASKS, LONGEST_MASK = 2, 20  # SpecAugment (Park et al. 2019, arXiv:1904.08779): frames, and
 BAND_MASKS, WIDEST_MASK = 2, 7  # bands that are silenced
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is changed about an utterance: its speed, the speaker's vocal tract, stretches that are silenced, the surroundings."""
+
+    speed: bool = True
+    warp: bool = True
+    masks: bool = True
+    noise: bool = True
+    microphone: bool = True
+
+
+ALL = Augmentation()
 
 
 @dataclass(frozen=True)
@@ -47,7 +64,9 @@ def voices(utterances: int, seed: int) -> Voices:
     known = banks()
     speakers = {"people": PEOPLE["training"], "flite": FLITE["training"]}
     recorded = {name: [known[one] for one in some if one in known] for name, some in speakers.items()}
-    orders = drawn(utterances, variants("training"), ACCENTS, np.random.default_rng((SEEDS["training"], seed)))
+    random, foreign = np.random.default_rng((SEEDS["training"], seed)), round(utterances * FOREIGN)
+    orders = drawn(utterances - foreign, variants("training"), ACCENTS, random)
+    orders += drawn(foreign, variants("training"), FOREIGN_ACCENTS, random)
     return Voices(spoken(orders), recorded, Noises("training", known.get("noise-training")))
 
 
@@ -60,14 +79,14 @@ class SpeechBatches:
     """
 
     def __init__(
-        self, utterances: int, batch: int, length: int, seed: int, masks: bool = True, gentle: int = 0
+        self, utterances: int, batch: int, length: int, seed: int, augmentation: Augmentation = ALL, gentle: int = 0
     ) -> None:
         self.utterances = utterances
         self.gentle = gentle
         self._batches = 0
         self.batch = batch
         self.length = length
-        self.masks = masks
+        self.augmentation = augmentation
         self.seed = seed
         self._random = np.random.default_rng((4, seed))
         self._voices: Voices | None = None
@@ -79,27 +98,39 @@ class SpeechBatches:
         for _ in range(self.length):
             yield self._drawn()
 
+    def state(self) -> dict[str, Any]:
+        """Return where the drawing is: what `restored` goes on from."""
+        return {"random": self._random.bit_generator.state, "batches": self._batches}
+
+    def restored(self, state: dict[str, Any]) -> None:
+        self._random.bit_generator.state = state["random"]
+        self._batches = state["batches"]
+
     def _drawn(self) -> tuple[tuple[Tensor, ...], Tensor]:
         if self._voices is None:
             self._voices = voices(self.utterances, self.seed)
-        random = self._random
+        random, augmentation = self._random, self.augmentation
         hard = 1.0 if self._batches >= self.gentle else self._batches / self.gentle
         self._batches += 1
         texts: list[str] = []
         windows: list[Audio] = []
         while len(windows) < self.batch:
             text, audio, speeds = self._utterance(self._voices)
-            audio = faster(audio, *speeds[int(random.integers(len(speeds)))])
+            if augmentation.speed:
+                audio = faster(audio, *speeds[int(random.integers(len(speeds)))])
             if len(audio) > WINDOW or frames_needed(encoded(text)) > STEPS:
                 continue
             window = in_window(audio, "an utterance", int(random.integers(WINDOW - len(audio) + 1)))
-            if random.random() < (1 - NOISELESS) * hard:
+            if augmentation.noise and random.random() < (1 - NOISELESS) * hard:
                 number = int(random.integers(len(self._voices.noises.kinds)))
                 window = noisy(window, self._voices.noises.drawn(random, number), random.uniform(*SNR))
             texts.append(text)
             windows.append(window)
-        frames = log_mel(torch.from_numpy(np.stack(windows)), gains(self.batch, random))
-        if self.masks:
+        warps = random.choice(WARPS, self.batch) if augmentation.warp else np.ones(self.batch)
+        filters = torch.stack([mel_filters(float(warp)) for warp in warps])
+        gain = gains(self.batch, random) if augmentation.microphone else None
+        frames = log_mel(torch.from_numpy(np.stack(windows)), gain, filters)
+        if augmentation.masks:
             mask(frames, random, hard)
         return (frames,), padded([encoded(text) for text in texts])
 
@@ -139,7 +170,7 @@ def mask(frames: Tensor, random: Random, share: float = 1.0) -> None:
             continue
         for _ in range(TIME_MASKS):
             width = int(random.integers(LONGEST_MASK))
-            start = int(random.integers(FRAMES - width))
+            start = int(random.integers(len(one) - width))
             one[start : start + width] = -1
         for _ in range(BAND_MASKS):
             width = int(random.integers(WIDEST_MASK))

@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,10 +24,12 @@ from filelock import FileLock
 from autocomp.cache import cache_dir, write_atomically
 from autocomp.errors import AutocompError, UsageError, last_line
 from autocomp.tasks.speech.audio import Samples, as_float, resampled, to_int16, trimmed
+from autocomp.tasks.speech.words import as_heard
 
 # espeak-ng's speak_lib.h: AUDIO_OUTPUT_SYNCHRONOUS, espeakRATE, espeakPITCH, espeakCHARS_UTF8, POS_CHARACTER
 SYNCHRONOUS, RATE_OF_WORDS, PITCH, UTF8, BY_CHARACTER = 2, 1, 3, 1, 1
 SEED = 7
+ENGLISH = "gmw/en"  # how all its accents begin; voices of other languages are given words as they are heard
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,19 @@ class Order:
 
 
 def require() -> None:
-    """Refuse to go on without the packages of the extra ``speech``: UsageError, naming those that are missing."""
+    """Refuse to go on without the packages of the extra ``speech``, or espeak-ng itself: UsageError, naming what is missing."""
     needed = {"espeakng_loader": "espeakng-loader (synthetic voices)", "jiwer": "jiwer (error rates)"}
     if missing := [what for module, what in needed.items() if find_spec(module) is None]:
         raise UsageError(
             f"the task 'speech' needs packages that are not installed, {', '.join(missing)}: pip install 'autocomp[speech]'"
         )
+    import espeakng_loader
+
+    for path in map(Path, (espeakng_loader.get_library_path(), espeakng_loader.get_data_path())):
+        if not path.exists():
+            raise UsageError(
+                f"espeak-ng is not there, espeakng-loader should have brought {path}: pip install --force-reinstall espeakng-loader"
+            )
 
 
 def data_folder() -> Path:
@@ -67,7 +76,7 @@ def synthesised(orders: Sequence[Order]) -> list[Samples]:
     require()
     if not orders:
         return []
-    asked = json.dumps([astuple(order) for order in orders]).encode()
+    asked = json.dumps([astuple(_spelt(order)) for order in orders]).encode()
     name = hashlib.sha256(version("espeakng-loader").encode() + asked).hexdigest()[:16]
     path = cache_dir() / "tasks" / "speech" / f"said-{name}.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +88,10 @@ def synthesised(orders: Sequence[Order]) -> list[Samples]:
     if found is None or len(found) != len(orders):
         raise AutocompError(f"what espeak-ng said does not read back: delete {path}")
     return found
+
+
+def _spelt(order: Order) -> Order:
+    return order if order.voice.startswith(ENGLISH) else replace(order, text=as_heard(order.text))
 
 
 def _stored(path: Path) -> list[Samples] | None:

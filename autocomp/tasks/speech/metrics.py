@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autocomp.tasks.speech.corpus import CONDITIONS, KINDS, HeldOut
-from autocomp.tasks.speech.words import BLANK, decoded
+from autocomp.tasks.speech.decoding import Decode, greedy
+from autocomp.tasks.speech.words import BLANK
 
 AT_ONCE = 64
 
 
-def error_rates(model: nn.Module, split: HeldOut) -> dict[str, Tensor]:
+def error_rates(model: nn.Module, split: HeldOut, decode: Decode = greedy) -> dict[str, Tensor]:
     """Return the error rate of each utterance: of characters, then of words; over all conditions, then by slice.
 
     CER and WER are edits over the length of what was said, for every utterance by itself: so each is a sample, its mean has a standard
@@ -23,7 +24,7 @@ def error_rates(model: nn.Module, split: HeldOut) -> dict[str, Tensor]:
     """
     import jiwer
 
-    heard = {condition: transcribed(model, frames) for condition, frames in split.frames.items()}
+    heard = {condition: transcribed(model, frames, decode) for condition, frames in split.frames.items()}
     rates: dict[str, Tensor] = {}
     for name, rate in (("cer", jiwer.cer), ("wer", jiwer.wer)):
         by = {condition: _each(rate, split.texts, texts) for condition, texts in heard.items()}
@@ -39,14 +40,14 @@ def _each(rate: Callable[[str, str], object], said: Sequence[str], heard: Sequen
     return torch.tensor([rate(one, other) for one, other in zip(said, heard, strict=True)], dtype=torch.float64)
 
 
-def transcribed(model: nn.Module, frames: Tensor) -> list[str]:
-    """Return what a model hears in each window ``[N, 200, 40]``, by greedy decoding."""
+def transcribed(model: nn.Module, frames: Tensor, decode: Decode = greedy) -> list[str]:
+    """Return what a model hears in each window ``[N, 200, 40]``."""
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        best = torch.cat([model(part).argmax(-1) for part in frames.split(AT_ONCE)])
+        logits = torch.cat([model(part) for part in frames.split(AT_ONCE)])
     model.train(was_training)
-    return [" ".join(decoded(classes).split()) for classes in best.tolist()]
+    return [decode(row) for row in logits]
 
 
 def ctc_loss(output: Tensor, target: Tensor) -> Tensor:

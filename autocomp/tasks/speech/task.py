@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 from autocomp.progress import Progress
-from autocomp.tasks.speech.batches import SpeechBatches
+from autocomp.tasks.speech.batches import Augmentation, SpeechBatches
 from autocomp.tasks.speech.corpus import COUNTS, held_out
 from autocomp.tasks.speech.metrics import ctc_loss, error_rates
 from autocomp.tasks.speech.trained import load
@@ -17,6 +17,7 @@ from autocomp.tasks.task import Task
 
 CALIBRATION_BATCHES = 4
 CALIBRATION_BATCH = 64
+UNMASKED = Augmentation(masks=False)
 UTTERANCES = 2000  # synthetic ones to train compressed models with; ten seconds to make, once
 BATCH, EPOCH = 32, 60  # what is a pass through the training data is our choice: every utterance is drawn anew
 
@@ -28,7 +29,9 @@ def load_speech_task(progress: Progress | None = None) -> Task:
     """
     progress = progress or Progress()
     validation, test = (held_out(split, COUNTS, progress) for split in ("validation", "test"))
-    calibration = SpeechBatches(2 * CALIBRATION_BATCH, CALIBRATION_BATCH, CALIBRATION_BATCHES, seed=1, masks=False)
+    calibration = SpeechBatches(
+        2 * CALIBRATION_BATCH, CALIBRATION_BATCH, CALIBRATION_BATCHES, seed=1, augmentation=UNMASKED
+    )
     inputs = [inputs for inputs, _ in calibration]
     return Task(
         model=load(),

@@ -19,12 +19,12 @@ WEIGHTS = "model.safetensors"
 SCORES = "scores.json"
 
 
-def new_model() -> Conformer:
+def new_model(frames: int = FRAMES, characters: int = CLASSES) -> Conformer:
     """Return the untrained network: 1.32 million parameters, 61 million multiply-accumulates for two seconds."""
     return Conformer(
         bands=BANDS,
-        frames=FRAMES,
-        characters=CLASSES,
+        frames=frames,
+        characters=characters,
         channels=32,
         width=128,
         heads=4,
@@ -34,8 +34,11 @@ def new_model() -> Conformer:
     )
 
 
-def load(folder: Path = FOLDER) -> nn.Module:
-    """Return the trained network in evaluation mode. CorruptError if the file is not the one that was scored."""
+def load(folder: Path = FOLDER, frames: int = FRAMES) -> nn.Module:
+    """Return the trained network in evaluation mode, for windows of any length: no weight depends on it.
+
+    CorruptError if the file is not the one that was scored.
+    """
     from safetensors.torch import load as tensors
 
     content = (folder / WEIGHTS).read_bytes()
@@ -44,7 +47,7 @@ def load(folder: Path = FOLDER) -> nn.Module:
         raise CorruptError(
             f"{folder / WEIGHTS} is not the model that {SCORES} tells of: its checksum differs; install autocomp again"
         )
-    model = new_model()
+    model = new_model(frames)
     model.load_state_dict(
         {name: tensor.to(model.state_dict()[name].dtype) for name, tensor in tensors(content).items()}
     )

@@ -17,6 +17,12 @@ DIGITS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 )  # fmt: skip
 WORDS = LETTERS + DIGITS
+# What sounds like the word where letters are read one by one, as Spanish, Italian, Polish or Finnish do. Others are spelt so already.
+AS_HEARD = {
+    "alpha": "alfa", "charlie": "charli", "echo": "eko", "foxtrot": "fokstrot", "mike": "maik", "quebec": "kebek", "sierra": "siera",
+    "uniform": "iuniform", "victor": "viktor", "whiskey": "uiski", "xray": "eksrei", "yankee": "ianki", "zero": "siro", "one": "uan",
+    "two": "tu", "three": "tri", "four": "for", "five": "faiv", "six": "siks", "seven": "seven", "eight": "eit", "nine": "nain",
+}  # fmt: skip
 LONGEST = 5  # words in an utterance
 
 BLANK = 0  # the class of no character, which CTC needs (Graves et al. 2006)
@@ -45,7 +51,7 @@ def encoded(text: str) -> list[int]:
     return [1 + CHARACTERS.index(character) for character in text]
 
 
-def decoded(classes: Iterable[int]) -> str:
+def decoded(classes: Iterable[int], characters: str = CHARACTERS) -> str:
     """Return the text of the best class of each frame: repeats are one, blanks are none (greedy decoding).
 
     Examples:
@@ -55,9 +61,19 @@ def decoded(classes: Iterable[int]) -> str:
     text, last = [], BLANK
     for found in classes:
         if found not in (last, BLANK):
-            text.append(CHARACTERS[found - 1])
+            text.append(characters[found - 1])
         last = found
     return "".join(text)
+
+
+def as_heard(text: str) -> str:
+    """Return a transcript spelt so that a voice of another language says it, with its accent.
+
+    Examples:
+        >>> as_heard("quebec nine")
+        'kebek nain'
+    """
+    return " ".join(AS_HEARD.get(word, word) for word in text.split())
 
 
 def frames_needed(classes: Sequence[int]) -> int:
