@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 from common import earlier, publish
-from prepared import TASKS, Prepared, prepare
+from prepared import TASKS, Prepared, draw, prepare
 from threadpoolctl import threadpool_limits
 
 from autocomp.devices.open import open_device
@@ -41,6 +41,7 @@ from autocomp.study.study import Choices, Engine, open_search
 SAMPLERS = (OURS, "tpe", "nsgaii", "nsgaiii", "gp", "random")
 GREEDY = "greedy ladder"
 CAP, FEASIBLE = 0.25, 0.02  # nats
+FITTED = 50  # random candidates that the additive model is fitted to before, as in a search
 
 
 class Told(NamedTuple):
@@ -61,6 +62,9 @@ class Bench:
         space, graph = self.prepared.space, self.prepared.graph
         self.costs = Costs(graph, space, self.prepared.database.tables(), {"x86-host": device}, settled=True)
         self._known: dict[Candidate, tuple[float, float]] = {}
+        drawn = draw(space, FITTED)
+        self.costs.observe(drawn, [self.score(candidate)[0] for candidate in drawn])
+        self.costs.fit([])
 
     def score(self, candidate: Candidate) -> tuple[float, float]:
         """The divergence, and the seconds that reading it took when it was first read."""

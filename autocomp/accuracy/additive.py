@@ -3,10 +3,10 @@
 The tables add up what each choice costs alone, in Fisher-weighted squared error. That ranks well within one kind of compression and badly
 across kinds (quantisation noise and missing channels hurt a network differently), and it misses that errors of neighbours add up before
 they are squared. So the divergence is modelled as a sum over layers of a few terms, each with a coefficient fitted by non-negative least
-squares: the layer's error by narrower groups, by ranks and by each precision, and the geometric means of these with the error of the
-groups on its two sides (adjacent pairs, after CLADO: Deng et al. 2023, arXiv:2307.05657). Every term is a function of one layer's own
-table, so the exact solver takes the fitted tables as it takes the raw ones. Pairs of methods of two layers would not fit one table and are
-left out.
+squares: the layer's error by narrower groups, by a branch left out, by ranks and by each precision, and the geometric means of these with
+the error of the groups on its two sides (adjacent pairs, after CLADO: Deng et al. 2023, arXiv:2307.05657). Every term is a function of one
+layer's own table, so the exact solver takes the fitted tables as it takes the raw ones. Pairs of methods of two layers would not fit one
+table and are left out.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ ENOUGH = 24
 # candidates, a third held out) was the same within .01 from .01 to .1, and .015 lower at 1: read once, when this was written (commit 0fc7dca).
 PULL = 0.1
 FLOOR = 0.3  # of the median divergence, added before errors are taken relative to it; chosen by hand, not measured
+LEFT_OUT = "left out"
 FOLDS = 5  # of the cross-validation in `held_out`, the usual number
 
 
@@ -58,7 +59,16 @@ class AdditiveModel:
         if len(kept) < ENOUGH:
             return self
         features = self._features([candidates[k] for k in kept])  # [candidates, layers, terms]
-        return replace(self, coefficients=_fit(features, np.array(divergences)[kept], self._families()))
+        target, whole = np.array(divergences)[kept], np.array([0 not in candidates[k].widths.values() for k in kept])
+        if whole.all() or whole.sum() < ENOUGH:
+            return replace(self, coefficients=_fit(features, target, self._families()))
+        # What a branch left out costs is foreseen roughly: it is fitted to what the rest leaves, and says nothing of that.
+        coefficients = _fit(features[whole], target[whole], self._families())
+        rest = np.einsum("clt,lt->c", features[~whole], coefficients)
+        out = features[~whole] * [name == LEFT_OUT for name in self.names]
+        return replace(
+            self, coefficients=coefficients + _fit(out, np.maximum(target[~whole] - rest, 0), self._families())
+        )
 
     def fitted_tables(self) -> list[LayerTable]:
         """Return the layer tables with the fitted divergence in the place of the raw error."""
@@ -106,7 +116,7 @@ class AdditiveModel:
 def additive_model(tables: Sequence[LayerTable]) -> AdditiveModel:
     """Return the unfitted model of layer tables."""
     precisions = sorted({m.precision for table in tables for m in table.methods if m.precision != FP32})
-    names = ("width", "rank", *precisions, "pair of widths", "pair with method")
+    names = ("width", "rank", LEFT_OUT, *precisions, "pair of widths", "pair with method")
     curves: dict[str, Floats] = {}
     for table in tables:
         if table.in_group is not None:
@@ -141,6 +151,9 @@ def _terms(table: LayerTable, names: Sequence[str], curves: Mapping[str, Floats]
         behind = np.zeros_like(behind)
     terms[names.index("pair of widths")] = np.sqrt(before * behind)
     terms[names.index("pair with method")] = np.sqrt((rest + by_rank) * (before + behind))
+    ends = [i for i, kept in enumerate(table.widths_in) if not kept and table.in_group is not None]
+    terms[:, ends] = 0.0
+    terms[names.index(LEFT_OUT), ends] = np.broadcast_to(width, error.shape)[ends]
     if table.out_group is not None:  # a layer that is left out costs nothing itself
         terms[:, :, [o for o, width in enumerate(table.widths_out) if not width]] = 0.0
     return terms
@@ -150,7 +163,7 @@ def _fit(features: Floats, target: Floats, families: Sequence[int]) -> Floats:
     """Coefficients [layers, terms] for features [candidates, layers, terms], least squares of relative errors."""
     from scipy.optimize import nnls
 
-    weight = 1 / (target + FLOOR * np.median(target))
+    weight = 1 / np.maximum(target + FLOOR * np.median(target), 1e-12)
     summed = features.sum(1)
     scale = np.maximum(summed.max(0), 1e-300)
     shared = nnls(summed / scale * weight[:, None], target * weight)[0] / scale

@@ -197,6 +197,11 @@ def comparable_reference(reference: Reference, run: Run) -> float:
     return reference.latency.seconds * there.seconds / own.latency.seconds
 
 
+def _layer_to_json(layer: LayerInfo) -> dict[str, Any]:
+    """A later addition: layers that read no group are written as they always were."""
+    return {name: value for name, value in asdict(layer).items() if name != "in_group" or value is not None}
+
+
 def write_front(folder: Path, run: Run) -> Path:
     """Write ``front.json`` into a run folder, whole or not at all; numbers that are not finite become null."""
     data = {
@@ -213,7 +218,7 @@ def write_front(folder: Path, run: Run) -> Path:
             "seconds": dict(run.summary.seconds),
             "spearman": dict(run.summary.spearman),
         },
-        "layers": [asdict(layer) for layer in run.layers],
+        "layers": [_layer_to_json(layer) for layer in run.layers],
         "warnings": list(run.warnings),
     }
     for name in (

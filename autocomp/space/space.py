@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 # A factorised layer must cost at most this share of the dense one: two kernels cost more than one. Chosen by hand, not measured.
 BREAK_EVEN = 0.7
+# Of random candidates, those without one of their branches. With half of them without some, the additive model that is fitted to them said
+# less of small divergences: the best of tokens within 0.02 nats then took 0.19 of dense's seconds in place of 0.15.
+LEFT_OUT = 1 / 3
 
 
 class Target(Protocol):
@@ -92,15 +95,22 @@ class Space:
         return bool(self.graph.groups[group].approximate)
 
     def draw(self, rng: np.random.Generator) -> Candidate:
-        """Return a random candidate; how much of the space's range it goes into is drawn first, so that all strengths are met."""
+        """Return a random candidate; how much of the space's range it goes into is drawn first, so that all strengths are met.
+
+        One in three leaves a branch out: a model without many says nothing, and such candidates nothing of the others.
+        """
         # Above 1: mostly mild choices, the first of each; below: mostly strong ones.
         bend = 4.0 ** rng.uniform(-1.6, 1.6)
 
         def pick(options: tuple[Any, ...]) -> Any:
             return options[min(int(len(options) * rng.random() ** bend), len(options) - 1)]
 
-        widths = {name: pick(options) for name, options in self.widths.items()}
-        return self.normalise(Candidate(widths, {name: pick(options) for name, options in self.methods.items()}))
+        widths = {name: pick(tuple(w for w in options if w)) for name, options in self.widths.items()}
+        methods = {name: pick(options) for name, options in self.methods.items()}
+        ended = [name for name in self.graph.branches if 0 in self.widths[name]]
+        if ended and rng.random() < LEFT_OUT:
+            widths[ended[rng.integers(len(ended))]] = 0
+        return self.normalise(Candidate(widths, methods))
 
     def normalise(self, candidate: Candidate) -> Candidate:
         """Return the same choice without ranks that save nothing at the pruned shape: those layers are full rank.

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from packages import folder, part
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from speech import SENTENCES
 from torch import Tensor, nn
+from utterances import SENTENCES
 
 import autocomp
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from packages import folder
 from safetensors.torch import load_file
-from speech import RATE, SENTENCES, Utterance, spoken, variants
 from torch import Tensor, nn
 from torch.nn import functional
+from utterances import RATE, SENTENCES, Utterance, spoken, variants
 
 import autocomp
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from packages import part
 from scipy.signal import stft
-from speech import RATE, SENTENCES, Utterance, spoken, variants
 from torch import Tensor, nn
+from utterances import RATE, SENTENCES, Utterance, spoken, variants
 
 import autocomp
 

@@ -315,6 +315,7 @@ CHECKED = {
         {"group": "norm", "width": 8, "offered": [8, 4], "layers": ["norm"], "approximate": "layer_norm in norm"},
     ],
     "layers": [{"layer": "stem.0", "kind": "conv2d", "macs": 73_728, "methods": ["fp32", "w8a8"]}],
+    "branches": [{"group": "norm", "offered": True, "layers": ["stem.0"]}],
     "refused": [{"subject": "classifier", "option": "rank 64", "reason": "above break-even [32]"}],
 }
 
@@ -334,6 +335,7 @@ def test_check_says_what_is_offered_and_what_not(run: Run, api: ModuleType) -> N
         "classes@1",
         "16x10",
         "* approximate: layer_norm in norm is computed over the channels of norm that are left",
+        "0: the branch that ends there is left out whole",
     ):
         assert words in out
     assert json.loads(run("check", "digits", "--json")[1]) == CHECKED

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pipeline import EVERYTHING, Vectors, pipeline
 from torch import nn
 
+from autocomp.accuracy.additive import additive_model
 from autocomp.database.stitch import stitch
 from autocomp.layers.narrow import with_weights
 from autocomp.records.candidate import Candidate, Method
@@ -142,3 +143,21 @@ def test_a_protected_layer_keeps_its_branch(made):
     kept = build_space(pipeline.graph, DEPTH.model_copy(update={"protect": [branch.ends[0]]}), Vectors())
     assert 0 not in kept.widths[branch.groups[0]]
     assert any(r.option == "depth" and "protected" in r.reason for r in kept.refused)
+
+
+def test_a_branch_that_goes_is_fitted_apart_from_the_rest(made):
+    """Errors of branches left out, foreseen roughly, take nothing from what is said of small changes."""
+    pipeline, database = made["plain"]
+    space, rng = pipeline.space, np.random.default_rng(0)
+    model = additive_model(database.tables())
+    drawn = [space.draw(rng) for _ in range(80)]
+    gone = [0 in candidate.widths.values() for candidate in drawn]
+    assert 10 < sum(gone) < 40  # a third
+    wild = rng.uniform(1, 50, len(drawn))
+    told = [(2 * model.predict([c])[0] + 1e-6) * (wild[k] if gone[k] else 1) for k, c in enumerate(drawn)]
+    fitted = model.fitted(drawn, told)
+    alone = model.fitted(*zip(*[(c, t) for c, t, g in zip(drawn, told, gone, strict=True) if not g], strict=True))
+    rest = [candidate for candidate, left in zip(drawn, gone, strict=True) if not left]
+    np.testing.assert_allclose(fitted.predict(rest), alone.predict(rest))
+    left = [k for k, one in enumerate(gone) if one]
+    assert fitted.predict([drawn[k] for k in left]).mean() > model.predict([drawn[k] for k in left]).mean()
