@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from autocomp.graph.batches import split
 from autocomp.graph.labels import MOVES, SAME, argument, operation
-from autocomp.graph.program import CanonicalModel, source_of, tensor_at
+from autocomp.graph.program import CanonicalModel, on_graph, tensor_at, tensors_of
 from autocomp.graph.removal import Changes
 from autocomp.layers.convolution import Layers, outputs_first
 from autocomp.layers.narrow import with_weights
@@ -81,7 +81,7 @@ def rotated(
             assert isinstance(model, CanonicalModel)
             made = _turned(model, group, batches, axes)
             with torch.no_grad():
-                pairs = zip(_flat(made(*example_inputs)), _flat(model(*example_inputs)), strict=True)
+                pairs = zip(tensors_of(made(*example_inputs)), tensors_of(model(*example_inputs)), strict=True)
                 if any((a - b).abs().max() > NEAR * b.abs().max() for a, b in pairs):
                     raise _NoStream("the turned model computes something else")
         except _NoStream as error:
@@ -89,10 +89,6 @@ def rotated(
         else:
             model, said[group.name] = made, ""
     return model, said
-
-
-def _flat(output: Any) -> list[Tensor]:
-    return [leaf.float() for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def _turned(model: CanonicalModel, group: Group, batches: Sequence[Batch], axes: Axes | None) -> CanonicalModel:
@@ -239,29 +235,16 @@ def _with_plain_norms(model: CanonicalModel, stream: _Stream, width: int) -> Can
         elif node not in inside:
             known[node] = new.node_copy(node, lambda n: known[n])
     new.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
-    used = {str(node.target) for node in new.nodes if node.op in ("get_attr", "call_module")}
-    code = replace(model.code, source=source_of(new), graph=new, run=None)  # type: ignore[arg-type] # `run` is made of the source
-    memo: dict[int, Any] = {}
-    modules = {name: copy.deepcopy(model.get_submodule(name), memo) for name in sorted(used) if _is_module(model, name)}
-    tensors = {name: copy.deepcopy(tensor_at(model, name), memo) for name in sorted(used) if name not in modules}
-    changed = dict(modules)
+    plain = on_graph(copy.deepcopy(model), new)
     for name, norm in stream.readers.items():
-        layer = modules[name]
+        layer = plain.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         weight = layer.weight.detach().double()
         bias = torch.zeros(len(weight)).double() if layer.bias is None else layer.bias.detach().double()
         bias = bias if norm.shift is None else bias + weight @ tensor_at(model, norm.shift).double()
         weight = weight if norm.factor is None else weight * tensor_at(model, norm.factor).double()
-        changed[name] = with_weights(layer, weight.float(), bias.float() if bias.any() else None)
-    return CanonicalModel(code, changed, tensors, model.sizes)
-
-
-def _is_module(model: nn.Module, name: str) -> bool:
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
+        plain.set_submodule(name, with_weights(layer, weight.float(), bias.float() if bias.any() else None))
+    return plain
 
 
 def _root_mean_square(graph: fx.Graph, x: fx.Node, epsilon: float, width: int) -> fx.Node:

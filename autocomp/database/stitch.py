@@ -16,7 +16,7 @@ from autocomp.records.candidate import Candidate, Method
 
 if TYPE_CHECKING:
     from autocomp.database.database import LayerDatabase
-    from autocomp.graph.graph import Graph
+    from autocomp.graph.graph import Graph, Layer
 
 
 def stitch(
@@ -28,37 +28,30 @@ def stitch(
     result can be exported, copied and saved. ``reestimate`` makes a pass over the calibration batches for BatchNorm.
     """
     candidate = database.space.normalise(candidate)
-    branches = [graph.branches[name] for name in database.space.left_out(candidate.widths)]
-    gone = {name for branch in branches for name in branch.layers}
-    ends = {name for branch in branches for name in branch.ends} - gone
-    constants: dict[str, Tensor] = {}
+    ended = database.space.left_out(candidate.widths)
+    left = graph.without(ended)
     memo: dict[int, object] = {}
-    for name, layer in graph.layers.items():
-        if name in gone:
-            continue
+    for name, layer in left.layers.items():
         method = candidate.methods[name]
         width_in = database.widths_in(name)[0] if layer.in_group is None else candidate.widths[layer.in_group]
-        rows = None
-        if layer.out_group is not None:
-            rows = database.rows(name, candidate.widths[layer.out_group])
-        if name in ends:
-            constants[name] = database.entry(name, 0, Method()).constant(rows)
-            continue
+        rows = _rows(database, layer, candidate)
         if method == Method() and rows is None and width_in == database.widths_in(name)[0]:
             continue
         original = model.get_submodule(name)
         memo[id(original)] = database.entry(name, width_in, method).module(layer, original, rows)
     less: Counter[str] = Counter()  # by how much each size shrinks: one may follow several groups
-    lost = {name for branch in branches for name in branch.groups}
-    for group in graph.groups.values():
-        if group.name in lost:
-            continue
+    for group in left.groups.values():
         kept = database.kept(group.name, candidate.widths[group.name])
         if kept is not None:
             changes = narrowed(model, group, kept)
             memo |= {id(model.get_submodule(name)): module for name, module in changes.modules.items()}
             memo |= {id(tensor_at(model, path)): tensor for path, tensor in changes.tensors.items()}
             less.update(changes.sizes)
+    constants = {
+        end: database.entry(end, 0, Method()).constant(_rows(database, graph.layers[end], candidate))
+        for name in ended
+        for end in graph.branches[name].ends
+    }
     changed = bool(memo or constants)
     # Deep copies go through the memo: what was replaced is never copied.
     stitched: nn.Module = copy.deepcopy(model, memo).eval()
@@ -69,3 +62,8 @@ def stitch(
     if changed and reestimate:
         reestimate_batchnorm(stitched, database.statistics.batches, database.statistics.axes)
     return stitched
+
+
+def _rows(database: LayerDatabase, layer: Layer, candidate: Candidate) -> Tensor | None:
+    """The output channels that a layer keeps; None if all."""
+    return None if layer.out_group is None else database.rows(layer.name, candidate.widths[layer.out_group])

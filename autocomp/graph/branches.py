@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +18,9 @@ from torch import Tensor, fx, nn
 
 from autocomp.graph.graph import Branch, Group, Layer
 from autocomp.graph.labels import operation, where
-from autocomp.graph.program import CanonicalModel, Size, observe, source_of, tensor_at
+from autocomp.graph.program import CanonicalModel, Size, observe, on_graph, tensor_at, tensors_of
+from autocomp.layers.convolution import Layers, outputs_first
+from autocomp.layers.narrow import with_weights
 
 MEETS = {"add", "sub", "rsub", "mul"}  # where a constant of size 1 along some axes does what the whole branch did
 SAME = 1e-5  # of the largest value: what differs by less along an axis is the same for all of it
@@ -33,14 +34,9 @@ class _Cut:
     alive: frozenset[fx.Node]  # what the outputs are still computed from, constants included
 
     @cached_property
-    def meeting(self) -> dict[fx.Node, fx.Node]:
-        """Each constant that is read beside data, and a node that does."""
-        return {
-            source: node
-            for node in self.alive - self.constant
-            for source in node.all_input_nodes
-            if source in self.constant
-        }
+    def meeting(self) -> set[fx.Node]:
+        """The constants that are read beside data."""
+        return {n for node in self.alive - self.constant for n in node.all_input_nodes if n in self.constant}
 
 
 def find_branches(
@@ -95,20 +91,7 @@ def bypassed(model: CanonicalModel, constants: Mapping[str, Tensor], inputs: Seq
             known[node] = new.node_copy(node, lambda n: known[n])
             if node.args and node.args[0] in cut.constant:  # a constant is not written into
                 known[node].target = _not_in_place(node.target)
-    used = {str(node.target) for node in new.nodes if node.op in ("get_attr", "call_module")} - set(tensors)
-    modules = {}
-    for name in sorted(used):
-        with suppress(AttributeError):  # a bare tensor
-            modules[name] = model.get_submodule(name)
-    tensors |= {name: tensor_at(model, name) for name in sorted(used - set(modules))}
-    code = replace(
-        model.code,
-        source=source_of(new),
-        graph=new,
-        norms={layer: norm for layer, norm in model.code.norms.items() if layer in used and norm in used},
-        run=None,  # type: ignore[arg-type] # made of the source
-    )
-    return CanonicalModel(code, modules, tensors, model.sizes)
+    return on_graph(model, new, tensors)
 
 
 def _branch(
@@ -261,35 +244,34 @@ def _collapsed(value: Tensor) -> Tensor:
 
 def _works(model: CanonicalModel, inputs: Sequence[Tensor], ends: Iterable[str]) -> bool:
     """Whether the model with those layers bypassed says what it says with weights of 0 and those constants as their biases, at every size."""
-    from autocomp.layers.narrow import with_weights
-
     generator = torch.Generator().manual_seed(0)
     blind = copy.deepcopy(model)
     constants = {}
     for name in dict.fromkeys(ends):
         module = model.get_submodule(name)
-        constants[name] = torch.randn(_channels(module), generator=generator)
-        weight = torch.zeros_like(module.weight)  # type: ignore[arg-type]
-        blind.set_submodule(name, with_weights(module, weight, constants[name]))  # type: ignore[arg-type]
+        assert isinstance(module, Layers)
+        weight = torch.zeros_like(outputs_first(module))
+        constants[name] = torch.randn(len(weight), generator=generator)
+        blind.set_submodule(name, with_weights(module, weight, constants[name]))
     with torch.no_grad():
         try:
             small = bypassed(model, constants, inputs)
         except Exception:  # whatever an operation says to a constant: the branch stays
             return False
-        return all(_same(blind, small, given) for given in (inputs, *_halved(inputs)))
+        return _same(blind, small, inputs) and all(_same(blind, small, half, True) for half in _halved(inputs))
 
 
-def _same(model: nn.Module, small: nn.Module, inputs: Sequence[Tensor]) -> bool:
-    """Whether two models say the same, where the first takes inputs of these sizes."""
+def _same(model: nn.Module, small: nn.Module, inputs: Sequence[Tensor], untaken: bool = False) -> bool:
+    """Whether two models say the same; ``untaken`` where the first does not take inputs of these sizes."""
     try:
-        expected = model(*(t.clone() for t in inputs))
+        expected = tensors_of(model(*(t.clone() for t in inputs)))
     except Exception:
-        return True
+        return untaken
     try:
-        found = small(*(t.clone() for t in inputs))
+        found = tensors_of(small(*(t.clone() for t in inputs)))
     except Exception:
         return False
-    pairs = zip(_tensors(expected), _tensors(found), strict=True)
+    pairs = zip(expected, found, strict=True)
     return all(a.shape == b.shape and torch.allclose(a, b, 1e-3, 1e-4, equal_nan=True) for a, b in pairs)
 
 
@@ -301,11 +283,3 @@ def _halved(inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             for axis in (axis for axis, own in enumerate(tensor.shape) if own == size):
                 half[at] = half[at].narrow(axis, 0, size // 2)
         yield half
-
-
-def _channels(module: nn.Module) -> int:
-    return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)  # type: ignore[arg-type]
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves(outputs) if isinstance(t, Tensor)]

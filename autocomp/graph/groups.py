@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from autocomp.graph.graph import Count, Group, HeadProducts, Slab, balanced
+from autocomp.graph.program import tensors_of
 from autocomp.graph.removal import masked, removed, reordered, swapped
 
 if TYPE_CHECKING:
@@ -165,9 +166,9 @@ def _fails(model: nn.Module, inputs: tuple[Tensor, ...], group: Group, count: in
     try:
         with torch.no_grad():
             with swapped(model, masked(model, group, kept)):
-                expected = _tensors(model(*inputs))
+                expected = tensors_of(model(*inputs))
             with swapped(model, removed(model, group, kept)):
-                actual = _tensors(model(*inputs))
+                actual = tensors_of(model(*inputs))
     except Exception as error:  # a reshape in the user's forward that counts on the width, say
         return f"the model fails without some of its channels: {_first_line(error)}"
     if any(a.shape != b.shape for a, b in zip(actual, expected, strict=True)):
@@ -197,15 +198,9 @@ def _shuffling_fails(model: nn.Module, inputs: tuple[Tensor, ...], group: Group)
         for unit, other in zip(members, shuffled, strict=True):
             order[unit] = members[other]
     with torch.no_grad():
-        expected = _tensors(model(*inputs))
+        expected = tensors_of(model(*inputs))
         with swapped(model, reordered(model, group, order)):
-            actual = _tensors(model(*inputs))
+            actual = tensors_of(model(*inputs))
     if any(a.shape != b.shape for a, b in zip(actual, expected, strict=True)) or not _alike(actual, expected):
         return "its channels in another order give another result, so it is not known which goes where"
     return ""
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    from torch.utils import _pytree
-
-    return [leaf.float() for leaf in _pytree.tree_leaves(output) if isinstance(leaf, Tensor)]

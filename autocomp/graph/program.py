@@ -12,7 +12,7 @@ import operator
 import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -206,6 +206,26 @@ def tensor_at(model: nn.Module, path: str) -> Tensor:
     found = getattr(model.get_submodule(owner), name)
     assert isinstance(found, Tensor)
     return found
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors of a model's output in a row, as floats."""
+    return [leaf.float() for leaf in _pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def on_graph(model: CanonicalModel, graph: fx.Graph, more: Mapping[str, Tensor] | None = None) -> CanonicalModel:
+    """The model that another graph makes of the parts of ``model`` that it names, the same ones, and of ``more`` tensors."""
+    tensors = dict(more or {})
+    used = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
+    modules = {}
+    for name in sorted(used - set(tensors)):
+        try:
+            modules[name] = model.get_submodule(name)
+        except AttributeError:
+            tensors[name] = tensor_at(model, name)
+    norms = {layer: norm for layer, norm in model.code.norms.items() if layer in used and norm in used}
+    code = replace(model.code, source=source_of(graph), graph=graph, norms=norms, run=None)  # type: ignore[arg-type] # made of the source
+    return CanonicalModel(code, modules, tensors, model.sizes)
 
 
 def _holder(model: nn.Module, path: str) -> nn.Module:

@@ -15,9 +15,8 @@ def resized(layer: Layer, inputs: int, outputs: int) -> Layer:
     """Return the description of a layer at other widths; ``inputs`` counts columns."""
     grouped = layer.conv_groups > 1  # whole groups go: what an output reads stays as it is
     share = outputs / layer.out_channels * (1.0 if grouped else inputs / layer.in_channels)
-    groups = (
-        max(1, layer.conv_groups * outputs // layer.out_channels) if grouped else 1
-    )  # none are left of one that goes whole
+    groups = layer.conv_groups * outputs // layer.out_channels if grouped else 1
+    groups = max(1, groups)  # also where none are left, of a layer that goes whole
     macs = round(layer.macs * share)
     return replace(layer, in_channels=inputs, out_channels=outputs, conv_groups=groups, macs=macs)
 

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from autocomp.layers.narrow import Norms
 
-KEPT = (
-    1 << 30
-)  # bytes that a step's layers keep: ViT-Ti at 224 then trains in less than 3 GB, teacher included (benchmarks/training_memory.py)
+# Bytes that a step's layers keep: ViT-Ti at 224 then trains in less than 3 GB, teacher included (benchmarks/training_memory.py).
+KEPT = 1 << 30
 PROBED = 2  # samples that are looked at
 TOGETHER = 16  # samples that a BatchNorm sees at once at least
 PARTS = 64  # of a batch at most

@@ -99,12 +99,10 @@ class Prepared:
 
         candidate = self.space.normalise(candidate)
         model, graph = self.task.model, self.graph
-        if ended := self.space.left_out(
-            candidate.widths
-        ):  # branches go at once, the channels of what is left are chosen
+        # Branches go at once; the channels of what is left are chosen.
+        if ended := self.space.left_out(candidate.widths):
             full = self.space.dense()
-            lost = {group: 0 for name in ended for group in graph.branches[name].groups}
-            model = self.stitch_untrained(Candidate({**full.widths, **lost}, full.methods))
+            model = self.stitch_untrained(Candidate({**full.widths, **dict.fromkeys(ended, 0)}, full.methods))
             graph = graph.without(ended)
         return Wide(model, graph, units_of(graph, candidate.widths, self.space.counts))
 
