@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
@@ -29,6 +31,18 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float,
 
 def geometric_mean(values: Iterable[float]) -> float:
     return float(np.exp(np.mean(np.log(list(values)))))
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """The mean and the standard deviation of several values; one alone as it is."""
+    return f"{np.mean(values):.4f} ± {np.std(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
+
+
+def answered(file: str, *arguments: str, **environment: str) -> Any:
+    """What a benchmark, run with these arguments in a process of its own, prints last: JSON."""
+    command = [sys.executable, file, *arguments]
+    done = subprocess.run(command, env={**os.environ, **environment}, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def machine(profile: Profile) -> dict[str, Any]:

@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import earlier, publish
+from common import answered, earlier, publish
 from zoo import ZOO
 from zoo.inputs import smooth_noise
 
@@ -85,10 +82,8 @@ def search(name: str, trials: int, measurements: int, folder: Path) -> dict[str,
 
 def in_a_process(name: str, trials: int, measurements: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
-        command = [sys.executable, __file__, "--inside", name, str(trials), str(measurements), f"{temporary}/run"]
-        environment = {**os.environ, "AUTOCOMP_CACHE": f"{temporary}/cache"}
-        done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        arguments = (name, str(trials), str(measurements), f"{temporary}/run")
+        found: dict[str, Any] = answered(__file__, "--inside", *arguments, AUTOCOMP_CACHE=f"{temporary}/cache")
         return found
 
 

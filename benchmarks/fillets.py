@@ -29,21 +29,23 @@ from autocomp import api
 from autocomp.cache import cache_dir, write_atomically
 from autocomp.errors import AutocompError, UsageError
 from autocomp.progress import Progress
+from autocomp.tasks.speech import decoding
 from autocomp.tasks.speech.audio import RATE, Samples, as_float, in_window, resampled, to_int16, trimmed
 from autocomp.tasks.speech.batches import NOISELESS, SNR, SPEEDS, WARPS, faster, gains, mask, padded
 from autocomp.tasks.speech.features import HOP, log_mel, mel_filters
 from autocomp.tasks.speech.fetch import unpacked
-from autocomp.tasks.speech.metrics import ctc_loss, transcribed
+from autocomp.tasks.speech.metrics import ctc_loss, each_rate, transcribed
 from autocomp.tasks.speech.noise import Noises, noisy
 from autocomp.tasks.speech.recordings import banks
 from autocomp.tasks.speech.train import Recipe, train
 from autocomp.tasks.speech.trained import new_model
-from autocomp.tasks.speech.words import decoded, frames_needed
+from autocomp.tasks.speech.words import frames_needed
 from autocomp.tasks.task import Task
 
 PACKAGES = ("libogg0", "libvorbis0a", "libvorbisfile3", "fillets-ng-data", "fillets-ng-data-cs")
 GAME = "usr/share/games/fillets-ng"
 LETTERS = " aábcčdďeéěfghiíjklmnňoópqrřsštťuúůvwxyýzž"
+greedy = partial(decoding.greedy, characters=LETTERS)
 KNOWN = ("font_small", "font_big")  # the fish
 EVERY = 10  # one level of so many validates, the next is of the test
 SECONDS = 5
@@ -204,17 +206,12 @@ def frames_of(found: Sequence[Line]) -> Tensor:
     return torch.cat([log_mel(torch.from_numpy(window)[None]) for window in windows])
 
 
-def greedy(logits: Tensor) -> str:
-    return " ".join(decoded(logits.argmax(-1).tolist(), LETTERS).split())
-
-
 def error_rates(model: nn.Module, texts: Sequence[str], frames: Tensor, slices: Sequence[str]) -> dict[str, Tensor]:
     """Return CER and WER of each line, over all and by slice."""
     heard = transcribed(model, frames, greedy)
     found = {}
     for name, rate in (("cer", jiwer.cer), ("wer", jiwer.wer)):
-        values = torch.tensor([rate(one, other) for one, other in zip(texts, heard, strict=True)], dtype=torch.float64)
-        found[name] = values
+        values = found[name] = each_rate(rate, texts, heard)
         for kind in dict.fromkeys(slices):
             found[f"{name}/{kind}"] = values[torch.tensor([one == kind for one in slices])]
     return found

@@ -21,7 +21,7 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from common import earlier, publish
+from common import earlier, mean_and_spread, publish
 from prepared import TASKS, Prepared, draw, prepare
 from threadpoolctl import threadpool_limits
 
@@ -195,15 +195,15 @@ def main() -> None:
         found[name] = compared(name, options.trials, options.seeds, [OURS, *(s for s in options.samplers if s != OURS)])
         print(f"{name}: gain over random search, beside TPE's: {gain(found[name])}", flush=True)
 
-    def text(values: Sequence[float]) -> str:
-        return f"{np.mean(values):.4f} ± {np.std(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
-
     measures = ("hypervolume", "at equal seconds", "feasible", "seconds")
     rows = [
         [
             task,
             sampler,
-            *(text(by[measure]) if measure != "seconds" else f"{np.mean(by[measure]):.1f}" for measure in measures),
+            *(
+                mean_and_spread(by[measure]) if measure != "seconds" else f"{np.mean(by[measure]):.1f}"
+                for measure in measures
+            ),
         ]
         for task, samplers in found.items()
         for sampler, by in samplers.items()

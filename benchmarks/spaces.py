@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
-from common import earlier, publish
+from common import earlier, mean_and_spread, publish
 from prepared import TASKS
 from search import Bench, Told, feasible, run, volume
 
@@ -27,7 +26,7 @@ from autocomp.study.samplers import OURS
 
 FINE = Rule(layers="*", keep=[1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125], ranks=[0.75, 0.625, 0.5, 0.375, 0.25])
 MEASURES = ("hypervolume", "at equal seconds", "feasible")
-DEPTH = {"without depth": Rule(layers="*", depth=False), "with depth": Rule(layers="*", depth=True)}
+WITHOUT, DEPTH = Rule(layers="*", depth=False), Rule(layers="*", depth=True)
 
 
 def spaces() -> dict[str, SpaceFile]:
@@ -37,12 +36,11 @@ def spaces() -> dict[str, SpaceFile]:
     def more(*rules: Rule) -> SpaceFile:
         return plain.model_copy(update={"rules": [*plain.rules, *rules]})
 
-    without, depth = DEPTH.values()
     return {
-        "four widths": more(without),
-        "finer": more(without, FINE),
-        "with depth": more(depth),
-        "finer, with depth": more(depth, FINE),
+        "four widths": more(WITHOUT),
+        "finer": more(WITHOUT, FINE),
+        "with depth": more(DEPTH),
+        "finer, with depth": more(DEPTH, FINE),
     }
 
 
@@ -87,12 +85,8 @@ def main() -> None:
 
 def written(found: dict[str, Any], options: argparse.Namespace) -> None:
     """The table, after each task."""
-
-    def text(values: Sequence[float]) -> str:
-        return f"{np.mean(values):.4f} ± {np.std(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
-
     rows = [
-        [task, space, f"{of['candidates']:.1e}", *(text(of[measure]) for measure in MEASURES), f"{np.mean(of['seconds']):.1f}"]
+        [task, space, f"{of['candidates']:.1e}", *(mean_and_spread(of[measure]) for measure in MEASURES), f"{np.mean(of['seconds']):.1f}"]
         for task, by_space in found.items()
         for space, of in by_space.items()
     ]  # fmt: skip

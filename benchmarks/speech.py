@@ -84,11 +84,7 @@ QUICK = {"counts": {"human": 6, "synthetic": 6, "accent": 4}, "utterances": 60, 
 
 def percent(rates: Mapping[str, Tensor]) -> dict[str, list[float]]:
     """Mean and standard error of each error rate of characters, in percent."""
-    return {
-        name: [100 * float(values.mean()), 100 * float(values.std()) / len(values) ** 0.5]
-        for name, values in rates.items()
-        if name.startswith("cer")
-    }
+    return fillets.summary({name: values for name, values in rates.items() if name.startswith("cer")})
 
 
 # Augmentation

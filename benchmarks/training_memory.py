@@ -11,14 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import earlier, publish
+from common import answered, earlier, publish
 from torch.nn import functional
 from zoo import ZOO
 from zoo.inputs import smooth_noise
@@ -62,13 +60,6 @@ def measured(recipe: str, batch: int, steps: int) -> dict[str, float]:
     return {"before": before, "peak": peak()}
 
 
-def in_a_process(recipe: str, batch: int, steps: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--inside", "--recipe", recipe, "--batch", str(batch), "--steps", str(steps)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def peak() -> float:
     """GB of memory that this process has taken at most."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -89,7 +80,8 @@ def main() -> None:
         options.recipe, options.batch = ["default"], 8
     found: dict[str, Any] = {} if options.quick else earlier("training_memory", "recipes")
     for recipe in options.recipe:
-        found[recipe] = in_a_process(recipe, options.batch, options.steps)
+        sizes = ("--batch", str(options.batch), "--steps", str(options.steps))
+        found[recipe] = answered(__file__, "--inside", "--recipe", recipe, *sizes)
     rows = [
         [name, f"{one['before']:.2f} GB", f"{one['peak']:.2f} GB", f"<= {LIMIT:g} GB"] for name, one in found.items()
     ]

@@ -18,9 +18,9 @@ LEAST = math.log(1e-6)  # a class less probable than that in a frame is not gone
 NEVER = -math.inf
 
 
-def greedy(logits: Tensor) -> str:
+def greedy(logits: Tensor, characters: str = CHARACTERS) -> str:
     """Return the text of logits ``[L, classes]``: the best class of each frame, repeats as one, without blanks."""
-    return " ".join(decoded(logits.argmax(-1).tolist()).split())
+    return " ".join(decoded(logits.argmax(-1).tolist(), characters).split())
 
 
 def beam(logits: Tensor, width: int = WIDTH, words: Collection[str] | None = None) -> str:

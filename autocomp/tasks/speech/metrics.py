@@ -27,7 +27,7 @@ def error_rates(model: nn.Module, split: HeldOut, decode: Decode = greedy) -> di
     heard = {condition: transcribed(model, frames, decode) for condition, frames in split.frames.items()}
     rates: dict[str, Tensor] = {}
     for name, rate in (("cer", jiwer.cer), ("wer", jiwer.wer)):
-        by = {condition: _each(rate, split.texts, texts) for condition, texts in heard.items()}
+        by = {condition: each_rate(rate, split.texts, texts) for condition, texts in heard.items()}
         rates[name] = torch.stack(list(by.values())).mean(0)
         for kind in KINDS:
             if kind in split.kinds:
@@ -36,7 +36,8 @@ def error_rates(model: nn.Module, split: HeldOut, decode: Decode = greedy) -> di
     return rates
 
 
-def _each(rate: Callable[[str, str], object], said: Sequence[str], heard: Sequence[str]) -> Tensor:
+def each_rate(rate: Callable[[str, str], object], said: Sequence[str], heard: Sequence[str]) -> Tensor:
+    """Return an error rate (jiwer's) of each of several utterances."""
     return torch.tensor([rate(one, other) for one, other in zip(said, heard, strict=True)], dtype=torch.float64)
 
 
