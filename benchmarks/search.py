@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ from autocomp.space.file import SpaceFile
 from autocomp.study.costs import Costs
 from autocomp.study.samplers import OURS
 from autocomp.study.solver import Problem, neighbours, solve_front
-from autocomp.study.study import Choices, Engine, open_search
+from autocomp.study.study import Choices, Engine, Search, open_search
 
 SAMPLERS = (OURS, "tpe", "nsgaii", "nsgaiii", "gp", "random")
 GREEDY = "greedy ladder"
@@ -89,11 +89,15 @@ def run(bench: Bench, trials: int, job: tuple[str, int]) -> list[Told]:
         return ladder(bench, trials) if sampler == GREEDY else searched(bench, sampler, seed, trials)
 
 
-def searched(bench: Bench, sampler: str, seed: int, trials: int) -> list[Told]:
+def searched(
+    bench: Bench, sampler: str, seed: int, trials: int, rounds: Callable[[Search], None] = lambda search: None
+) -> list[Told]:
+    """The trials of one sampler; ``rounds`` is called where a search measures, after each quarter of them but the last."""
     space, told, spent = bench.prepared.space, [], 0.0
     with tempfile.TemporaryDirectory() as folder:
-        engine = Engine(sampler, seed, bench.costs.problem, space.normalise)
-        levels = Choices(space.widths, space.methods)
+        offered = Choices(space.widths, space.methods)
+        engine = Engine(sampler, seed, bench.costs.problem, space.normalise, offered=offered)
+        levels = Choices(space.every_width if sampler == OURS else space.widths, space.methods)
         search = open_search(f"journal:///{folder}/study.journal", "run", levels, engine, profiles=["x86-host"])
         search.enqueue(space.dense(), "dense")
         for keep in UNIFORM_KEEPS:
@@ -115,6 +119,10 @@ def searched(bench: Bench, sampler: str, seed: int, trials: int) -> list[Told]:
             search.tell(asked.trial, evaluation)
             spent += thinking + scoring + time.perf_counter() - start
             told.append(Told(evaluation.kl or 0.0, evaluation.predicted["x86-host"] / dense, spent))
+            if len(told) in (trials // 4, trials // 2, 3 * trials // 4):
+                start = time.perf_counter()
+                rounds(search)
+                spent += time.perf_counter() - start
         search.close()
     return told
 

@@ -1,10 +1,10 @@
-"""What a search space is worth: four widths a group, a finer one, and branches that may be left out whole.
+"""What a search space is worth: four widths a group, finer ones from the start or next to the front, and branches that may be left out whole.
 
     python benchmarks/spaces.py [--task digits examples.pretrained.crepe:task ...] [--trials 300] [--seeds 3] [--quick]
 
 Every space is searched by autocomp's engine as in `benchmarks/search.py`: divergences are measured, seconds predicted from the kernels in the
-cache (fill it by a search first), so that no timing disturbs the comparison. "At equal seconds" is after as many seconds, the layer database
-included, as the default space took for all its trials.
+cache (fill it by a search first), so that no timing disturbs the comparison. After each quarter of the trials the solver is asked again, as in a
+search. "At equal seconds" is after as many seconds, the layer database included, as four widths took for all their trials.
 """
 
 from __future__ import annotations
@@ -17,12 +17,17 @@ from typing import Any
 import numpy as np
 from common import earlier, mean_and_spread, publish
 from prepared import TASKS
-from search import Bench, Told, feasible, run, volume
+from search import CAP, Bench, Told, feasible, searched, volume
+from threadpoolctl import threadpool_limits
 
 from autocomp.hardware.profile import load_profile
 from autocomp.processes.pool import map_in_processes
+from autocomp.run.explore import SEEDS_AGAIN
+from autocomp.run.finer import affordable, widths_around
 from autocomp.space.file import Rule, SpaceFile, load_space
 from autocomp.study.samplers import OURS
+from autocomp.study.solver import solve_front
+from autocomp.study.study import Choices, Search
 
 FINE = Rule(layers="*", keep=[1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125], ranks=[0.75, 0.625, 0.5, 0.375, 0.25])
 MEASURES = ("hypervolume", "at equal seconds", "feasible")
@@ -33,15 +38,38 @@ def spaces() -> dict[str, SpaceFile]:
     """The default space with and without depth, and in finer steps."""
     plain = load_space("default")
 
-    def more(*rules: Rule) -> SpaceFile:
-        return plain.model_copy(update={"rules": [*plain.rules, *rules]})
+    def more(*rules: Rule, refine: bool = False) -> SpaceFile:
+        return plain.model_copy(update={"rules": [*plain.rules, *rules], "refine": refine})
 
     return {
         "four widths": more(WITHOUT),
         "finer": more(WITHOUT, FINE),
+        "coarse to fine": more(WITHOUT, refine=True),
         "with depth": more(DEPTH),
         "finer, with depth": more(DEPTH, FINE),
+        "coarse to fine, with depth": more(DEPTH, refine=True),
     }
+
+
+def searched_in_rounds(bench: Bench, trials: int, seed: int) -> list[Told]:
+    """The engine's trials; finer widths are offered on the way where the space has some."""
+    costs, space = bench.costs, bench.prepared.space
+    database = bench.prepared.database
+    costs.widen(space, database.tables())  # the process may have had another seed
+    costs.fit([])
+
+    def rounds(search: Search) -> None:
+        front = [e for e in search.front() if (e.kl or 0.0) < CAP]
+        if more := widths_around(costs, space.every_width, front):
+            wider = affordable(database, space, costs.space, more)
+            costs.widen(wider, database.tables(wider))
+            costs.fit(search.told)
+            search.offer(Choices(wider.widths, wider.methods))
+        for candidate in solve_front(costs.problem(), SEEDS_AGAIN):
+            search.enqueue(candidate, "solver")
+
+    with threadpool_limits(1):
+        return searched(bench, OURS, seed, trials, rounds)
 
 
 def compared(task: str, trials: int, seeds: int) -> dict[str, dict[str, Any]]:
@@ -52,8 +80,7 @@ def compared(task: str, trials: int, seeds: int) -> dict[str, dict[str, Any]]:
         start = time.perf_counter()
         bench = Bench(task, space)
         before = time.perf_counter() - start
-        jobs = [(OURS, seed) for seed in range(seeds)]
-        runs = list(map_in_processes(partial(run, bench, trials), jobs, 2))
+        runs = list(map_in_processes(partial(searched_in_rounds, bench, trials), list(range(seeds)), 2))
         told[name] = [[one._replace(at=one.at + before) for one in trials_of] for trials_of in runs]
         found[name] = {"candidates": float(bench.prepared.space.size)}
     for name, runs in told.items():

@@ -103,21 +103,29 @@ class LayerDatabase:
         ``told`` is called as the work goes on, with about what share of it is done and how many seconds that took.
         """
         progress = progress or Progress()
-        work = [(name, width) for name in self.graph.layers for width in self.widths_in(name)]
+        work = self.files()
         with progress.stage("layer database", len(work) + 1) as stage:
             self.orders(workers)
             stage.advance()
             if workers > 1:
-                self._compute_missing(work, workers, told)
-            for name, width in work:
-                self._entries(name, width)
-                stage.advance(note=f"{name} at {width}")
+                self.fill(work, workers, told)
+            for layer, width in work:
+                self._entries(layer, width)
+                stage.advance(note=f"{layer} at {width}")
             for text in self.warnings:
                 stage.warn(text)
 
-    def _compute_missing(
-        self, work: Sequence[tuple[str, int]], workers: int, told: Callable[[float, float], None]
+    def files(self, space: Space | None = None) -> list[tuple[str, int]]:
+        """The layers and input widths that there is a file for each of; of what ``space`` offers, if one is given."""
+        return [(name, width) for name in self.graph.layers for width in self.widths_in(name, space)]
+
+    def fill(
+        self,
+        work: Sequence[tuple[str, int]],
+        workers: int,
+        told: Callable[[float, float], None] = lambda share, seconds: None,
     ) -> None:
+        """Compute those of these files that are missing, in so many processes."""
         missing = [item for item in work if not self._entries_path(*item).exists()]
         layers = self.graph.layers
 
@@ -139,7 +147,8 @@ class LayerDatabase:
         if self._orders is None:
             widths = {name: list(widths) for name, widths in self.space.widths.items()}
             members = {name: [list(group.rows), list(group.columns)] for name, group in self.graph.groups.items()}
-            path = self._path("orders", [widths, members])
+            kept = {name: list(counts) for name, counts in self.space.counts.items()}
+            path = self._path("orders", [widths, members, *([kept] if self.space.finer else [])])
             data = self._read(path)
             if data is None:
                 if self.classic:
@@ -169,12 +178,12 @@ class LayerDatabase:
         kept = self.kept(group, width)
         return None if kept is None or group is None else self.graph.groups[group].columns_kept(layer, kept)
 
-    def widths_in(self, layer: str) -> tuple[int, ...]:
+    def widths_in(self, layer: str, space: Space | None = None) -> tuple[int, ...]:
         """Return the input widths a layer is compressed at: those of its group, in units."""
         described = self.graph.layers[layer]
         if described.in_group is None:
             return (described.in_channels,)
-        return self.space.widths[described.in_group]
+        return (space or self.space).widths[described.in_group]
 
     def entry(self, layer: str, in_width: int, method: Method) -> Entry:
         """Return one entry, computed now if it must be. KeyError if the space does not offer it."""
@@ -184,9 +193,8 @@ class LayerDatabase:
         return entries[method]
 
     def tables(self, space: Space | None = None) -> list[LayerTable]:
-        """Return the tables of all layers, in the order of execution; of the methods that ``space`` offers, if one is given."""
-        methods = (space or self.space).methods
-        return [self._table(name, methods[name]) for name in self.graph.layers]
+        """Return the tables of all layers, in the order of execution; of what ``space`` offers, if one is given."""
+        return [self._table(name, space or self.space) for name in self.graph.layers]
 
     def dominated(self, profiles: Sequence[Target]) -> dict[str, dict[Method, Method]]:
         """Return, of each layer, the methods that another beats, with that other: no less accurate, no larger and as fast, at every width.
@@ -214,10 +222,10 @@ class LayerDatabase:
                     break
         return dropped
 
-    def _table(self, name: str, methods: tuple[Method, ...]) -> LayerTable:
-        layer = self.graph.layers[name]
-        inputs = self.widths_in(name)
-        outputs = (layer.out_channels,) if layer.out_group is None else self.space.widths[layer.out_group]
+    def _table(self, name: str, space: Space) -> LayerTable:
+        layer, methods = self.graph.layers[name], space.methods[name]
+        inputs = self.widths_in(name, space)
+        outputs = (layer.out_channels,) if layer.out_group is None else space.widths[layer.out_group]
         through = layer.conv_groups > 1 and layer.in_group is not None
         error = np.zeros((len(inputs), len(outputs), len(methods)))
         size = np.zeros_like(error)

@@ -11,7 +11,7 @@ import numpy as np
 from autocomp.front.goals import Judge
 from autocomp.front.pareto import gains, promising
 from autocomp.records.evaluation import Evaluation, untrained
-from autocomp.study.useful import tolerated, useful_divergence
+from autocomp.study.useful import BEYOND, tolerated, useful_divergence
 
 if TYPE_CHECKING:
     from autocomp.run.found import Found
@@ -51,9 +51,14 @@ def _measured(found: Found) -> list[Evaluation]:
 
 
 def entrants(found: Found, count: int) -> list[Evaluation]:
-    """Told candidates that would add the most to the front if training left `LEFT` of their divergence, most promising first."""
-    told, measured = trainable(found), _measured(found)
-    useful = useful_divergence(measured, found.judge())
+    """Told candidates that would add the most to the front if training left `LEFT` of their divergence, most promising first.
+
+    With a goal on the objective those that are thought to miss it as they are: what meets it needs no training.
+    """
+    told, measured, judge = trainable(found), _measured(found), found.judge()
+    useful = useful_divergence(measured, judge)
+    if judge.objective in judge.max_drops:
+        told = [e for e in told if (e.kl or 0.0) > useful / BEYOND] or told
     times = relative(found, [*told, *measured])
     points = np.array([(LEFT * (e.kl or 0.0), math.log(times[e.trial])) for e in told]).reshape(-1, 2)
     known = np.array([(e.kl or 0.0, math.log(times[e.trial])) for e in measured]).reshape(-1, 2)

@@ -17,7 +17,9 @@ from autocomp.records.candidate import Candidate, Method
 from autocomp.records.evaluation import Evaluation, Source, untrained
 from autocomp.records.precisions import FORMATS, FP32
 from autocomp.run.budget import BASELINES, TELLING
+from autocomp.run.entrants import LEFT
 from autocomp.run.expect import expect
+from autocomp.run.finer import refine
 from autocomp.run.found import Found, is_baseline
 from autocomp.run.prepare import Prepared
 from autocomp.run.tell import Teller
@@ -203,7 +205,8 @@ class _Explorer:
                 self._measure_until(budget * part // MEASURE_ROUNDS)
                 if self._met():
                     break
-                if not told and (self.budget.minutes is None or self.budget.late()):
+                finer = part < MEASURE_ROUNDS and self._ours and refine(self.found)
+                if not told and not finer and (self.budget.minutes is None or self.budget.late()):
                     break
                 for candidate in self._seeds_again() if part < MEASURE_ROUNDS else ():
                     self.search.enqueue(candidate, "solver")
@@ -215,7 +218,7 @@ class _Explorer:
     def _seeds_again(self) -> list[Candidate]:
         """The solver's answers at what is fitted by now, where the engine is ours.
 
-        With a goal on the objective those about as far from dense as that allows.
+        With a goal on the objective those about as far from dense as that allows, after training where the run trains.
         """
         if not self._ours:
             return []
@@ -223,7 +226,8 @@ class _Explorer:
             return solve_front(self.costs.problem(), SEEDS_AGAIN)
         problem = self.costs.problem()
         useful = useful_divergence(self._measured(), self.judge)
-        near = [c for c in solve_front(problem, FINER * SEEDS_AGAIN) if useful / FINER < problem.cost(c).error < useful]
+        most = useful / LEFT if self.settings.training[0] else useful
+        near = [c for c in solve_front(problem, FINER * SEEDS_AGAIN) if useful / FINER < problem.cost(c).error < most]
         return near[:: max(1, len(near) // SEEDS_AGAIN)][:SEEDS_AGAIN]
 
     def _tell_until(self, count: int, stage: Stage, until: float) -> bool:

@@ -23,11 +23,15 @@ from autocomp.run.prepare import Prepared
 from autocomp.run.replay import ATTRIBUTE, to_json
 from autocomp.study.aims import thought_misses
 from autocomp.study.costs import Costs
+from autocomp.study.samplers import OURS
 from autocomp.study.study import Choices, Engine, Search, open_search
 from autocomp.tasks.task import evaluate_task, objective_of
 
 if TYPE_CHECKING:
     import torch
+
+
+OFFERED = "offered"  # the study's attribute: the widths that are offered by now, if these are more than at first
 
 
 class Found:
@@ -40,14 +44,20 @@ class Found:
         self.prepared, self._searches = prepared, searches
         settings, space, devices = prepared.settings, prepared.space, prepared.devices
         self.costs = Costs(prepared.graph, space, prepared.database.tables(space), devices, settings.deterministic)
+        self.every_width = _every_width(prepared)
         url, name = study_of(settings, prepared.folder)
         engine = Engine(
-            prepared.sampler or settings.sampler, settings.seed, self.costs.problem, space.normalise, self._constraints
+            prepared.sampler or settings.sampler,
+            settings.seed,
+            self.costs.problem,
+            space.normalise,
+            self._constraints,
+            Choices(space.widths, space.methods),
         )
         self.search: Search = open_search(
             url,
             name,
-            Choices(space.widths, space.methods),
+            Choices(self.every_width, space.methods),
             engine,
             prepared.known is not None,
             {"identity": prepared.identity, **({ATTRIBUTE: to_json(prepared.replayed)} if prepared.replayed else {})},
@@ -57,6 +67,7 @@ class Found:
         self._spent: dict[str, float] = self.search.get_attr("seconds", {})
         prepared.measurer.stitch = self._stitch
         try:
+            self.offer(self.search.get_attr(OFFERED) or space.widths)
             self._take_up()
         except BaseException:
             self.close()
@@ -83,6 +94,16 @@ class Found:
     @property
     def told(self) -> list[Evaluation]:
         return self.search.told
+
+    def offer(self, widths: Mapping[str, Sequence[int]]) -> None:
+        """Offer these widths from now on, for as long as the run lasts: some of those that the study knows."""
+        prepared, offered = self.prepared, {name: tuple(chosen) for name, chosen in widths.items()}
+        if offered != self.costs.space.widths:
+            space = prepared.space.offering(offered)
+            self.costs.widen(space, prepared.database.tables(space))
+            self.costs.fit(self.told)
+            self.search.set_attr(OFFERED, offered)
+        self.search.offer(Choices(offered, prepared.space.methods))
 
     def dense(self) -> Evaluation:
         """The evaluation of the untouched model. AutocompError if it was not measured."""
@@ -254,6 +275,15 @@ class Found:
 
     def _warn(self, text: str) -> None:
         self.prepared.progress.warn(text)
+
+
+def _every_width(prepared: Prepared) -> Mapping[str, tuple[int, ...]]:
+    """The widths that the study knows: the finer ones too, where autocomp's engine searches, and the run was not begun without them."""
+    space, settings = prepared.space, prepared.settings
+    begun = (prepared.known or {}).get("space", {}).get("widths")
+    if prepared.sampler is not None or settings.sampler != OURS:
+        return space.widths
+    return space.widths if begun == {name: list(widths) for name, widths in space.widths.items()} else space.every_width
 
 
 def is_baseline(source: Source) -> bool:

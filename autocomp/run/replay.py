@@ -97,7 +97,10 @@ def only(space: Space, made: Sequence[Choice], run: str) -> Space:
     UsageError if they are of another architecture, or of options that the space does not offer; it names the first.
     """
     for choice in made:
-        chosen = {"width": (choice.candidate.widths, space.widths), "method": (choice.candidate.methods, space.methods)}
+        chosen = {
+            "width": (choice.candidate.widths, space.every_width),
+            "method": (choice.candidate.methods, space.methods),
+        }
         for kind, (theirs, ours) in chosen.items():
             if other := sorted({*theirs} ^ {*ours}):
                 raise UsageError(
@@ -112,7 +115,7 @@ def only(space: Space, made: Sequence[Choice], run: str) -> Space:
     candidates = [choice.candidate for choice in made]
     widths = {
         name: (w[0], *(v for v in w[1:] if v in {c.widths[name] for c in candidates}))
-        for name, w in space.widths.items()
+        for name, w in space.every_width.items()
     }
     methods = {
         name: (m[0], *(v for v in m[1:] if v in {c.methods[name] for c in candidates}))

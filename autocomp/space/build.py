@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from autocomp.graph.graph import Graph, Group, Layer
 from autocomp.space.space import Refusal, Space, Target, has_kernel, rank_waste
 
+LEVELS = 16  # of a group's widths at most, where they are refined
+
 
 def build_space(graph: Graph, space_file: SpaceFile | str | Path, profile: Target | Sequence[Target]) -> Space:
     """Return the legal choices for a graph; several profiles allow what all of them do.
@@ -31,10 +33,11 @@ def build_space(graph: Graph, space_file: SpaceFile | str | Path, profile: Targe
     counts = {group.name: builder.widths(group) for group in graph.groups.values()}
     builder.leave_out(counts)
     widths = {name: tuple(offered) for name, offered in counts.items()}
+    finer = builder.finer(counts) if rules.refine else {}
     methods = {layer.name: builder.methods(layer) for layer in graph.layers.values()}
     for name, reason in graph.skipped.items():
         builder.refuse(name, "every option", reason)
-    return Space(graph, widths, methods, tuple(builder.refused), builder.lanes, counts, rules.observer)
+    return Space(graph, widths, methods, tuple(builder.refused), builder.lanes, counts, rules.observer, finer)
 
 
 def _check_globs(graph: Graph, rules: SpaceFile) -> None:
@@ -87,8 +90,7 @@ class _Builder:
         sizes = group.sizes() or (group.width,)
         offered = {group.width: sizes}
         for share in asked:
-            steps = [self._step(group, segment) for segment in range(len(sizes))]
-            kept = tuple(_multiple(share * n, n, step) for n, step in zip(sizes, steps, strict=True))
+            kept = self._kept(group, share)
             width = sum(kept)
             if stay:
                 self.refuse(group.name, f"keep {share:g}", stay)
@@ -97,6 +99,24 @@ class _Builder:
             else:
                 offered[width] = kept
         return offered
+
+    def _kept(self, group: Group, share: float) -> tuple[int, ...]:
+        """The units of every segment that a share of them comes to."""
+        steps = [self._step(group, segment) for segment in range(len(group.sizes()))]
+        return tuple(_multiple(share * n, n, step) for n, step in zip(group.sizes(), steps, strict=True))
+
+    def finer(self, counts: Mapping[str, dict[int, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+        """The widths of groups that have more between the ones offered; ``counts`` then says of these too what they keep."""
+        found = {}
+        for name, offered in counts.items():
+            narrowest = min((width for width in offered if width), default=0)
+            shares = [level / LEVELS for level in range(LEVELS - 1, 0, -1)] if sum(map(bool, offered)) > 1 else []
+            between = {sum(kept): kept for kept in (self._kept(self.graph.groups[name], share) for share in shares)}
+            more = {width: kept for width, kept in between.items() if width > narrowest and width not in offered}
+            if more:
+                offered |= more
+                found[name] = tuple(sorted(offered, reverse=True))
+        return found
 
     def leave_out(self, counts: Mapping[str, dict[int, tuple[int, ...]]]) -> None:
         """Add the width 0 to the groups of every branch that may be left out."""

@@ -85,6 +85,10 @@ class SpaceFile(BaseModel):
     kernels_only: bool = Field(
         False, description="offer only precisions that every profile computes in; else the others too, for their size"
     )
+    refine: bool = Field(
+        False,
+        description="offer widths between those of `keep` too, next to what is best, once the search knows what that is: up to sixteen a group",
+    )
     observer: Literal["minmax", "percentile", "mse"] = Field(
         "mse", description="how the ranges of 8-bit activations are chosen"
     )

@@ -46,7 +46,8 @@ class Space:
     """The legal choices: ``widths`` by group and ``methods`` by layer, each with the dense choice first.
 
     Widths count the units of a group: channels, or heads. Groups with one width and layers with one method are listed
-    too. A group of a branch that may be left out (`Graph.branches`) offers 0 last. ``lanes`` is the vector length widths and ranks
+    too. A group of a branch that may be left out (`Graph.branches`) offers 0 last. ``finer`` has, by group, all widths that a search may
+    come to offer, those that it offers among them. ``lanes`` is the vector length widths and ranks
     are multiples of; ``counts`` says of each width how many units of each segment it keeps; ``observer`` is what the ranges of 8-bit
     activations are chosen by.
     """
@@ -58,6 +59,7 @@ class Space:
     lanes: int = 16
     counts: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
     observer: Literal["minmax", "percentile", "mse"] = "mse"
+    finer: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     _sides: dict[tuple[str, str, int], int] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -163,7 +165,16 @@ class Space:
 
     def of(self, widths: Mapping[str, tuple[int, ...]], methods: Mapping[str, tuple[Method, ...]]) -> Space:
         """Return the space with fewer choices, the dense one of each among them."""
-        return replace(self, widths=widths, methods=methods)
+        return replace(self, widths=widths, methods=methods, finer={})
+
+    @property
+    def every_width(self) -> dict[str, tuple[int, ...]]:
+        """The widths of each group that a search may ever offer."""
+        return {name: self.finer.get(name, widths) for name, widths in self.widths.items()}
+
+    def offering(self, widths: Mapping[str, tuple[int, ...]]) -> Space:
+        """Return the space with more of its finer widths on offer, for some of its groups."""
+        return replace(self, widths={**self.widths, **widths})
 
     def shape(self, layer: str, widths: Mapping[str, int]) -> tuple[int, int]:
         """Return (input columns, output channels) of a layer at the given group widths (missing groups are dense)."""

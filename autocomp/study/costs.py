@@ -44,6 +44,12 @@ class Costs:
         self._stitched: list[tuple[Candidate, float]] = []
         self._problems: dict[str | None, Problem] = {}
 
+    def widen(self, space: Space, tables: Sequence[LayerTable]) -> None:
+        """Go over to a space that offers more widths; the next ``fit`` fits its tables."""
+        self.space, self.tables = space, list(tables)
+        self.additive = additive_model(self.tables)
+        self._problems.clear()
+
     def problem(self, profile: str | None = None) -> Problem:
         """The additive problem at the present state of all fits, seconds over dense's: one profile's, or the mean over all."""
         if profile not in self._problems:

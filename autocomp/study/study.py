@@ -47,8 +47,9 @@ class Asked(NamedTuple):
 class Engine:
     """What thinks of candidates: a sampler, or the name of one, and what sharpens the engine's own.
 
-    ``problem`` gives the solver's, of the same space, as it is fitted at the time; ``normalise`` is ``Space.normalise``. ``constraints`` says of
-    an evaluation by how much it misses each goal (0 or less: it meets it).
+    ``problem`` gives the solver's, as it is fitted at the time; ``normalise`` is ``Space.normalise``. ``constraints`` says of
+    an evaluation by how much it misses each goal (0 or less: it meets it). ``offered`` are the levels that are proposed at first, if these are
+    not all of the space; ``problem`` is of them.
     """
 
     sampler: str | BaseSampler = OURS
@@ -56,6 +57,7 @@ class Engine:
     problem: Callable[[], Problem] | None = None
     normalise: Callable[[Candidate], Candidate] = lambda candidate: candidate
     constraints: Callable[[Evaluation], Mapping[str, float]] = lambda evaluation: {}
+    offered: Choices | None = None
 
 
 def objectives(evaluation: Evaluation, yardstick: Evaluation) -> tuple[float, ...]:
@@ -130,8 +132,7 @@ class Search:
     def __init__(self, rows: Rows, parameters: Parameters, engine: Engine) -> None:
         self.space, self.engine = parameters.space, engine
         self._rows, self._parameters = rows, parameters
-        if engine.problem is not None:
-            self._columns = _problem_columns(engine.problem(), self.space)
+        self.offer(engine.offered or self.space)
         self._told: dict[int, Evaluation] = {}
         self._waiting: list[tuple[int, Asked]] = []  # (row id in the storage, trial), in the order they were put in
         self._running: dict[int, tuple[int, Asked]] = {}
@@ -142,6 +143,12 @@ class Search:
         self._mirror = self._new_mirror()
         self._mirrored: dict[int, Trial] = {}  # by running trial, that of the study in memory
         self._load()
+
+    def offer(self, choices: Choices) -> None:
+        """Propose these levels from now on, which are some of the space's; the engine's problem is of them."""
+        self._offered = Parameters(choices)
+        if self.engine.problem is not None:
+            self._columns = _problem_columns(self.engine.problem(), choices)
 
     @property
     def told(self) -> list[Evaluation]:
@@ -329,15 +336,15 @@ class Search:
         sampler = self._sampler
         if isinstance(sampler, AutocompSampler):
             # as a whole: asking Optuna for each parameter takes longer than to find them all
-            yield self._candidate(sampler.proposal(self._mirror, self._parameters.distributions)), sampler.source, None
+            yield self._candidate(sampler.proposal(self._mirror, self._offered.distributions)), sampler.source, None
         else:
             for _ in range(TRIES):
                 with quiet_optuna():
-                    trial = self._mirror.ask(self._parameters.distributions)
+                    trial = self._mirror.ask(self._offered.distributions)
                 yield self._candidate(trial.params), "optuna", trial
-        rng = np.random.default_rng([self.engine.seed, len(self._seen)])
-        for row in walk(self.space.sizes, rng):
-            yield self.engine.normalise(self.space.candidate(row)), "mutation", None
+        rng, offered = np.random.default_rng([self.engine.seed, len(self._seen)]), self._offered.space
+        for row in walk(offered.sizes, rng):
+            yield self.engine.normalise(offered.candidate(row)), "mutation", None
 
     def _candidate(self, params: Mapping[str, Any]) -> Candidate:
         return self.engine.normalise(self._parameters.candidate(params))
@@ -379,10 +386,10 @@ class Search:
         return self._parameters.params(self._candidate(params))
 
     def _estimate(self, names: Sequence[str], rows: Levels) -> Floats:
-        """Additive (error, seconds) of rows of levels, ``[n, 2]``."""
+        """Additive (error, seconds) of rows of levels of what is offered, ``[n, 2]``."""
         assert self.engine.problem is not None
-        every = np.zeros((len(rows), len(self._parameters.names)), dtype=np.int64)
-        every[:, [self._parameters.names.index(name) for name in names]] = rows
+        every = np.zeros((len(rows), len(self._offered.names)), dtype=np.int64)
+        every[:, [self._offered.names.index(name) for name in names]] = rows
         return np.stack(self.engine.problem().costs(every[:, self._columns])[:2], axis=1)
 
 

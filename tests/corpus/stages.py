@@ -6,7 +6,6 @@ Nothing here trusts autocomp's own checks: outputs are compared on inputs that i
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,40 +90,58 @@ def compiled(entry: Entry, budget: Budget, _folder: Path) -> dict[str, Any]:
     return {**verdict, "kernels": len(result.kernels)}
 
 
-def timed(entry: Entry, budget: Budget, _folder: Path) -> dict[str, Any]:
-    """Our time over ONNX Runtime's on the file that torch itself exports, in turns, one thread each; ``ratio`` is None where it has none.
-
-    Nothing else may run meanwhile. Kernels are those tuned by `compiled`.
-    """
-    import numpy as np
-
+def written(entry: Entry, budget: Budget, folder: Path) -> dict[str, Any]:
+    """What `timed` times: our library, with the kernels tuned by `compiled`, and the ONNX file that torch itself exports."""
     import autocomp
-    from autocomp.export.onnx import onnx_session
-    from autocomp.hardware.timing import interleaved, quiet_core
 
     _tiles(budget)
     model, example = build(entry), entry.inputs(0)
     result: Any = autocomp.compile(copy.deepcopy(model), example, PROFILE)
+    result.save(folder / "model.so")
     slow = sorted(result.kernels, key=lambda kernel: -kernel.seconds)[:3]
     found: dict[str, Any] = {"slowest": {kernel.name: 1e6 * kernel.seconds for kernel in slow}}
     try:
-        with tempfile.TemporaryDirectory() as temporary:
-            path = Path(temporary) / "model.onnx"
-            torch.onnx.export(model, example, path, dynamo=True, verbose=False, external_data=False)
-            session = onnx_session(path, exact=True)
+        torch.onnx.export(model, example, folder / "model.onnx", dynamo=True, verbose=False, external_data=False)
+    except Exception as error:  # torch's exporter has limits of its own, which are not what is asked here
+        (folder / "model.onnx").unlink(missing_ok=True)
+        found["no_file"] = f"{type(error).__name__}: {error}"[:300]
+    return found
+
+
+def timed(entry: Entry, _budget: Budget, folder: Path) -> dict[str, Any]:
+    """Our time over ONNX Runtime's, in turns, one thread each; ``ratio`` is None where torch exports no file that it takes.
+
+    Nothing else may run meanwhile.
+    """
+    import numpy as np
+
+    from autocomp.compiler.build import CompiledModel
+    from autocomp.export.onnx import onnx_session
+    from autocomp.hardware.profile import load_profile
+    from autocomp.hardware.timing import interleaved, median_and_spread, quiet_core
+
+    if not (folder / "model.onnx").exists():
+        return {"ratio": None, "no_ratio": "torch exports no ONNX file of it"}
+    example = entry.inputs(0)
+    ours = CompiledModel.load(folder / "model.so", load_profile(PROFILE))
+    try:
+        session = onnx_session(folder / "model.onnx", exact=True)
         binding = session.io_binding()
         for value, tensor in zip(session.get_inputs(), example, strict=True):
             binding.bind_cpu_input(value.name, np.ascontiguousarray(tensor.numpy()))
         for value in session.get_outputs():
             binding.bind_output(value.name)
-        with quiet_core():
-            calls = {"ours": result.prepare(*example), "theirs": lambda: session.run_with_iobinding(binding)}
-            samples = interleaved(calls, repeats=15)
-    except Exception as error:  # torch's exporter has limits of its own, which are not what is asked here
-        return {**found, "ratio": None, "no_ratio": f"{type(error).__name__}: {error}"[:300]}
-    ratios = np.array(samples["ours"]) / np.array(samples["theirs"])
+        session.run_with_iobinding(binding)
+    except Exception as error:
+        return {"ratio": None, "no_ratio": f"{type(error).__name__}: {error}"[:300]}
+    with quiet_core():
+        calls = {"ours": ours.prepare(*example), "theirs": lambda: session.run_with_iobinding(binding)}
+        samples = interleaved(calls, repeats=15)
+    for name in ("model.so", "model.onnx"):
+        (folder / name).unlink()
+    ratio, spread = median_and_spread(list(np.array(samples["ours"]) / np.array(samples["theirs"])))
     milliseconds = {side: 1e3 * float(np.median(values)) for side, values in samples.items()}
-    return {**found, "ratio": float(np.median(ratios)), "milliseconds": milliseconds}
+    return {"ratio": ratio, "spread": spread, "milliseconds": milliseconds}
 
 
 def searched(entry: Entry, budget: Budget, folder: Path) -> dict[str, Any]:
@@ -192,6 +209,7 @@ STAGES: Mapping[str, Callable[[Entry, Budget, Path], dict[str, Any]]] = {
     "build": built,
     "analyse": analysed,
     "compile": compiled,
+    "files": written,
     "time": timed,
     "search": searched,
     "reload": reloaded,

@@ -48,6 +48,28 @@ def test_shipped_spaces_build(graph):
         assert all(options[0] == Method() for options in space.methods.values())
 
 
+def test_finer_widths_lie_between_those_of_the_file(graph):
+    plain = build_space(graph, rules(EVERYTHING), Avx512(lanes=4))
+    space = build_space(graph, rules(EVERYTHING).model_copy(update={"refine": True}), Avx512(lanes=4))
+    assert space.widths == plain.widths
+    assert space.size == plain.size
+    assert space.every_width["stem"] == tuple(range(64, 12, -4)), "whole vectors, none narrower than the file says"
+    assert space.every_width["head"] == space.widths["head"]
+    assert set(space.counts["stem"]) == set(space.every_width["stem"])
+    for width in space.every_width["stem"]:
+        assert space.rows("stem", width) == width
+    wider = space.offering({"stem": (64, 60, 48)})
+    assert wider.widths == {**space.widths, "stem": (64, 60, 48)}
+    assert not plain.finer
+
+
+def test_finer_widths_are_sixteen_at_most():
+    wide = analyse(nets.make(width=96), (nets.images(1),))
+    space = build_space(wide, rules(EVERYTHING).model_copy(update={"refine": True}), Avx512(lanes=1))
+    assert len(space.every_width["stem"]) == 13  # sixteenths from one to a quarter
+    assert len(space.widths["stem"]) == 4
+
+
 def test_widths_are_vectors_and_outputs_stay(graph):
     space = build_space(graph, rules(EVERYTHING), Avx512())
     assert space.widths["stem"] == (64, 48, 32, 16)

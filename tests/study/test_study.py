@@ -25,7 +25,7 @@ from autocomp.records.candidate import Candidate, Method
 from autocomp.records.evaluation import Evaluation, evaluation_to_json
 from autocomp.records.latency import Latency
 from autocomp.study.propose import quiet_optuna
-from autocomp.study.solver import solve_front
+from autocomp.study.solver import Problem, make_problem, solve_front
 from autocomp.study.storage import close_storage, open_storage
 from autocomp.study.study import Choices, Engine, Search, open_search
 
@@ -401,3 +401,36 @@ def test_the_sampler_forgets_a_space_that_changed() -> None:
         study = optuna.create_study(directions=["minimize", "minimize"], sampler=AutocompSampler(seed=0))
         study.optimize(cost, n_trials=20)
     assert len(study.trials) == 20
+
+
+def test_only_what_is_offered_is_proposed(tmp_path: Path) -> None:
+    coarse = Choices({group: widths[::2] for group, widths in SPACE.widths.items()}, SPACE.methods)
+    problem = sub_problem(coarse)
+    search = open_search(url(tmp_path), "run", SPACE, Engine(problem=lambda: problem, offered=coarse))
+    search.enqueue(DENSE, "dense")
+    before = [step(search).candidate for _ in range(30)]
+    assert all(c.widths[group] in widths for c in before for group, widths in coarse.widths.items())
+    problem = PROBLEM
+    search.offer(SPACE)
+    after = [step(search).candidate for _ in range(30)]
+    assert any(c.widths[group] not in widths for c in after for group, widths in coarse.widths.items())
+    search.close()
+    again = open_search(url(tmp_path), "run", SPACE, Engine(problem=lambda: problem, offered=SPACE), resume=True)
+    assert [e.candidate for e in again.told] == before + after
+
+
+def sub_problem(space: Choices) -> Problem:
+    """The problem of fewer widths."""
+    factors = []
+    for factor in PROBLEM.factors:
+        sides = [
+            np.array([0]) if group is None else np.array([widths.index(w) for w in space.widths[group]])
+            for group, widths in ((factor.in_group, factor.widths_in), (factor.out_group, factor.widths_out))
+        ]
+        tables = {name: getattr(factor, name)[np.ix_(*sides)] for name in ("error", "seconds", "bytes")}
+        widths = [
+            tuple(np.array(w)[side].tolist())
+            for w, side in zip((factor.widths_in, factor.widths_out), sides, strict=True)
+        ]
+        factors.append(replace(factor, widths_in=widths[0], widths_out=widths[1], **tables))
+    return make_problem(factors, space.widths, PROBLEM.fixed_seconds, PROBLEM.fixed_bytes)
