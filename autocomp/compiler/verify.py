@@ -291,6 +291,8 @@ def _probe(model: torch.nn.Module, names: list[str]) -> tuple[torch.nn.Module, l
     """A model that returns the output of each of its named layers, and the list it keeps of their names, in order of execution."""
     import torch
 
+    from autocomp.layers.hooks import hooked
+
     seen: list[str] = []
 
     class Probe(torch.nn.Module):
@@ -310,12 +312,8 @@ def _probe(model: torch.nn.Module, names: list[str]) -> tuple[torch.nn.Module, l
 
                 return hook
 
-            handles = [self.model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
-            try:
+            with hooked(self.model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names):
                 self.model(*arguments)
-            finally:
-                for handle in handles:
-                    handle.remove()
             return tuple(outputs)
 
     return Probe(), seen

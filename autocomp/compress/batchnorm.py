@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autocomp.graph.batches import Axes, Batch, count, split
+from autocomp.layers.hooks import hooked
 from autocomp.layers.narrow import Norms
 
 # Input elements of one pass at most that is made with all samples at once: 256 samples of 3 x 64 x 64.
@@ -62,18 +63,14 @@ def settled(model: nn.Module, batches: Sequence[Batch], axes: Axes | None = None
     averages = {norm: _Average() for norm in _tracking(model)}
     seen: dict[Any, list[_Moments]] = {norm: [] for norm in averages}
     handles = [norm.register_forward_pre_hook(lambda n, x: seen[n].append(_moments(x[0]))) for norm in averages]
-    try:
-        with torch.no_grad():
-            for pieces in _passes(batches, axes):
-                for piece in pieces:
-                    model(*piece)
-                for norm, found in seen.items():
-                    if (total := sum(values for values, _, _ in found)) >= MANY:
-                        averages[norm].add(*_pooled(found), total)
-                    found.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), torch.no_grad():
+        for pieces in _passes(batches, axes):
+            for piece in pieces:
+                model(*piece)
+            for norm, found in seen.items():
+                if (total := sum(values for values, _, _ in found)) >= MANY:
+                    averages[norm].add(*_pooled(found), total)
+                found.clear()
     for norm, average in averages.items():
         if average.values:
             _rewrite(norm, average)
@@ -173,12 +170,8 @@ def _alone(model: nn.Module, batch: Batch, averages: dict[Any, _Average]) -> lis
 
     handles = [norm.register_forward_pre_hook(before) for norm in averages]
     handles += [norm.register_forward_hook(after) for norm in averages]
-    try:
-        with torch.no_grad():
-            return [model(*batch)]
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), torch.no_grad():
+        return [model(*batch)]
 
 
 def _together(model: nn.Module, batches: Sequence[Batch], averages: dict[Any, _Average]) -> list[Any]:
@@ -221,17 +214,15 @@ def _together(model: nn.Module, batches: Sequence[Batch], averages: dict[Any, _A
             errors.append(error)
             meeting.abort()
 
-    handles = [norm.register_forward_pre_hook(before) for norm in averages]
-    try:
-        threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(batches))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        meeting.abort()
-        for handle in handles:
-            handle.remove()
+    with hooked(norm.register_forward_pre_hook(before) for norm in averages):
+        try:
+            threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(batches))]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            meeting.abort()
     for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
         raise error
     return answers

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from autocomp.graph.batches import split
 from autocomp.layers.convolution import Layers
+from autocomp.layers.hooks import hooked
 
 if TYPE_CHECKING:
     from autocomp.graph.batches import Axes, Batch
@@ -136,15 +137,10 @@ def _ranges(
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                for piece in split(batch, 64, axes):
-                    model(*piece)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names), torch.no_grad():
+        for batch in batches:
+            for piece in split(batch, 64, axes):
+                model(*piece)
     return ranges
 
 

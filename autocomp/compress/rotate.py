@@ -23,6 +23,7 @@ from autocomp.graph.labels import MOVES, SAME, argument, operation
 from autocomp.graph.program import CanonicalModel, on_graph, tensor_at, tensors_of
 from autocomp.graph.removal import Changes
 from autocomp.layers.convolution import Layers, outputs_first
+from autocomp.layers.hooks import hooked
 from autocomp.layers.narrow import with_weights
 
 if TYPE_CHECKING:
@@ -267,19 +268,17 @@ def _directions(
         total.add_(rows.T @ rows / len(rows))
 
     writers = _written(model, stream, centre.double())
-    handles = [model.get_submodule(name).register_forward_pre_hook(see) for name in one_each.values()]
     before = Changes(
         {n: model.get_submodule(n) for n in writers.modules}, {p: tensor_at(model, p) for p in writers.tensors}, {}
     )
     writers.apply(model)
     try:
-        for batch in batches:
-            for piece in split(batch, 64, axes):
-                model(*piece)
+        with hooked(model.get_submodule(name).register_forward_pre_hook(see) for name in one_each.values()):
+            for batch in batches:
+                for piece in split(batch, 64, axes):
+                    model(*piece)
     finally:
         before.apply(model)
-        for handle in handles:
-            handle.remove()
     result: Tensor = torch.linalg.eigh(total)[1].flip(1)
     return result
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 from autocomp.compress.hessian import WIDE
 from autocomp.errors import UsageError, last_line
 from autocomp.graph.batches import Axes, Batch, count, first, part, shape_of, split
+from autocomp.layers.hooks import hooked
 from autocomp.tasks.divergence import Comparison, compare
 from autocomp.tasks.guess import describe
 from autocomp.tasks.outputs import Output, Stated
@@ -108,18 +109,17 @@ def collect_from(
         module = model.get_submodule(name)
         handles.append(module.register_forward_pre_hook(collector.see_input))
         handles.append(module.register_forward_hook(collector.see_output))
-    for batch in batches:
-        for piece in split(batch, size, axes):
-            here = count(piece, axes)
-            for collector in collectors.values():
-                collector.share = here / total
-            with torch.enable_grad():
-                rows = comparison.rows(model(*piece), here)
-                for output, values in zip(comparison.counted, rows, strict=True):
-                    _refuse_non_finite(values, f"the model's output {output.name!r}")
-                _add_fisher(comparison, rows, [c for c in collectors.values() if c.output is not None], generator)
-    for handle in handles:
-        handle.remove()
+    with hooked(handles):
+        for batch in batches:
+            for piece in split(batch, size, axes):
+                here = count(piece, axes)
+                for collector in collectors.values():
+                    collector.share = here / total
+                with torch.enable_grad():
+                    rows = comparison.rows(model(*piece), here)
+                    for output, values in zip(comparison.counted, rows, strict=True):
+                        _refuse_non_finite(values, f"the model's output {output.name!r}")
+                    _add_fisher(comparison, rows, [c for c in collectors.values() if c.output is not None], generator)
     layers = {name: collectors.pop(name).finish(total) for name in graph.layers}
     _weigh_unread(layers)
     fingerprint = _fingerprint(model, batches, samples, seed, outputs)
@@ -156,8 +156,7 @@ def _pass_size(model: nn.Module, batches: Sequence[tuple[Tensor, ...]], graph: G
         return (output if output.requires_grad else output.requires_grad_()).clone()
 
     outputs: list[int] = []
-    handles = [model.get_submodule(name).register_forward_hook(track) for name in graph.layers]
-    try:
+    with hooked(model.get_submodule(name).register_forward_hook(track) for name in graph.layers):
         most = 0
         for batch in {shape_of(batch, axes): batch for batch in batches}.values():
             kept.clear()
@@ -172,9 +171,6 @@ def _pass_size(model: nn.Module, batches: Sequence[tuple[Tensor, ...]], graph: G
                     ) from error
             most = max(most, sum(kept.values()) + 2 * sum(outputs))
             del _output
-    finally:
-        for handle in handles:
-            handle.remove()
     return max(1, min(BATCH, ACTIVATIONS // max(1, most)))
 
 

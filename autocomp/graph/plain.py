@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from autocomp.errors import UsageError
+from autocomp.layers.hooks import hooked
 
 WHOLE, SHORT = (
     1e-3,
@@ -120,11 +121,8 @@ def taking_any(model: nn.Module) -> Iterator[None]:
     def convert(_module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return _mapped(arguments), _mapped(keywords)
 
-    handle = model.register_forward_pre_hook(convert, with_kwargs=True)
-    try:
+    with hooked([model.register_forward_pre_hook(convert, with_kwargs=True)]):
         yield
-    finally:
-        handle.remove()
 
 
 class PlainBatches:

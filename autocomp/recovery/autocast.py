@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from autocomp.graph.batches import Batch
 from autocomp.layers.convolution import Layers
+from autocomp.layers.hooks import hooked
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Of a layer's outputs, root mean square: what 16 bits may change them by. bfloat16 rounds a number by up to 0.4 %. Chosen by hand, not measured.
@@ -85,12 +86,10 @@ def sensitive(form: nn.Module, batch: Batch, dtype: torch.dtype) -> list[str]:
     ]
     was = form.training
     try:
-        with torch.no_grad():
+        with hooked(handles), torch.no_grad():
             form.eval()(*batch)
     finally:
         form.train(was)
-        for handle in handles:
-            handle.remove()
     return list(dict.fromkeys(found))
 
 

@@ -13,6 +13,7 @@ from autocomp.errors import UsageError
 from autocomp.graph.graph import Graph, Group, Layer
 from autocomp.graph.removal import removed
 from autocomp.layers.convolution import Convolutions, Layers, Transposed, outputs_first
+from autocomp.layers.hooks import hooked
 from autocomp.recovery.forms.form import Training
 from autocomp.recovery.forms.whole import trainable
 from autocomp.recovery.losses import shared_layers
@@ -55,11 +56,8 @@ class Channels:
         for group in self.wide.groups:
             self.energy[group.name].zero_()
             handles += [self._watch(group, name) for name in group.consumers]
-        try:
+        with hooked(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _watch(self, group: Group, name: str) -> torch.utils.hooks.RemovableHandle:
         module, units = self.form.get_submodule(name), torch.tensor(group.columns[name])

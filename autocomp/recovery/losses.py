@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from autocomp.errors import UsageError, last_line
+from autocomp.layers.hooks import hooked
 from autocomp.tasks.divergence import Comparison
 
 if TYPE_CHECKING:
@@ -82,18 +84,14 @@ class Features:
         """What each shared layer of a model returns while this is open."""
         seen: dict[str, Tensor] = {}
 
-        def record(name: str) -> object:
+        def record(name: str) -> RemovableHandle:
             def hook(_module: nn.Module, _given: tuple[Tensor, ...], output: Tensor) -> None:
                 seen[name] = output
 
             return model.get_submodule(name).register_forward_hook(hook)
 
-        handles = [record(name) for name in self.shared]
-        try:
+        with hooked(map(record, self.shared)):
             yield seen
-        finally:
-            for handle in handles:
-                handle.remove()  # type: ignore[attr-defined]
 
     def loss(self, expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> Tensor:
         """The squared error over the variance of each channel, a mean over layers, channels and places."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from autocomp.layers.hooks import hooked
 from autocomp.recovery.forms.form import Training
 
 SAMPLE = 1 << 13  # values of each batch that a range is chosen from
@@ -27,12 +28,8 @@ def observed(form: nn.Module) -> Iterator[None]:
         values = given[0].detach().flatten()
         module.seen.append(values[:: max(1, len(values) // SAMPLE)].clone())
 
-    handles = [m.register_forward_pre_hook(keep) for m in form.modules() if isinstance(m, Training)]
-    try:
+    with hooked(m.register_forward_pre_hook(keep) for m in form.modules() if isinstance(m, Training)):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def refit(form: nn.Module) -> None:

@@ -103,9 +103,12 @@ def _mutants(front: Levels, sizes: Levels, rng: np.random.Generator, count: int)
 
 def _one_hot(levels: Levels, sizes: Levels) -> Floats:
     """A column for every level but the first, and one of ones."""
-    columns = [np.ones((len(levels), 1))]
-    columns += [(levels[:, [c]] == np.arange(1, size)).astype(np.float64) for c, size in enumerate(sizes)]
-    return np.concatenate(columns, axis=1)
+    firsts = np.cumsum([1, *(sizes - 1)])
+    found = np.zeros((len(levels), int(firsts[-1])))
+    found[:, 0] = 1.0
+    rows, columns = np.nonzero(levels)
+    found[rows, firsts[columns] + levels[rows, columns] - 1] = 1.0
+    return found
 
 
 def _with_log(
