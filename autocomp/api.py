@@ -255,8 +255,9 @@ def check(settings: Settings, progress: Progress | None = None) -> dict[str, Any
     """Say what a search would do: outputs compared, layers, groups, the choices offered, and what is not offered and why.
 
     Nothing is measured. The keys of what is returned are those of ``autocomp check --json``: ``task``, ``converted``, ``profiles``,
-    ``candidates`` (how many there are), ``outputs``, ``groups`` (``width`` in channels), ``layers`` (``macs``: multiply-accumulates of one
-    inference at the example's shapes), ``branches`` that may be left out whole (those ``offered``), ``refused``.
+    ``candidates`` (how many there are), ``outputs``, ``groups`` (``width`` in channels, ``finer`` widths that are offered later), ``layers``
+    (``macs``: multiply-accumulates of one inference at the example's shapes), ``branches`` that may be left out whole (those ``offered``),
+    ``refused``.
 
     Raises:
         UsageError: The settings name no task, or one that cannot be used; or its function does not return within 15 minutes.

@@ -180,7 +180,7 @@ def show_check(found: Mapping[str, Any]) -> None:
     groups = [
         [
             group["group"] + ("*" if group["approximate"] else ""), str(group["width"]),
-            ", ".join(map(str, group["offered"])), ", ".join(group["layers"]),
+            ", ".join(map(str, group["offered"])) + ("+" if group["finer"] else ""), ", ".join(group["layers"]),
         ]
         for group in found["groups"]
     ]  # fmt: skip
@@ -190,6 +190,8 @@ def show_check(found: Mapping[str, Any]) -> None:
             output().print(
                 f"* approximate: {group['approximate']} is computed over the channels of {group['group']} that are left"
             )
+    if any(group["finer"] for group in found["groups"]):
+        output().print("+: widths between these are offered later, next to the best ones")
     if any(branch["offered"] for branch in found["branches"]):
         output().print("0: the branch that ends there is left out whole, a constant in its place")
     layers = [

@@ -52,6 +52,7 @@ def checked(settings: Settings, progress: Progress | None = None) -> dict[str, A
                 "width": group.width,
                 "approximate": group.approximate,
                 "offered": list(space.widths[name]),
+                "finer": [width for width in space.every_width[name] if width not in space.widths[name]],
                 "layers": list(dict.fromkeys((*group.producers, *group.consumers))),
             }
             for name, group in graph.groups.items()

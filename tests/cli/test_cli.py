@@ -311,8 +311,22 @@ CHECKED = {
         {"output": "logits", "shape": [16, 10], "samples": 0, "compared": "classes@1", "why": "scores"},
     ],
     "groups": [
-        {"group": "stem.0", "width": 32, "offered": [32, 16], "layers": ["stem.0", "block.conv2"], "approximate": ""},
-        {"group": "norm", "width": 8, "offered": [8, 4], "layers": ["norm"], "approximate": "layer_norm in norm"},
+        {
+            "group": "stem.0",
+            "width": 32,
+            "offered": [32, 16],
+            "finer": [24],
+            "layers": ["stem.0", "block.conv2"],
+            "approximate": "",
+        },
+        {
+            "group": "norm",
+            "width": 8,
+            "offered": [8, 4],
+            "finer": [],
+            "layers": ["norm"],
+            "approximate": "layer_norm in norm",
+        },
     ],
     "layers": [{"layer": "stem.0", "kind": "conv2d", "macs": 73_728, "methods": ["fp32", "w8a8"]}],
     "branches": [{"group": "norm", "offered": True, "layers": ["stem.0"]}],
@@ -325,7 +339,8 @@ def test_check_says_what_is_offered_and_what_not(run: Run, api: ModuleType) -> N
     code, out, _ = run("check", "digits")
     assert code == 0
     for words in (
-        "32, 16",
+        "32, 16+",
+        "+: widths between these are offered later",
         "bfloat16 taken as float32",
         "stem.0, block.conv2",
         "0.0737",
