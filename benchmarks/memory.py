@@ -22,7 +22,7 @@ from zoo.sequence import _Conformer
 from zoo.vision import _ViT
 
 from autocomp.database.calibrate import collect_from
-from autocomp.database.database import LayerDatabase
+from autocomp.database.database import File, LayerDatabase
 from autocomp.graph.analyse import analyse
 from autocomp.hardware.profile import load_profile
 from autocomp.space.build import build_space
@@ -73,7 +73,7 @@ def measure(name: str, samples: int, depth: int | None, blocks: int) -> dict[str
         start = time.perf_counter()
         for layer in chosen:
             for width in database.widths_in(layer):
-                database.compute(layer, width)
+                database.compute(File(layer, width))
         note(start)
     return found | {
         "layers": len(graph.layers),

@@ -97,7 +97,7 @@ def searched(
     with tempfile.TemporaryDirectory() as folder:
         offered = Choices(space.widths, space.methods)
         engine = Engine(sampler, seed, bench.costs.problem, space.normalise, offered=offered)
-        levels = Choices(space.every_width if sampler == OURS else space.widths, space.methods)
+        levels = Choices(space.every_width, space.every_method) if sampler == OURS else offered
         search = open_search(f"journal:///{folder}/study.journal", "run", levels, engine, profiles=["x86-host"])
         search.enqueue(space.dense(), "dense")
         for keep in UNIFORM_KEEPS:

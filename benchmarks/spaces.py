@@ -23,7 +23,7 @@ from threadpoolctl import threadpool_limits
 from autocomp.hardware.profile import load_profile
 from autocomp.processes.pool import map_in_processes
 from autocomp.run.explore import SEEDS_AGAIN
-from autocomp.run.finer import affordable, widths_around
+from autocomp.run.finer import affordable, around
 from autocomp.space.file import Rule, SpaceFile, load_space
 from autocomp.study.samplers import OURS
 from autocomp.study.solver import solve_front
@@ -60,8 +60,8 @@ def searched_in_rounds(bench: Bench, trials: int, seed: int) -> list[Told]:
 
     def rounds(search: Search) -> None:
         front = [e for e in search.front() if (e.kl or 0.0) < CAP]
-        if more := widths_around(costs, space.every_width, front):
-            wider = affordable(database, space, costs.space, more)
+        if offers := around(costs, Choices(space.every_width, space.every_method), front):
+            wider = affordable(database, space, costs.space, offers)
             costs.widen(wider, database.tables(wider))
             costs.fit(search.told)
             search.offer(Choices(wider.widths, wider.methods))

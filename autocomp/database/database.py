@@ -1,6 +1,6 @@
 """The layer database: every layer at every input width by every method, compressed once and kept on disk.
 
-A file holds the entries of one layer at one input width. Its name is the hash of everything they depend on, so a file
+A file holds the entries of one layer at one input width, finer ones apart. Its name is the hash of everything they depend on, so a file
 that is there is right, whatever run wrote it, and a killed build continues where it stopped. Every file begins with the
 hash of its content: one that does not read back is rebuilt, and a warning says so.
 """
@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,14 @@ FORMAT_VERSION = 2  # 2: the checksum holds a file to its name, too
 REVISION = 5  # of the methods: raise it when the same inputs come to give other entries
 HEADER = b"autocomp-layers 2 "
 MEMORY = 512 * 2**20  # bytes of entries kept in memory; the rest is read again
+
+
+class File(NamedTuple):
+    """What one file holds: a layer at an input width by the methods that are offered from the start, or by the finer ones."""
+
+    layer: str
+    width: int
+    finer: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ class LayerDatabase:
         self.observer: Observer = observer or space.observer
         self.classic = classic
         self.warnings: list[str] = []
-        self._loaded: OrderedDict[tuple[str, int], tuple[int, dict[Method, Entry]]] = OrderedDict()
+        self._loaded: OrderedDict[File, tuple[int, dict[Method, Entry]]] = OrderedDict()
         self._held = 0
         self._orders: dict[str, tuple[Tensor, str]] | None = None
 
@@ -109,34 +117,37 @@ class LayerDatabase:
             stage.advance()
             if workers > 1:
                 self.fill(work, workers, told)
-            for layer, width in work:
-                self._entries(layer, width)
-                stage.advance(note=f"{layer} at {width}")
+            for file in work:
+                self._entries(file)
+                stage.advance(note=f"{file.layer} at {file.width}")
             for text in self.warnings:
                 stage.warn(text)
 
-    def files(self, space: Space | None = None) -> list[tuple[str, int]]:
-        """The layers and input widths that there is a file for each of; of what ``space`` offers, if one is given."""
-        return [(name, width) for name in self.graph.layers for width in self.widths_in(name, space)]
+    def files(self, space: Space | None = None) -> list[File]:
+        """The files that there are; of what ``space`` offers, if one is given."""
+        found = [File(name, width) for name in self.graph.layers for width in self.widths_in(name, space)]
+        refined = {name for name, m in (space or self.space).methods.items() if not {*m} <= {*self.space.methods[name]}}
+        finer = [File(file.layer, file.width, True) for file in found if file.layer in refined]
+        return found + [file for file in finer if self._methods(file)]
 
     def fill(
         self,
-        work: Sequence[tuple[str, int]],
+        work: Sequence[File],
         workers: int,
         told: Callable[[float, float], None] = lambda share, seconds: None,
     ) -> None:
         """Compute those of these files that are missing, in so many processes."""
-        missing = [item for item in work if not self._entries_path(*item).exists()]
+        missing = [file for file in work if not self._entries_path(file).exists()]
         layers = self.graph.layers
 
-        def columns(item: tuple[str, int]) -> int:
-            return self.space.columns(*item) * math.prod(layers[item[0]].kernel)
+        def columns(file: File) -> int:
+            return self.space.columns(file.layer, file.width) * math.prod(layers[file.layer].kernel)
 
         missing.sort(key=lambda item: -columns(item))  # the dearest first
         whole, done, start = sum(columns(item) ** 2 for item in missing), 0, time.monotonic()
 
-        def compute(item: tuple[str, int]) -> None:
-            self.compute(*item)
+        def compute(file: File) -> None:
+            self.compute(file)
 
         for item, _ in zip(missing, map_in_processes(compute, missing, workers), strict=True):
             done += columns(item) ** 2
@@ -187,7 +198,8 @@ class LayerDatabase:
 
     def entry(self, layer: str, in_width: int, method: Method) -> Entry:
         """Return one entry, computed now if it must be. KeyError if the space does not offer it."""
-        entries = self._entries(layer, in_width)
+        finer = method not in self.space.methods[layer] and method in self.space.finer.methods.get(layer, ())
+        entries = self._entries(File(layer, in_width, finer))
         if method not in entries:
             raise KeyError(f"{layer} at {in_width} by {method}: the search space does not offer it")
         return entries[method]
@@ -244,54 +256,57 @@ class LayerDatabase:
                     size[i, o, m] = stored_bytes(layer, *shape, effective, changed)
         return LayerTable(name, layer.in_group, layer.out_group, inputs, outputs, methods, error, size)
 
-    def _entries(self, name: str, width: int) -> dict[Method, Entry]:
-        key = (name, width)
-        if key in self._loaded:
-            self._loaded.move_to_end(key)
-            return self._loaded[key][1]
-        path = self._entries_path(name, width)
+    def _entries(self, file: File) -> dict[Method, Entry]:
+        if file in self._loaded:
+            self._loaded.move_to_end(file)
+            return self._loaded[file][1]
+        path = self._entries_path(file)
         data = self._read(path)
         entries = None
         if data is not None:
             try:
-                entries = unpack(name, width, data)
+                entries = unpack(file.layer, file.width, data)
             except (KeyError, TypeError, ValueError, AttributeError):
                 # written whole, by an autocomp with other entries
                 self.warnings.append(f"layer database: {path.name} holds no entries of this autocomp; it was rebuilt")
         if entries is None:
-            entries = self.compute(name, width)
-        self._hold(key, entries)
+            entries = self.compute(file)
+        self._hold(file, entries)
         return entries
 
-    def compute(self, name: str, width: int) -> dict[Method, Entry]:
+    def compute(self, file: File) -> dict[Method, Entry]:
         """Compress one layer at one width and write its file; nothing is kept in memory."""
+        name, width = file.layer, file.width
         layer = self.graph.layers[name]
         rows = self.rows(name, width) if layer.conv_groups > 1 and layer.in_group is not None else None
         module, seen = self.model.get_submodule(name), self.statistics.layers[name]
-        methods, update = self._methods(name, width), not self.classic
+        methods, update = self._methods(file), not self.classic
         entries = compress_layer(
             module, layer, seen, self.columns(name, width), width, methods, self.observer, rows, update
         )
-        self._write(self._entries_path(name, width), pack(entries))
+        self._write(self._entries_path(file), pack(entries))
         return entries
 
-    def _entries_path(self, name: str, width: int) -> Path:
-        columns = self.columns(name, width)
+    def _entries_path(self, file: File) -> Path:
+        columns = self.columns(file.layer, file.width)
         chosen = None if columns is None else columns.tolist()
-        methods = [str(method) for method in self._methods(name, width)]
-        return self._path("layer", [name, width, methods, self.observer, chosen])
+        methods = [str(method) for method in self._methods(file)]
+        return self._path("layer", [file.layer, file.width, methods, self.observer, chosen])
 
-    def _methods(self, name: str, width: int) -> list[Method]:
-        columns = self.space.columns(name, width)
-        return [method for method in self.space.methods[name] if self._possible(method, name, columns)]
+    def _methods(self, file: File) -> list[Method]:
+        name, columns = file.layer, self.space.columns(file.layer, file.width)
+        methods = self.space.methods[name]
+        if file.finer:
+            methods = tuple(method for method in self.space.finer.methods[name] if method not in methods)
+        return [method for method in methods if self._possible(method, name, columns)]
 
     def _possible(self, method: Method, layer: str, columns: int) -> bool:
         """Whether ranks are of use at this input width and any output width at all: all rows cost the most."""
         return self.space.effective(layer, columns, self.graph.layers[layer].out_channels, method) == method
 
-    def _hold(self, key: tuple[str, int], entries: dict[Method, Entry]) -> None:
+    def _hold(self, file: File, entries: dict[Method, Entry]) -> None:
         size = sum(part.nbytes for entry in entries.values() for part in entry.parts)
-        self._loaded[key] = (size, entries)
+        self._loaded[file] = (size, entries)
         self._held += size
         while self._held > MEMORY and len(self._loaded) > 1:
             _, (gone, _) = self._loaded.popitem(last=False)

@@ -24,14 +24,16 @@ from autocomp.run.replay import ATTRIBUTE, to_json
 from autocomp.study.aims import thought_misses
 from autocomp.study.costs import Costs
 from autocomp.study.samplers import OURS
-from autocomp.study.study import Choices, Engine, Search, open_search
+from autocomp.study.study import Choices, Engine, Search, levels_of, open_search
 from autocomp.tasks.task import evaluate_task, objective_of
 
 if TYPE_CHECKING:
     import torch
 
+    from autocomp.space.space import Space
 
-OFFERED = "offered"  # the study's attribute: the widths that are offered by now, if these are more than at first
+
+OFFERED = "offered"  # the study's attribute: widths, and layers with finer ranks, that are offered by now, if these are more than at first
 
 
 class Found:
@@ -44,7 +46,7 @@ class Found:
         self.prepared, self._searches = prepared, searches
         settings, space, devices = prepared.settings, prepared.space, prepared.devices
         self.costs = Costs(prepared.graph, space, prepared.database.tables(space), devices, settings.deterministic)
-        self.every_width = _every_width(prepared)
+        self.every = _every(prepared)
         url, name = study_of(settings, prepared.folder)
         engine = Engine(
             prepared.sampler or settings.sampler,
@@ -57,7 +59,7 @@ class Found:
         self.search: Search = open_search(
             url,
             name,
-            Choices(self.every_width, space.methods),
+            self.every,
             engine,
             prepared.known is not None,
             {"identity": prepared.identity, **({ATTRIBUTE: to_json(prepared.replayed)} if prepared.replayed else {})},
@@ -67,7 +69,7 @@ class Found:
         self._spent: dict[str, float] = self.search.get_attr("seconds", {})
         prepared.measurer.stitch = self._stitch
         try:
-            self.offer(self.search.get_attr(OFFERED) or space.widths)
+            self._offer_again()
             self._take_up()
         except BaseException:
             self.close()
@@ -95,15 +97,21 @@ class Found:
     def told(self) -> list[Evaluation]:
         return self.search.told
 
-    def offer(self, widths: Mapping[str, Sequence[int]]) -> None:
-        """Offer these widths from now on, for as long as the run lasts: some of those that the study knows."""
-        prepared, offered = self.prepared, {name: tuple(chosen) for name, chosen in widths.items()}
-        if offered != self.costs.space.widths:
-            space = prepared.space.offering(offered)
-            self.costs.widen(space, prepared.database.tables(space))
-            self.costs.fit(self.told)
-            self.search.set_attr(OFFERED, offered)
-        self.search.offer(Choices(offered, prepared.space.methods))
+    def offer(self, space: Space) -> None:
+        """Offer what this space does from now on, for as long as the run lasts: some of what the study knows."""
+        first, database = self.prepared.space, self.prepared.database
+        self.costs.widen(space, database.tables(space))
+        self.costs.fit(self.told)
+        refined = [name for name, methods in space.methods.items() if methods != first.methods[name]]
+        self.search.set_attr(OFFERED, {"widths": dict(space.widths), "ranks": refined})
+        self.search.offer(Choices(space.widths, space.methods))
+
+    def _offer_again(self) -> None:
+        """What an earlier start of the run came to offer."""
+        if offered := self.search.get_attr(OFFERED):
+            space = self.prepared.space
+            widths = {name: tuple(chosen) for name, chosen in offered["widths"].items()}
+            self.offer(space.offering(widths, {name: space.every_method[name] for name in offered["ranks"]}))
 
     def dense(self) -> Evaluation:
         """The evaluation of the untouched model. AutocompError if it was not measured."""
@@ -277,13 +285,13 @@ class Found:
         self.prepared.progress.warn(text)
 
 
-def _every_width(prepared: Prepared) -> Mapping[str, tuple[int, ...]]:
-    """The widths that the study knows: the finer ones too, where autocomp's engine searches, and the run was not begun without them."""
-    space, settings = prepared.space, prepared.settings
-    begun = (prepared.known or {}).get("space", {}).get("widths")
-    if prepared.sampler is not None or settings.sampler != OURS:
-        return space.widths
-    return space.widths if begun == {name: list(widths) for name, widths in space.widths.items()} else space.every_width
+def _every(prepared: Prepared) -> Choices:
+    """What the study knows: what is finer too, where autocomp's engine searches, and the run was not begun without it."""
+    space, begun = prepared.space, (prepared.known or {}).get("space")
+    first = Choices(space.widths, space.methods)
+    if prepared.sampler is not None or prepared.settings.sampler != OURS or begun == levels_of(first):
+        return first
+    return Choices(space.every_width, space.every_method)
 
 
 def is_baseline(source: Source) -> bool:

@@ -97,9 +97,9 @@ def only(space: Space, made: Sequence[Choice], run: str) -> Space:
     UsageError if they are of another architecture, or of options that the space does not offer; it names the first.
     """
     for choice in made:
-        chosen = {
+        chosen: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
             "width": (choice.candidate.widths, space.every_width),
-            "method": (choice.candidate.methods, space.methods),
+            "method": (choice.candidate.methods, space.every_method),
         }
         for kind, (theirs, ours) in chosen.items():
             if other := sorted({*theirs} ^ {*ours}):
@@ -119,7 +119,7 @@ def only(space: Space, made: Sequence[Choice], run: str) -> Space:
     }
     methods = {
         name: (m[0], *(v for v in m[1:] if v in {c.methods[name] for c in candidates}))
-        for name, m in space.methods.items()
+        for name, m in space.every_method.items()
     }
     return space.of(widths, methods)
 

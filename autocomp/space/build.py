@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from autocomp.space.file import Rule, SpaceFile, load_space
 
 if TYPE_CHECKING:
     from autocomp.graph.graph import Graph, Group, Layer
-from autocomp.space.space import Refusal, Space, Target, has_kernel, rank_waste
+from autocomp.space.space import Finer, Refusal, Space, Target, has_kernel, rank_waste
 
 LEVELS = 16  # of a group's widths at most, where they are refined
 
@@ -33,8 +34,8 @@ def build_space(graph: Graph, space_file: SpaceFile | str | Path, profile: Targe
     counts = {group.name: builder.widths(group) for group in graph.groups.values()}
     builder.leave_out(counts)
     widths = {name: tuple(offered) for name, offered in counts.items()}
-    finer = builder.finer(counts) if rules.refine else {}
     methods = {layer.name: builder.methods(layer) for layer in graph.layers.values()}
+    finer = Finer(builder.finer(counts), builder.finer_methods(methods)) if rules.refine else Finer({}, {})
     for name, reason in graph.skipped.items():
         builder.refuse(name, "every option", reason)
     return Space(graph, widths, methods, tuple(builder.refused), builder.lanes, counts, rules.observer, finer)
@@ -162,6 +163,23 @@ class _Builder:
         ranks = [(), *self._ranks(layer, options, why_dense)]
         return tuple(Method(precision, rank) for rank in ranks for precision in precisions)
 
+    def finer_methods(self, offered: Mapping[str, tuple[Method, ...]]) -> dict[str, tuple[Method, ...]]:
+        """The methods of layers with ranks halfway between the ones offered; nothing is said of those that are no use."""
+        found, known = {}, len(self.refused)
+        for name, methods in offered.items():
+            options = self.options(name)
+            shares = [_with_middles(options.ranks), _with_middles(options.spatial_ranks)]
+            finer = options.model_copy(update={"ranks": shares[0], "spatial_ranks": shares[1]})
+            precisions = [method.precision for method in methods if not method.ranks]
+            every = dict.fromkeys(m.ranks for m in methods)
+            if len(every) > 1:
+                more = self._ranks(self.graph.layers[name], finer, "")
+                every |= dict.fromkeys(more)
+            if len(every) * len(precisions) > len(methods):
+                found[name] = tuple(Method(p, ranks) for ranks in every for p in precisions)
+        del self.refused[known:]
+        return found
+
     def _precision_refused(self, layer: Layer, precision: Precision) -> str:
         """Say why a layer cannot or should not take a precision; empty if it may."""
         form = FORMATS[precision]
@@ -217,6 +235,12 @@ class _Builder:
         if min(full) < 2 * self.lanes:
             return ()
         return tuple(self._rounded(share * size, size) for size in full)
+
+
+def _with_middles(shares: Sequence[float] | None) -> list[float]:
+    """Shares and the ones halfway between."""
+    given = sorted(shares or ())
+    return given + [(one + other) / 2 for one, other in pairwise(given)]
 
 
 def _multiple(wanted: float, full: int, step: int) -> int:

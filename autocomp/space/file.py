@@ -87,7 +87,7 @@ class SpaceFile(BaseModel):
     )
     refine: bool = Field(
         False,
-        description="offer widths between those of `keep` too, next to what is best, once the search knows what that is: up to sixteen a group",
+        description="offer widths and ranks between those of the rules too, next to what is best, once the search knows what that is",
     )
     observer: Literal["minmax", "percentile", "mse"] = Field(
         "mse", description="how the ranges of 8-bit activations are chosen"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from autocomp.graph.shapes import factor_shapes, resized
 from autocomp.records.candidate import Candidate, Method
@@ -41,14 +41,21 @@ class Refusal:
     reason: str
 
 
+class Finer(NamedTuple):
+    """What may come to be offered of some groups and layers: what is offered, and what lies between."""
+
+    widths: Mapping[str, tuple[int, ...]]
+    methods: Mapping[str, tuple[Method, ...]]
+
+
 @dataclass(frozen=True)
 class Space:
     """The legal choices: ``widths`` by group and ``methods`` by layer, each with the dense choice first.
 
     Widths count the units of a group: channels, or heads. Groups with one width and layers with one method are listed
-    too. A group of a branch that may be left out (`Graph.branches`) offers 0 last. ``finer`` has, by group, all widths that a search may
-    come to offer, those that it offers among them. ``lanes`` is the vector length widths and ranks
-    are multiples of; ``counts`` says of each width how many units of each segment it keeps; ``observer`` is what the ranges of 8-bit
+    too. A group of a branch that may be left out (`Graph.branches`) offers 0 last. ``finer`` has, by group or layer, all widths or methods
+    that a search may come to offer, those that it offers among them. ``lanes`` is the vector length widths and ranks are multiples of;
+    ``counts`` says of each width how many units of each segment it keeps; ``observer`` is what the ranges of 8-bit
     activations are chosen by.
     """
 
@@ -59,7 +66,7 @@ class Space:
     lanes: int = 16
     counts: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
     observer: Literal["minmax", "percentile", "mse"] = "mse"
-    finer: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    finer: Finer = field(default_factory=lambda: Finer({}, {}))
     _sides: dict[tuple[str, str, int], int] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -155,26 +162,38 @@ class Space:
         methods = {
             name: tuple(m for m in options if m not in dropped.get(name, {})) for name, options in self.methods.items()
         }
+        finer = {
+            name: tuple(
+                m for m in every if m in methods[name] or (m not in self.methods[name] and _has_like(methods[name], m))
+            )
+            for name, every in self.finer.methods.items()
+        }
         reason = "no more accurate, smaller or faster than {}"
         refused = [
             Refusal(name, str(method), reason.format(better))
             for name, pairs in dropped.items()
             for method, better in pairs.items()
         ]
-        return replace(self, methods=methods, refused=(*self.refused, *refused))
+        finer = {name: every for name, every in finer.items() if len(every) > len(methods[name])}
+        return replace(self, methods=methods, refused=(*self.refused, *refused), finer=Finer(self.finer.widths, finer))
 
     def of(self, widths: Mapping[str, tuple[int, ...]], methods: Mapping[str, tuple[Method, ...]]) -> Space:
         """Return the space with fewer choices, the dense one of each among them."""
-        return replace(self, widths=widths, methods=methods, finer={})
+        return replace(self, widths=widths, methods=methods, finer=Finer({}, {}))
 
     @property
     def every_width(self) -> dict[str, tuple[int, ...]]:
         """The widths of each group that a search may ever offer."""
-        return {name: self.finer.get(name, widths) for name, widths in self.widths.items()}
+        return {name: self.finer.widths.get(name, widths) for name, widths in self.widths.items()}
 
-    def offering(self, widths: Mapping[str, tuple[int, ...]]) -> Space:
-        """Return the space with more of its finer widths on offer, for some of its groups."""
-        return replace(self, widths={**self.widths, **widths})
+    @property
+    def every_method(self) -> dict[str, tuple[Method, ...]]:
+        """The methods of each layer that a search may ever offer."""
+        return {name: self.finer.methods.get(name, methods) for name, methods in self.methods.items()}
+
+    def offering(self, widths: Mapping[str, tuple[int, ...]], methods: Mapping[str, tuple[Method, ...]]) -> Space:
+        """Return the space with more of its finer widths and methods on offer, for some of its groups and layers."""
+        return replace(self, widths={**self.widths, **widths}, methods={**self.methods, **methods})
 
     def shape(self, layer: str, widths: Mapping[str, int]) -> tuple[int, int]:
         """Return (input columns, output channels) of a layer at the given group widths (missing groups are dense)."""
@@ -203,6 +222,11 @@ class Space:
             kept = self.counts[name][width]
             self._sides[key] = stays + sum(count * each for count, each in zip(kept, per_unit, strict=True))
         return self._sides[key]
+
+
+def _has_like(methods: Sequence[Method], method: Method) -> bool:
+    """Whether a low-rank method in the same precision is among these."""
+    return any(other.ranks and other.precision == method.precision for other in methods)
 
 
 def has_kernel(layer: Layer, precision: Precision, profile: Target) -> bool:

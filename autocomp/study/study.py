@@ -86,10 +86,7 @@ def open_search(
     """
     import optuna
 
-    levels: dict[str, dict[str, Any]] = {
-        "widths": {group: list(widths) for group, widths in space.widths.items()},
-        "methods": {layer: [str(method) for method in methods] for layer, methods in space.methods.items()},
-    }
+    levels = levels_of(space)
     with storage_errors(storage_url, "be opened"):
         storage = open_storage(storage_url)
         exists = name in {study.study_name for study in storage.get_all_studies()}
@@ -121,6 +118,14 @@ def open_search(
         claim = Claim(storage, study_id, storage_url)
         parameters = Parameters(space)
         return Search(Rows(storage, study_id, storage_url, parameters, claim), parameters, engine or Engine())
+
+
+def levels_of(space: Choices) -> dict[str, dict[str, Any]]:
+    """The levels of a search as its study records them."""
+    return {
+        "widths": {group: list(widths) for group, widths in space.widths.items()},
+        "methods": {layer: [str(method) for method in methods] for layer, methods in space.methods.items()},
+    }
 
 
 class Search:

@@ -49,7 +49,7 @@ def test_every_width_comes_in_the_end(offered: set[int], data: st.DataObject) ->
 
 def _space(folder: Path, refine: bool) -> str:
     path = folder / "space.yaml"
-    rule = {"layers": "*", "keep": [1.0, 0.5], "ranks": [], "precisions": ["fp32", "w8a8"]}
+    rule = {"layers": "*", "keep": [1.0, 0.5], "ranks": [0.5, 0.25], "precisions": ["fp32", "w8a8"]}
     path.write_text(yaml.safe_dump({"format_version": 1, "rules": [rule], "refine": refine, "step": 2}))
     return str(path)
 
@@ -70,19 +70,20 @@ def _search(out: Path, space: str, **options: Any) -> autocomp.api.SearchResult:
 def test_a_search_comes_to_widths_between_and_goes_on_with_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finer, "FILES", 4.0)  # the model is tiny
+    monkeypatch.setattr(finer, "FILES", 4.0)
     space = _space(tmp_path, refine=True)
     out = _search(tmp_path / "run", space).folder
     told = read_evaluations(out)
     study = recorded(out)
-    offered = study[OFFERED]
+    offered, every = study[OFFERED]["widths"], study["space"]
     first = {name: {widths[0], *(w for w in widths if 2 * w == widths[0])} for name, widths in offered.items()}
     later = [e for e in told if any(w not in first[name] for name, w in e.candidate.widths.items())]
     assert later
     assert min(e.trial for e in later) >= 24 // 4, "the first pass is coarse"
-    assert all(w in offered[name] for e in told for name, w in e.candidate.widths.items())
-    every = study["space"]["widths"]
-    assert all(set(offered[name]) <= set(every[name]) for name in offered)
+    for e in told:
+        assert all(w in offered[name] for name, w in e.candidate.widths.items())
+        assert all(str(m) in every["methods"][name] for name, m in e.candidate.methods.items())
+    assert all(set(offered[name]) <= set(every["widths"][name]) for name in offered)
 
     result = _search(out, space, resume=True, trials=30)
     again = read_evaluations(out)

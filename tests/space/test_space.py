@@ -58,9 +58,32 @@ def test_finer_widths_lie_between_those_of_the_file(graph):
     assert set(space.counts["stem"]) == set(space.every_width["stem"])
     for width in space.every_width["stem"]:
         assert space.rows("stem", width) == width
-    wider = space.offering({"stem": (64, 60, 48)})
+    wider = space.offering({"stem": (64, 60, 48)}, {})
     assert wider.widths == {**space.widths, "stem": (64, 60, 48)}
-    assert not plain.finer
+    assert plain.every_width == plain.widths
+    assert plain.every_method == plain.methods
+
+
+def test_finer_ranks_lie_between_those_of_the_file(graph):
+    space = build_space(graph, rules(EVERYTHING).model_copy(update={"refine": True}), Avx512(lanes=4))
+    plain = build_space(graph, rules(EVERYTHING), Avx512(lanes=4))
+    assert space.methods == plain.methods
+    assert space.refused == plain.refused, "what lies between is no option of the file's"
+    finer = space.every_method["block1.conv1"]
+    ranks = [method.ranks for method in finer if method.precision == "fp32"]
+    offered = [method.ranks for method in space.methods["block1.conv1"] if method.precision == "fp32"]
+    assert finer[0] == Method()
+    assert set(offered) < set(ranks)
+    assert len(finer) == 2 * len(ranks)
+    assert space.offering({}, {"block1.conv1": finer}).methods["block1.conv1"] == finer
+
+
+def test_what_always_loses_has_nothing_between(graph):
+    space = build_space(graph, rules(EVERYTHING).model_copy(update={"refine": True}), Avx512(lanes=4))
+    ranked = {m: Method() for m in space.methods["block1.conv1"] if m.ranks and m.precision == "fp32"}
+    left = space.without({"block1.conv1": ranked})
+    assert all(m.precision == "w8a8" for m in left.every_method["block1.conv1"] if m.ranks)
+    assert left.every_method["block1.conv1"][0] == Method()
 
 
 def test_finer_widths_are_sixteen_at_most():
