@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from autocomp.config.settings import Settings
 from autocomp.devices.device import Device
 from autocomp.devices.open import open_device
-from autocomp.errors import UsageError, shown, suggest
+from autocomp.front.goals import check_drops
 from autocomp.hardware.profile import load_profile
 from autocomp.measurement.measurer import Measurer
 from autocomp.measurement.preflight import rehearse
@@ -23,7 +23,7 @@ from autocomp.run.prepare_task import check_training, compressed_layers, prepare
 from autocomp.run.replay import Choice, choices, only
 from autocomp.space.file import load_space
 from autocomp.space.space import Space
-from autocomp.tasks.task import Task
+from autocomp.tasks.task import Task, objective_of
 
 if TYPE_CHECKING:
     import torch
@@ -147,7 +147,8 @@ def prepare(
     measurer = Measurer(task, devices, inputs, lambda candidate: stitch(task.model, graph, database, candidate))
     if not (known and (folder / "layers").exists()):  # else a run got past this before
         measurer.rehearsed = rehearse(task, devices, inputs, progress, given)
-        _refuse_unknown(settings, measurer.rehearsed.metrics)
+        metrics = measurer.rehearsed.metrics
+        check_drops(settings.goals, objective_of(task, metrics), metrics, "Task.evaluate returns")
         budget.keep_for_the_end(measurer.rehearsed.seconds, measurer.together, settings.references)
     samples, seed = settings.calibration_samples, settings.seed
     statistics, database = compressed_layers(
@@ -171,22 +172,6 @@ def prepare(
         sampler,
         replayed,
     )
-
-
-def _refuse_unknown(settings: Settings, metrics: Mapping[str, float]) -> None:
-    """UsageError if a goal names a metric that the task does not have."""
-    objective = next(iter(metrics))
-    for name in settings.goals.drops(objective):
-        if name in metrics and name != objective and not name.startswith(f"{objective}/"):
-            raise UsageError(
-                f"goals.max_drop names {shown(name)}, of which nobody says whether higher is better: name the objective {shown(objective)} "
-                f"or a slice of it ('{objective}/…')"
-            )
-        if name not in metrics:
-            raise UsageError(
-                f"goals.max_drop names {shown(name)}, which Task.evaluate does not return: it returns {', '.join(metrics)}."
-                f"{suggest(name, metrics)}"
-            )
 
 
 class _Forecast:
