@@ -18,7 +18,7 @@ from autocomp.measurement.preflight import rehearse
 from autocomp.progress import Progress, Stage
 from autocomp.records.candidate import Candidate
 from autocomp.run.budget import Budget
-from autocomp.run.identity import compression_of, identity_of, refuse_another
+from autocomp.run.identity import compression_of, identity_of, refuse_another, refuse_other_widths
 from autocomp.run.prepare_task import check_training, compressed_layers, prepare_task
 from autocomp.run.replay import Choice, choices, only
 from autocomp.space.file import load_space
@@ -131,13 +131,16 @@ def prepare(
         devices = {name: _open_device(name, stage) for name in settings.profiles}
     rules = load_space(settings.space)
     identity = {**identity_of(task), "how layers are compressed": compression_of(settings, rules)}
-    if known and "space" in known:  # else nothing was asked yet
-        refuse_another(known.get("identity", {}), identity, folder)
+    begun = known if known and "space" in known else None  # else nothing was asked yet
+    if begun is not None:
+        refuse_another(begun.get("identity", {}), identity, folder)
     given = task.given.model if task.given and task.given.canonical is task.model else None
     profiles = [device.profile for device in devices.values()]
     ready = prepare_task(task, rules, profiles, settings.calibration_samples, progress)
     if replayed := choices(settings, known):
         ready = replace(ready, space=only(ready.space, replayed, settings.replay or ""))
+    if begun is not None:
+        refuse_other_widths(begun, ready.space, folder)
     task, graph, inputs = ready.task, ready.graph, ready.inputs
     amount, unit = settings.training
     if amount:
