@@ -48,7 +48,7 @@ class Found:
         self.every_width = _every_width(prepared)
         url, name = study_of(settings, prepared.folder)
         engine = Engine(
-            prepared.sampler or settings.sampler,
+            prepared.sampler or (settings.sampler if searches else OURS),  # a caller's own is there for a search alone
             settings.seed,
             self.costs.problem,
             space.normalise,
