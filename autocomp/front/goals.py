@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -11,7 +11,7 @@ import numpy as np
 
 from autocomp.config.quantities import format_bytes, format_milliseconds, parse_factor, parse_share
 from autocomp.config.settings import Goals
-from autocomp.errors import InfeasibleError
+from autocomp.errors import InfeasibleError, UsageError, shown, suggest
 from autocomp.front.pareto import knee, pareto_set
 from autocomp.records.evaluation import Evaluation
 from autocomp.records.run import Run, comparable, speedup
@@ -202,6 +202,18 @@ class Judge:
         near = min(usable, key=excess)
         who = f"the nearest, trial {near.trial}"
         return f"none of {len(evaluations)} candidates meets the goals; {who}: {'; '.join(self.violations(near))}. To do: {advice}"
+
+
+def check_drops(goals: Goals, objective: str, metrics: Collection[str], whose: str) -> None:
+    """UsageError if a limit on a drop is of none of these metrics, or of one of which nobody says which way is better."""
+    for name in goals.drops(objective):
+        if name not in metrics:
+            raise UsageError(f"max_drop names {shown(name)}, but {whose} {', '.join(metrics)}.{suggest(name, metrics)}")
+        if name != objective and not name.startswith(f"{objective}/"):
+            raise UsageError(
+                f"max_drop names {shown(name)}, of which nobody says whether higher is better: name the objective {shown(objective)} "
+                f"or a slice of it ('{objective}/…')"
+            )
 
 
 def family(

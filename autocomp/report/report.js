@@ -76,11 +76,14 @@
   var most = offers.points.reduce(function (found, point) { return Math.max(found, point.loss); }, 0);
   if (most > 0) {
     var slider = document.getElementById("loss");
+    // To two digits; rounded down, the largest loss would never be allowed.
+    var upwards = function (number) {
+      var unit = Math.pow(10, Math.floor(Math.log10(number)) - 1);
+      return number && Number((Math.ceil(number / unit - 1e-9) * unit).toPrecision(2));
+    };
     var ask = function () {
-      var allowed = most * Math.pow(slider.value / 100, 2);  // finer where losses are small
-      var text = allowed.toPrecision(2).replace(/^0\.0+e.*$/, "0");
-      document.getElementById("allowed").textContent = (Number(text) + " " + offers.unit).trim();
-      allowed = Number(text);  // what is said is what is allowed
+      var allowed = upwards(most * Math.pow(slider.value / 100, 2));  // finer where losses are small; what is said is what is allowed
+      document.getElementById("allowed").textContent = (allowed + " " + offers.unit).trim();
       var within = offers.points.filter(function (point) { return point.loss <= allowed + 1e-12; });
       var got = document.getElementById("got");
       got.textContent = "";

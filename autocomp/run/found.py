@@ -18,6 +18,7 @@ from autocomp.front.goals import Judge
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation, Source, as_searched, untrained
 from autocomp.run.folder import study_of
+from autocomp.run.identity import FIRST, first_widths
 from autocomp.run.judged import ignores_its_model, judged_otherwise
 from autocomp.run.prepare import Prepared
 from autocomp.run.replay import ATTRIBUTE, to_json
@@ -49,7 +50,7 @@ class Found:
         self.every = _every(prepared)
         url, name = study_of(settings, prepared.folder)
         engine = Engine(
-            prepared.sampler or settings.sampler,
+            prepared.sampler or (settings.sampler if searches else OURS),  # a caller's own is there for a search alone
             settings.seed,
             self.costs.problem,
             space.normalise,
@@ -62,7 +63,11 @@ class Found:
             self.every,
             engine,
             prepared.known is not None,
-            {"identity": prepared.identity, **({ATTRIBUTE: to_json(prepared.replayed)} if prepared.replayed else {})},
+            {
+                "identity": prepared.identity,
+                FIRST: first_widths(space),
+                **({ATTRIBUTE: to_json(prepared.replayed)} if prepared.replayed else {}),
+            },
             list(devices),
         )
         self._said: list[str] = self.search.get_attr("warnings", [])  # by earlier starts of the run

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from autocomp.config.settings import Settings
     from autocomp.hardware.profile import Profile
     from autocomp.space.file import SpaceFile
+    from autocomp.space.space import Space
     from autocomp.tasks.task import Task
 
+FIRST = "first widths"  # the study's attribute; runs begun before it was kept have none
 _DIGITS = 16
 
 
@@ -71,6 +73,23 @@ def refuse_another(before: Mapping[str, str], now: Mapping[str, str], folder: ob
             f"the run in {folder} was begun with another task, or compressed in another way: {', '.join(changed)} changed since, and its "
             "numbers would be mixed with new ones. Resume it with task, search space and autocomp as they were (seed what is drawn at random, "
             "keep the order of the samples), or choose another --out for a new run"
+        )
+
+
+def first_widths(space: Space) -> dict[str, dict[str, list[int]]]:
+    """The widths that a run offers from the start, each with the units of every segment that it keeps: these decide which channels stay."""
+    return {name: {str(w): list(space.counts[name][w]) for w in widths} for name, widths in space.widths.items()}
+
+
+def refuse_other_widths(known: Mapping[str, Any], space: Space, folder: object) -> None:
+    """UsageError naming the groups whose first widths are not what they were, though all that a run may come to offer are."""
+    now = first_widths(space)
+    before = known.get(FIRST, now)
+    if changed := sorted(name for name in {**before, **now} if before.get(name) != now.get(name)):
+        raise UsageError(
+            f"the run in {folder} was begun with another search space: the widths of {', '.join(changed)} that it offers first, or the channels "
+            "that they keep, changed since, and its numbers would be mixed with new ones. Resume it with the search space as it was, or choose "
+            "another --out for a new run"
         )
 
 

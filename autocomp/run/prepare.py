@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 from autocomp.config.settings import Settings
 from autocomp.devices.device import Device
 from autocomp.devices.open import open_device
-from autocomp.errors import UsageError, shown, suggest
+from autocomp.front.goals import check_drops
 from autocomp.hardware.profile import load_profile
 from autocomp.measurement.measurer import Measurer
 from autocomp.measurement.preflight import rehearse
 from autocomp.progress import Progress, Stage
 from autocomp.records.candidate import Candidate
 from autocomp.run.budget import Budget
-from autocomp.run.identity import compression_of, identity_of, refuse_another
+from autocomp.run.identity import compression_of, identity_of, refuse_another, refuse_other_widths
 from autocomp.run.prepare_task import check_training, compressed_layers, prepare_task
 from autocomp.run.replay import Choice, choices, only
 from autocomp.space.file import load_space
 from autocomp.space.space import Space
-from autocomp.tasks.task import Task
+from autocomp.tasks.task import Task, objective_of
 
 if TYPE_CHECKING:
     import torch
@@ -131,13 +131,16 @@ def prepare(
         devices = {name: _open_device(name, stage) for name in settings.profiles}
     rules = load_space(settings.space)
     identity = {**identity_of(task), "how layers are compressed": compression_of(settings, rules)}
-    if known and "space" in known:  # else nothing was asked yet
-        refuse_another(known.get("identity", {}), identity, folder)
+    begun = known if known and "space" in known else None  # else nothing was asked yet
+    if begun is not None:
+        refuse_another(begun.get("identity", {}), identity, folder)
     given = task.given.model if task.given and task.given.canonical is task.model else None
     profiles = [device.profile for device in devices.values()]
     ready = prepare_task(task, rules, profiles, settings.calibration_samples, progress)
     if replayed := choices(settings, known):
         ready = replace(ready, space=only(ready.space, replayed, settings.replay or ""))
+    if begun is not None:
+        refuse_other_widths(begun, ready.space, folder)
     task, graph, inputs = ready.task, ready.graph, ready.inputs
     amount, unit = settings.training
     if amount:
@@ -147,7 +150,8 @@ def prepare(
     measurer = Measurer(task, devices, inputs, lambda candidate: stitch(task.model, graph, database, candidate))
     if not (known and (folder / "layers").exists()):  # else a run got past this before
         measurer.rehearsed = rehearse(task, devices, inputs, progress, given)
-        _refuse_unknown(settings, measurer.rehearsed.metrics)
+        metrics = measurer.rehearsed.metrics
+        check_drops(settings.goals, objective_of(task, metrics), metrics, "Task.evaluate returns")
         budget.keep_for_the_end(measurer.rehearsed.seconds, measurer.together, settings.references)
     samples, seed = settings.calibration_samples, settings.seed
     statistics, database = compressed_layers(
@@ -171,22 +175,6 @@ def prepare(
         sampler,
         replayed,
     )
-
-
-def _refuse_unknown(settings: Settings, metrics: Mapping[str, float]) -> None:
-    """UsageError if a goal names a metric that the task does not have."""
-    objective = next(iter(metrics))
-    for name in settings.goals.drops(objective):
-        if name in metrics and name != objective and not name.startswith(f"{objective}/"):
-            raise UsageError(
-                f"goals.max_drop names {shown(name)}, of which nobody says whether higher is better: name the objective {shown(objective)} "
-                f"or a slice of it ('{objective}/…')"
-            )
-        if name not in metrics:
-            raise UsageError(
-                f"goals.max_drop names {shown(name)}, which Task.evaluate does not return: it returns {', '.join(metrics)}."
-                f"{suggest(name, metrics)}"
-            )
 
 
 class _Forecast:

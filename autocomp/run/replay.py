@@ -33,10 +33,11 @@ LEFT_OUT = {
 
 @dataclass(frozen=True)
 class Choice:
-    """A candidate that is made again, and whether it was trained."""
+    """A candidate that is made again, and whether it was trained; ``of``: of which uncompressed model (None: where a run goes on)."""
 
     candidate: Candidate
     trained: bool
+    of: Candidate | None = None
 
 
 def with_replay(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -74,7 +75,8 @@ def choices(settings: Settings, known: Mapping[str, Any] | None = None) -> list[
         return []
     if known and ATTRIBUTE in known:
         return [Choice(Candidate.from_json(one["candidate"]), one["trained"]) for one in known[ATTRIBUTE]]
-    front = {point.evaluation.candidate.id: point.evaluation for point in _read(Path(settings.replay)).front}
+    run = _read(Path(settings.replay))
+    front = {point.evaluation.candidate.id: point.evaluation for point in run.front}
     for point in settings.points:
         if point not in front:
             raise UsageError(
@@ -83,7 +85,7 @@ def choices(settings: Settings, known: Mapping[str, Any] | None = None) -> list[
     wanted = [e for name, e in front.items() if e.source != "dense" and name in (settings.points or front)]
     if not wanted:
         raise UsageError(f"there is nothing to replay: the front of {settings.replay} is the uncompressed model alone")
-    return [Choice(e.candidate, e.recovered is not None) for e in wanted]
+    return [Choice(e.candidate, e.recovered is not None, run.dense.evaluation.candidate) for e in wanted]
 
 
 def to_json(made: Sequence[Choice]) -> list[dict[str, Any]]:
@@ -112,6 +114,11 @@ def only(space: Space, made: Sequence[Choice], run: str) -> Space:
                         f"{name} is not offered {kind} {value}, which point {choice.candidate.id} of {run} has: replay it with its own space, "
                         "profiles and model"
                     )
+        for name, width in choice.of.widths.items() if choice.of else ():  # all of it there may be half of it here
+            if width != space.widths[name][0]:
+                raise UsageError(
+                    f"the run in {run} is of another architecture: {shown(name)} is {width} wide there, {space.widths[name][0]} here"
+                )
     candidates = [choice.candidate for choice in made]
     widths = {
         name: (w[0], *(v for v in w[1:] if v in {c.widths[name] for c in candidates}))

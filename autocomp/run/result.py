@@ -12,7 +12,7 @@ from autocomp.config.limits import ALL
 from autocomp.config.quantities import parse_factor
 from autocomp.config.settings import Goals
 from autocomp.errors import UsageError, shown, suggest
-from autocomp.front.goals import Judge, family
+from autocomp.front.goals import Judge, check_drops, family
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation
 from autocomp.records.latency import Latency
@@ -149,9 +149,7 @@ class SearchResult:
             InfeasibleError: No point meets the limits; it says what the nearest one misses.
         """
         given = {"max_drop": max_drop, "max_latency": max_latency, "max_size": max_size, "max_memory": max_memory}
-        limits = validated(Goals, given, "")
-        self._refuse_unknown(limits)
-        return self._point(Judge.of(self.run, limits).best(self._evaluations()))
+        return self._point(self._judge(validated(Goals, given, "")).best(self._evaluations()))
 
     def family(
         self, *speedups: str, max_drop: float | str | Mapping[str, float | str] | None = None
@@ -160,19 +158,20 @@ class SearchResult:
 
         Where the run was on several profiles, the names are like ``2x on cortex-a76``.
         """
-        judge = Judge.of(self.run, validated(Goals, {"max_drop": max_drop}, ""))
+        judge = self._judge(validated(Goals, {"max_drop": max_drop}, ""))
         found = family(judge, self._evaluations(), [parse_factor(text) for text in speedups], list(self.run.profiles))
         return {name: self._point(member) for name, member in found.items() if member is not None}
 
-    def _refuse_unknown(self, goals: Goals) -> None:
-        """UsageError if a limit is of a metric or profile that the run does not have."""
-        known = {"max_drop": self.run.dense.evaluation.metrics, "max_latency": self.run.profiles}
-        for key, limits in (("max_drop", goals.max_drop), ("max_latency", goals.max_latency)):
-            for name in limits if isinstance(limits, dict) else ():
-                if name != ALL and name not in known[key]:
-                    raise UsageError(
-                        f"{key} names {shown(name)}; the run has {', '.join(known[key])}.{suggest(name, known[key])}"
-                    )
+    def _judge(self, goals: Goals) -> Judge:
+        """What points are held against. UsageError if a limit is of a metric or profile that the run does not have."""
+        run, limits = self.run, goals.max_latency
+        check_drops(goals, run.task.objective, run.dense.evaluation.metrics, "the run has")
+        for name in limits if isinstance(limits, dict) else ():
+            if name != ALL and name not in run.profiles:
+                raise UsageError(
+                    f"max_latency names {shown(name)}; the run has {', '.join(run.profiles)}.{suggest(name, run.profiles)}"
+                )
+        return Judge.of(run, goals)
 
     def _evaluations(self) -> list[Evaluation]:
         return [point.record.evaluation for point in self.front]

@@ -24,11 +24,15 @@ import autocomp
 from autocomp.cli.main import main
 from autocomp.database.database import read_checked
 from autocomp.errors import AutocompError, CorruptError, UsageError
+from autocomp.graph.analyse import analyse
+from autocomp.hardware.profile import load_profile
 from autocomp.records.run import speedup
 from autocomp.records.table import read_evaluations
 from autocomp.run import found as found_module
 from autocomp.run import judged as judged_module
-from autocomp.run.identity import identity_of, source_of
+from autocomp.run.identity import first_widths, identity_of, source_of
+from autocomp.space.build import build_space
+from autocomp.space.file import SpaceFile
 from autocomp.study.storage import Claim, masked, open_storage, read_study
 from autocomp.study.study import Choices, open_search
 
@@ -144,6 +148,50 @@ def test_compressing_in_another_way_is_refused(change: str, of_a_file: Path, spa
     given = {**OPTIONS, "out": of_a_file / "run", "space": str(space), "trials": 6}
     with pytest.raises(UsageError, match="how layers are compressed"):
         autocomp.search(task=tiny_task.task(), resume=True, **given)
+
+
+def test_other_widths_to_begin_with_are_refused(tmp_path: Path) -> None:
+    """All widths that a run may come to are the same; but channels are put in order by the first ones, so that others would be kept."""
+    space = tmp_path / "space.yaml"
+
+    def refined(*keep: float) -> None:
+        rule = {"layers": "*", "keep": [1.0, *keep]}
+        space.write_text(yaml.safe_dump({"format_version": 1, "refine": True, "step": 4, "rules": [rule]}))
+
+    given = {**OPTIONS, "out": tmp_path / "run", "space": str(space)}
+    refined(0.5)
+    autocomp.search(task=tiny_task.task(), **given)
+    refined(0.75, 0.5)
+    with pytest.raises(UsageError, match="widths of conv1, stem that it offers first"):
+        autocomp.search(task=tiny_task.task(), resume=True, **given)
+    refined(0.5)
+    autocomp.search(task=tiny_task.task(), resume=True, **given)
+
+
+def test_the_channels_of_each_part_are_among_the_first_widths() -> None:
+    """Of two concatenated branches the same width may keep other channels, where the space's step changed."""
+
+    class Joined(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = torch.nn.Linear(8, 24), torch.nn.Linear(8, 40)
+            self.head = torch.nn.Linear(64, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.cat([self.one(x), self.two(x)], 1).relu())
+
+    graph = analyse(Joined().eval(), (torch.randn(1, 8),))
+    rule = {"layers": "*", "keep": [1.0, 0.5]}
+    fine, coarse = (
+        build_space(
+            graph,
+            SpaceFile.model_validate({"format_version": 1, "step": step, "rules": [rule]}),
+            load_profile("x86-64-v3"),
+        )
+        for step in (4, 16)
+    )
+    assert fine.widths == coarse.widths
+    assert first_widths(fine) != first_widths(coarse)
 
 
 def test_settings_edited_in_the_run_folder_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

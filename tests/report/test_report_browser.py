@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -56,6 +57,22 @@ def test_plotly_draws(chromium: str, tmp_path: Path, flags: tuple[str, ...]) -> 
     assert points is not None
     assert len(re.findall(r'<path class="point\b', points[0])) > 25
     assert 'data-title="Share' not in dom  # plotly's button that uploads
+
+
+def test_the_end_of_the_slider_allows_the_largest_loss(chromium: str, tmp_path: Path) -> None:
+    """The fastest point was offered by no place of the slider where its loss was rounded down."""
+    page = build_report(write_fake_run(tmp_path / "run"))
+    found = re.search(r'(<script[^>]*id="offers"[^>]*>)(.*?)(</script>)', page.read_text(), re.DOTALL)
+    assert found is not None
+    offers = json.loads(found[2])
+    fastest = max(offers["points"], key=lambda point: point["loss"])
+    fastest["loss"] = 10.44
+    text = page.read_text().replace(found[0], found[1] + json.dumps(offers) + found[3])
+    page.write_text(text.replace('step="1" value="50"', 'step="1" value="100"'))
+    dom, console = open_page(chromium, page, tmp_path / "profile")
+    assert console == []
+    assert re.search(r'id="allowed"[^>]*>11 pt<', dom)
+    assert re.search(rf'id="got"[^>]*>[^<]*<span>[^<]*<a href="#p-{fastest["id"]}"', dom)
 
 
 def test_screenshot_is_not_blank(chromium: str, tmp_path: Path) -> None:

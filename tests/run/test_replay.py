@@ -16,7 +16,11 @@ import autocomp
 from autocomp.api import SearchResult
 from autocomp.cli.main import main
 from autocomp.errors import UsageError
+from autocomp.graph.analyse import analyse
+from autocomp.hardware.profile import load_profile
 from autocomp.records.table import read_evaluations
+from autocomp.run.replay import Choice, only
+from autocomp.space.build import build_space
 
 pytestmark = pytest.mark.usefixtures("short_tuning")
 
@@ -110,6 +114,21 @@ def test_what_cannot_be_replayed_is_refused_at_once(
     assert not any((tmp_path / name / "config.yaml").exists() for name in "abcde")
     assert main(["search", "digits", "--replay", str(tmp_path)]) == 2
     assert "to replay (no config.yaml)" in capsys.readouterr().err
+
+
+def test_all_of_a_group_is_not_half_of_a_wider_one(spaces: dict[str, str]) -> None:
+    narrow, wide = (
+        build_space(
+            analyse(tiny_task.TinyNet(width).eval(), tiny_task.task().example_inputs),
+            spaces["wide"],
+            load_profile("x86-64-v3"),
+        )
+        for width in (32, 64)
+    )
+    choice = Choice(narrow.dense(), False, narrow.dense())
+    assert only(narrow, [choice], "run").dense() == narrow.dense()
+    with pytest.raises(UsageError, match="'stem' is 32 wide there, 64 here"):
+        only(wide, [choice], "run")
 
 
 def test_the_command_replays(

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from autocomp.cli.main import main
 from autocomp.compiler.verify import check_outputs
 from autocomp.config.settings import read_settings
 from autocomp.devices import local
-from autocomp.errors import InfeasibleError
+from autocomp.errors import InfeasibleError, UsageError
 from autocomp.export.files import MANIFEST
 from autocomp.export.onnx import onnx_session, run_session
 from autocomp.front.goals import undisturbed
@@ -246,6 +246,22 @@ def test_best_meets_its_limits(finished: Finished) -> None:
     assert result.best(max_latency=fast * 1.001).latency["x86-host"].seconds == fast
     with pytest.raises(InfeasibleError):
         result.best(max_size=1)
+
+
+def test_limits_on_what_a_run_does_not_have_are_refused(finished: Finished) -> None:
+    result = finished.result
+    for ask in (result.best, partial(result.family, "2x")):
+        with pytest.raises(UsageError, match=r"accuracy/uprigth.*Did you mean 'accuracy/upright'"):
+            ask(max_drop={"accuracy/uprigth": 0.1})
+
+
+def test_limits_on_a_metric_beside_the_objective_are_refused(finished: Finished) -> None:
+    """Whether more of it is better is not known: a limit on a loss was met by what is worst."""
+    result = SearchResult(finished.folder)
+    result.run = replace(result.run, task=replace(result.run.task, objective="accuracy/upright"))
+    for ask in (result.best, partial(result.family, "2x")):
+        with pytest.raises(UsageError, match="whether higher is better"):
+            ask(max_drop={"accuracy": 0.1})
 
 
 def test_report_is_built_again_from_the_files(another: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from autocomp.records.table import read_evaluations
 from autocomp.run.folder import CONFIG
 from autocomp.run.jobs import after
 from autocomp.run.replay import with_replay
+from autocomp.study.samplers import GIVEN
 
 pytestmark = pytest.mark.usefixtures("short_tuning")
 
@@ -65,6 +66,14 @@ def test_on_another_machine_it_is_measured_again_and_keeps_what_it_learnt(
     for name, (done, metric) in now.items():
         assert metric == pytest.approx(before[name][1], abs=1e-6)
         assert done.steps == before[name][0].steps
+
+
+def test_a_run_of_the_callers_own_sampler_is_trained_without_it(copied: Path, recipe: str) -> None:
+    config = copied / CONFIG
+    config.write_text(config.read_text().replace("sampler: autocomp", f"sampler: {GIVEN}"))
+    point = next(iter(learnt(copied)))
+    done = autocomp.recover(copied, tiny_task.learning(), recipe, length="20steps", points=[point])
+    assert point in {p.candidate.id for p in done.front} | set(learnt(copied))
 
 
 def test_trained_again_its_record_is_of_both_and_others_weights_stay(copied: Path, recipe: str, tmp_path: Path) -> None:
