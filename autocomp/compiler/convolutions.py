@@ -15,6 +15,7 @@ import numpy as np
 
 from autocomp.compiler.expressions import array_of, is_constant, shape_of
 from autocomp.kernels import interleave, phases
+from autocomp.kernels.specs import live_taps
 
 if TYPE_CHECKING:
     from autocomp.compiler.views import Views
@@ -173,6 +174,15 @@ def plain(
     if len(sizes) == 3 and trivial(1) and trivial(2):  # along time alone: every pixel is a column
         result, found = again((n, sizes[0], sizes[1] * sizes[2]), (0, 1))
         return result, (n, found[1], *sizes[1:], outputs)
+    taps = [live_taps(*axis) for axis in zip(kernel, sizes, strides, padding, dilation, strict=True)]
+    if any(len(live) < size for live, size in zip(taps, kernel, strict=True)):
+        for axis, live in enumerate(taps):
+            weight = weight.take(2 + axis, live)
+        padding = [
+            (low - live[0] * step, high - (size - 1 - live[-1]) * step)
+            for live, size, (low, high), step in zip(taps, kernel, padding, dilation, strict=True)
+        ]
+        data, padding = _cut(builder, data, padding)
     result = emit(data, weight, strides, padding, dilation, groups)
     return result, shape_of(result) or ()
 

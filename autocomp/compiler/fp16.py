@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from autocomp.compiler import convolutions
 from autocomp.hardware.profile import Profile
 from autocomp.kernels import fp16
 from autocomp.kernels.specs import ConvSpec, DenseSpec
@@ -48,29 +49,40 @@ class HalfConverter:
     def _in_float16(self, builder: Any, x: Any, weight: np.ndarray, bias: np.ndarray, geometry: Any) -> Any:
         from tvm import relax
 
-        from autocomp.compiler.vectors import whole_vectors, without_padding
-
         data = self._round(builder, x)
-        shape = [int(size) for size in data.ty.shape]
         if self.convolution:
             stride, padding, dilation, groups = geometry
-            tiled = whole_vectors(weight, int(groups), self.lanes)
-            spec = ConvSpec.of(shape, tiled.shape, stride, [*padding, *padding], dilation, int(groups), self.lanes)
-            packed = relax.const(fp16.pack_conv_weight(tiled, spec))
-            name = "depthwise_fp16" if spec.depthwise else "conv2d_fp16"
-            sums = builder.emit_te(lambda data, w: fp16.conv2d(data, w, spec), data, packed, primfunc_name_hint=name)
-            if len(tiled) != len(weight):
-                sums = builder.emit_te(
-                    without_padding, sums, int(groups), len(weight), primfunc_name_hint="take_channels"
-                )
+            borders, given = [(p, p) for p in padding], convolutions.Weight(builder, weight)
+            sums, _ = convolutions.plain(
+                builder, data, given, stride, borders, dilation, int(groups), self._sums(builder)
+            )
         else:
-            dense = DenseSpec.of(shape, len(weight), self.lanes)
+            dense = DenseSpec.of([int(size) for size in data.ty.shape], len(weight), self.lanes)
             packed = relax.const(fp16.pack_dense_weight(weight, self.lanes))
             sums = builder.emit_te(
                 lambda data, w: fp16.dense(data, w, dense), data, packed, primfunc_name_hint="dense_fp16"
             )
         result = builder.emit(relax.op.add(sums, relax.const(np.ascontiguousarray(bias))))
         return builder.emit(relax.op.permute_dims(result, [0, 3, 1, 2])) if self.convolution else result
+
+    def _sums(self, builder: Any) -> convolutions.Emit:
+        """What makes a plain convolution of 16-bit values."""
+        from tvm import relax
+
+        from autocomp.compiler.vectors import whole_vectors, without_padding
+
+        def emit(data: Any, weight: Any, strides: Any, borders: Any, dilation: Any, groups: int) -> Any:
+            low, high = zip(*borders, strict=True)
+            tiled, shape = whole_vectors(weight.value, groups, self.lanes), [int(size) for size in data.ty.shape]
+            spec = ConvSpec.of(shape, tiled.shape, strides, [*low, *high], dilation, groups, self.lanes)
+            packed = relax.const(fp16.pack_conv_weight(tiled, spec))
+            name = "depthwise_fp16" if spec.depthwise else "conv2d_fp16"
+            sums = builder.emit_te(lambda data, w: fp16.conv2d(data, w, spec), data, packed, primfunc_name_hint=name)
+            if len(tiled) == len(weight.value):
+                return sums
+            return builder.emit_te(without_padding, sums, groups, len(weight.value), primfunc_name_hint="take_channels")
+
+        return emit
 
     def _round(self, builder: Any, x: Any) -> Any:
         """``x`` in 16 bits, channels last: once for all layers that read it."""

@@ -58,10 +58,9 @@ class QuantisedConverter:
         quantised = self._quantise(builder, x, data, float(inv_xs), int(zero_point))
         if self.convolution:
             stride, padding, dilation, groups = node.args[6:10]
-            sums = self._sums(
-                builder, quantised, weight_array, stride, [*padding, *padding], dilation, int(groups), zero
-            )
-            result = self._floats(builder, sums, weight_array, scale, bias, zero_point)
+            weight, borders = convolutions.Weight(builder, weight_array), [(p, p) for p in padding]
+            emit = self._emitter(builder, scale, bias, zero, zero_point)
+            result, _ = convolutions.plain(builder, quantised, weight, stride, borders, dilation, int(groups), emit)
             return builder.emit(relax.op.permute_dims(result, [0, 3, 1, 2]))
         rows = [int(size) for size in data.ty.shape]
         spec = DenseSpec.of(rows, weight_array.shape[0], self.lanes)
@@ -89,6 +88,25 @@ class QuantisedConverter:
         rank = len(stride) + 2
         data = builder.emit(relax.op.permute_dims(x, [0, *range(2, rank), 1]))
         quantised = self._quantise(builder, x, data, float(inv_xs), int(zero_point))
+        emit = self._emitter(builder, scale, bias, zero, zero_point)
+        if output_padding is None:
+            borders = [(p, p) for p in padding]
+            weight = convolutions.Weight(builder, weight_array)
+            result, shape = convolutions.plain(builder, quantised, weight, stride, borders, dilation, groups, emit)
+            result = builder.emit(relax.op.reshape(result, list(shape)))
+        else:
+            outputs = [int(size) for size in node.meta["val"].shape[2:]]
+            inputs_first = convolutions.Weight(builder, turned(torch.from_numpy(weight_array), groups).numpy())
+            result = convolutions.in_phases(
+                builder, quantised, inputs_first, stride, padding, dilation, groups, outputs, self.lanes, emit
+            )
+        return builder.emit(relax.op.permute_dims(result, [0, rank - 1, *range(1, rank - 1)]))
+
+    def _emitter(
+        self, builder: Any, scale: np.ndarray, bias: np.ndarray, zero: Any, zero_point: int
+    ) -> convolutions.Emit:
+        """What makes a plain convolution of stored integers, its results dequantised."""
+        from tvm import relax
 
         def emit(data: Any, weight: Any, strides: Any, borders: Any, dilation: Any, groups: int) -> Any:
             array = weight.value
@@ -114,18 +132,7 @@ class QuantisedConverter:
             many, *rest = (int(size) for size in result.ty.shape)
             return builder.emit(relax.op.reshape(result, [frames, many // frames, *rest]))
 
-        if output_padding is None:
-            borders = [(p, p) for p in padding]
-            weight = convolutions.Weight(builder, weight_array)
-            result, shape = convolutions.plain(builder, quantised, weight, stride, borders, dilation, groups, emit)
-            result = builder.emit(relax.op.reshape(result, list(shape)))
-        else:
-            outputs = [int(size) for size in node.meta["val"].shape[2:]]
-            inputs_first = convolutions.Weight(builder, turned(torch.from_numpy(weight_array), groups).numpy())
-            result = convolutions.in_phases(
-                builder, quantised, inputs_first, stride, padding, dilation, groups, outputs, self.lanes, emit
-            )
-        return builder.emit(relax.op.permute_dims(result, [0, rank - 1, *range(1, rank - 1)]))
+        return emit
 
     def _sums(
         self,

@@ -19,7 +19,7 @@ from autocomp.hardware.profile import Profile
 from autocomp.kernels import fp16
 from autocomp.kernels.compute import round_up
 from autocomp.kernels.intrinsics import dot_product
-from autocomp.kernels.specs import ConvSpec, padded_rows
+from autocomp.kernels.specs import ConvSpec, live_taps, padded_rows
 from autocomp.kernels.tile import lanes_in
 from autocomp.records.candidate import Method
 from autocomp.records.precisions import FLOAT32, FORMATS, Arithmetic, arithmetic_of, load, weight_bytes_of
@@ -69,10 +69,25 @@ def _work(layer: Layer, arithmetic: Arithmetic, profile: Profile) -> Work:
         return _dense(layer.out_size[1], layer.in_channels, layer.out_channels, arithmetic, profile)
     if not layer.is_plain:
         layer = _flat(layer)
+    layer = _reaching(layer)
     if layer.kind == "depthwise":
         spatial = (1, layer.out_size[0], padded_rows(layer.out_size[1]), layer.out_channels)
         return Work(arithmetic.template("depthwise"), spatial, layer.kernel)
     return _conv(layer, arithmetic, profile)
+
+
+def _reaching(layer: Layer) -> Layer:
+    """The convolution without the taps that read padding alone, as it is compiled."""
+    sides = zip(layer.kernel, layer.in_size, layer.stride, layer.padding, layer.dilation, strict=True)
+    taps = [live_taps(size, data, stride, (pad, pad), step) for size, data, stride, pad, step in sides]
+    kernel = tuple(map(len, taps))
+    if kernel == layer.kernel:
+        return layer
+    padding = (
+        max(0, p - min(live[0], size - 1 - live[-1]) * step)
+        for live, size, p, step in zip(taps, layer.kernel, layer.padding, layer.dilation, strict=True)
+    )
+    return replace(layer, kernel=kernel, padding=tuple(padding))
 
 
 def _flat(layer: Layer) -> Layer:

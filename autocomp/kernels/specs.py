@@ -21,6 +21,17 @@ def padded_rows(rows: int) -> int:
     return extent
 
 
+def live_taps(kernel: int, size: int, stride: int, padding: tuple[int, int], dilation: int) -> list[int]:
+    """The taps of one axis that ever read data, and those between; the others read padding alone, wide dilations over small pictures say.
+
+    The first one where all read padding.
+    """
+    low, high = padding
+    last = (size + low + high - dilation * (kernel - 1) - 1) // stride * stride  # where the last output begins
+    live = [tap for tap in range(kernel) if tap * dilation - low < size and last + tap * dilation - low >= 0]
+    return list(range(live[0], live[-1] + 1)) if live else list(range(kernel))
+
+
 @dataclass(frozen=True)
 class ConvSpec:
     """Shapes of one 2-D convolution: NHWC data, OIHW weight; ``padding`` is (top, left, bottom, right)."""

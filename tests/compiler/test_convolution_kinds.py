@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
+from wholes import quantise_all
 
 from autocomp.compiler.build import build
 from autocomp.compiler.verify import output_error, reference_outputs
+from autocomp.devices.latency import layer_work
 from autocomp.devices.local import LocalDevice
 from autocomp.devices.open import open_device
+from autocomp.graph.analyse import analyse
 from autocomp.hardware.profile import load_profile
+from autocomp.kernels.specs import live_taps
+from autocomp.records.candidate import Method
 from autocomp.tuning.store import KernelStore
 
 torch.set_num_threads(1)
@@ -50,6 +58,57 @@ TRANSPOSED = {
     "odd line": (nn.ConvTranspose1d(3, 5, 7, 3, 2, 2), (10,)),
     "volume": (nn.ConvTranspose3d(6, 8, 3, 2, 1, 1), (3, 4, 5)),
 }
+
+
+# of which taps read padding alone: layer, spatial sizes
+FAR = {
+    "centre": (nn.Conv2d(16, 32, 3, padding=24, dilation=24), (8, 8)),
+    "one axis": (nn.Conv2d(16, 32, 3, padding=(6, 1), dilation=(6, 1)), (5, 9)),
+    "one side": (nn.Conv2d(8, 16, 5, padding=(8, 2), dilation=(4, 1)), (6, 7)),
+    "strided": (nn.Conv2d(8, 16, 3, 2, 9, 9), (7, 7)),
+    "depthwise": (nn.Conv2d(16, 16, 3, padding=12, dilation=12, groups=16), (8, 8)),
+    "grouped": (nn.Conv2d(16, 32, 3, padding=12, dilation=12, groups=4), (8, 8)),
+    "line": (nn.Conv1d(8, 16, 7, padding=48, dilation=16), (12,)),
+    "volume": (nn.Conv3d(4, 8, 3, padding=6, dilation=6), (3, 4, 5)),
+    "nothing but padding": (nn.Conv2d(8, 16, 2, padding=10, dilation=22), (4, 4)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "integers"),
+    [*((name, False) for name in FAR), *((name, True) for name in FAR if isinstance(FAR[name][0], nn.Conv2d))],
+)
+def test_taps_that_read_padding_alone_are_left_out(name: str, integers: bool, device: LocalDevice) -> None:
+    layer, size = FAR[name]
+    x = torch.randn(2, layer.in_channels, *size)
+    model: nn.Module = nn.Sequential(layer, nn.ReLU())
+    if integers:
+        model = quantise_all(copy.deepcopy(model), x)
+    check(model, (x,), device)
+
+
+def test_latency_model_knows_of_left_out_taps(device: LocalDevice) -> None:
+    layer, size = FAR["centre"]
+    plain = nn.Conv2d(16, 32, 1)
+    works = [
+        layer_work(analyse(nn.Sequential(conv), (torch.randn(1, 16, *size),)).layers["0"], Method(), device.profile)
+        for conv in (layer, plain)
+    ]
+    assert works[0] == works[1]
+
+
+@given(
+    kernel=st.integers(1, 5), size=st.integers(1, 12), stride=st.integers(1, 3), low=st.integers(0, 14), high=st.integers(0, 14),
+    dilation=st.integers(1, 13),
+)  # fmt: skip
+def test_live_taps(kernel: int, size: int, stride: int, low: int, high: int, dilation: int) -> None:
+    outputs = (size + low + high - dilation * (kernel - 1) - 1) // stride + 1
+    if outputs < 1:
+        return
+    reads = [any(0 <= o * stride + t * dilation - low < size for o in range(outputs)) for t in range(kernel)]
+    taps = live_taps(kernel, size, stride, (low, high), dilation)
+    assert not any(read for tap, read in enumerate(reads) if tap not in taps)
+    assert taps == list(range(taps[0], taps[-1] + 1))
 
 
 @pytest.mark.parametrize("name", TRANSPOSED)
