@@ -31,23 +31,22 @@ from autocomp.study.study import Choices, Search
 
 FINE = Rule(layers="*", keep=[1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125], ranks=[0.75, 0.625, 0.5, 0.375, 0.25])
 MEASURES = ("hypervolume", "at equal seconds", "feasible")
-WITHOUT, DEPTH = Rule(layers="*", depth=False), Rule(layers="*", depth=True)
+FOUR, WITHOUT = Rule(layers="*", keep=[1.0, 0.75, 0.5, 0.25]), Rule(layers="*", depth=False)
 
 
 def spaces() -> dict[str, SpaceFile]:
-    """The default space with and without depth, and in finer steps."""
+    """The default space, and what it is made of."""
     plain = load_space("default")
 
-    def more(*rules: Rule, refine: bool = False) -> SpaceFile:
+    def one(*rules: Rule, refine: bool = False) -> SpaceFile:
         return plain.model_copy(update={"rules": [*plain.rules, *rules], "refine": refine})
 
     return {
-        "four widths": more(WITHOUT),
-        "finer": more(WITHOUT, FINE),
-        "coarse to fine": more(WITHOUT, refine=True),
-        "with depth": more(DEPTH),
-        "finer, with depth": more(DEPTH, FINE),
-        "coarse to fine, with depth": more(DEPTH, refine=True),
+        "four widths": one(FOUR, WITHOUT),
+        "finer from the start": one(FINE, WITHOUT),
+        "four widths, depth": one(FOUR),
+        "five widths, depth": one(),
+        "default: coarse to fine": plain,
     }
 
 
