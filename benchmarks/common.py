@@ -117,7 +117,7 @@ def publish(
     align = ["---:" if heading.startswith(">") else "---" for heading in headings]
     lines = [f"| {' | '.join(cells)} |" for cells in (plain, align, *rows)]
     made = f"{info['device']}, {info['when']}, commit {info['commit']}"
-    text = f"# {name}\n\n`python benchmarks/{name}.py` on {made}.\n\n" + "\n".join(lines) + "\n"
+    text = f"# {name}\n\n`python benchmarks/{Path(sys.argv[0]).name}` on {made}.\n\n" + "\n".join(lines) + "\n"
     old = [
         f"Not measured again: {what} ({at['device']}, {at['when']}, commit {at['commit']})."
         for what, at in older.items()

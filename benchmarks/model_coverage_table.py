@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Found = Mapping[str, Any]  # of one model: what each stage found, by its name
+SLOWER = 1.1  # times as slow as ONNX Runtime: named
 HEADINGS = (
     "model", "kind", ">M mult", ">prunable", ">quantisable", ">between activations", "compiled", ">error", ">/ONNX Runtime", "search",
     ">seconds: check", ">compile", ">search",
@@ -128,6 +129,27 @@ def goals(figures: Mapping[str, Any]) -> list[str]:
         *([f"Time of ours over ONNX Runtime's, fp32: median {figures['median_ratio']:.2f}."] if figures["median_ratio"] else []),
         f"All stages together took {figures['seconds'] / 60:.0f} minutes of their processes.",
     ]  # fmt: skip
+
+
+def remaining(by_name: Mapping[str, Found]) -> list[str]:
+    """The models that fall behind a goal, and why."""
+    notes = []
+    for name, found in by_name.items():
+        share = shares(found)
+        if share is not None and share.prunable == 0:
+            reasons = "; ".join(dict.fromkeys(found["analyse"]["frozen"].values()))
+            notes.append(f"Nothing to prune in {name}: {reasons}.")
+    slow = sorted(
+        ((ratio, name) for name, found in by_name.items() if (ratio := _ratio(found)) and ratio > SLOWER), reverse=True
+    )
+    if slow:
+        notes.append(
+            f"Over {SLOWER:g} times ONNX Runtime's time: {', '.join(f'{name} {ratio:.2f}' for ratio, name in slow)}."
+        )
+    without = [name for name, found in by_name.items() if good(found.get("time")) and _ratio(found) is None]
+    if without:
+        notes.append(f"No file for ONNX Runtime, since torch exports none of them: {', '.join(without)}.")
+    return notes
 
 
 def _ratio(found: Found) -> float | None:
