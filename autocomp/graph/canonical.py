@@ -186,7 +186,7 @@ def _compare_others(model: CanonicalModel, given: nn.Module, others: Sequence[Se
         seen.add(shapes)
         size = next((t.shape[a] for t, a in zip(inputs, batch.inputs, strict=True) if a is not None), None)
         few = inputs if size is None else part(inputs, 0, min(size, FEW), batch.inputs)
-        with _kept_state(given):
+        with _kept_state(given), plain_outputs(given):
             expected = _leaves(given, few)
         _compare(model, few, expected)
 

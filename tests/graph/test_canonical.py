@@ -12,6 +12,7 @@ from places import ROOT
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
+from torch.utils import _pytree
 
 from autocomp.errors import ExportError, UsageError
 from autocomp.graph.analyse import analyse
@@ -352,3 +353,43 @@ def test_the_page_of_what_can_be_compressed_is_up_to_date():
 
     written = ROOT / "docs" / "compressible.md"
     assert written.read_text() == page(), "run: python -m autocomp.space.document > docs/compressible.md"
+
+
+class Output(dict[str, object]):
+    """Without what is None, as the outputs of transformers are."""
+
+
+_pytree.register_pytree_node(
+    Output,
+    lambda output: (
+        [value for value in output.values() if value is not None],
+        [k for k, v in output.items() if v is not None],
+    ),
+    lambda values, keys: Output(zip(keys, values, strict=True)),
+    serialized_type_name="tests.Output",
+)
+
+
+class Cached(nn.Module):
+    """Returns a cache beside its answer, as decoders do: an object that is no tensor and holds some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Output:
+        y = self.up(x)
+        return Output(logits=y, cache=Cache(y))
+
+
+@dataclass
+class Cache:
+    seen: Tensor
+
+
+def test_objects_among_the_outputs_are_left_out_at_every_size() -> None:
+    model = Cached().eval()
+    found = canonical(model, (torch.randn(2, 5, 6),), [(torch.randn(8, 5, 6),), (torch.randn(4, 9, 6),)])
+    x = torch.randn(3, 7, 6)
+    (answer,) = _pytree.tree_leaves(found(x))
+    assert torch.allclose(answer, model(x)["logits"])
