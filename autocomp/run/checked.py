@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from autocomp.config.settings import Settings
@@ -80,5 +81,8 @@ def refuse_unsupported(task: Task, profile: Profile) -> None:
 
     task.model.eval()
     faults = unsupported(export_program(task.model, task.example_inputs), profile)
+    if faults and task.given is not None and task.given.canonical is task.model:
+        with suppress(ExportError):  # as it was given, it says of each operation which module and line it is of
+            faults = unsupported(export_program(task.given.model, task.example_inputs), profile) or faults
     if faults:
         raise ExportError("\n".join(faults))
