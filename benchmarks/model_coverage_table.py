@@ -146,9 +146,11 @@ def remaining(by_name: Mapping[str, Found]) -> list[str]:
         notes.append(
             f"Over {SLOWER:g} times ONNX Runtime's time: {', '.join(f'{name} {ratio:.2f}' for ratio, name in slow)}."
         )
-    without = [name for name, found in by_name.items() if good(found.get("time")) and _ratio(found) is None]
-    if without:
-        notes.append(f"No file for ONNX Runtime, since torch exports none of them: {', '.join(without)}.")
+    without: dict[str, list[str]] = {}
+    for name, found in by_name.items():
+        if good(found.get("time")) and _ratio(found) is None:
+            without.setdefault(found["time"]["no_ratio"], []).append(name)
+    notes += [f"No ratio to ONNX Runtime, {reason}: {', '.join(names)}." for reason, names in without.items()]
     return notes
 
 

@@ -38,8 +38,8 @@ def spaces() -> dict[str, SpaceFile]:
     """The default space, and what it is made of."""
     plain = load_space("default")
 
-    def one(*rules: Rule, refine: bool = False) -> SpaceFile:
-        return plain.model_copy(update={"rules": [*plain.rules, *rules], "refine": refine})
+    def one(*rules: Rule) -> SpaceFile:
+        return plain.model_copy(update={"rules": [*plain.rules, *rules], "refine": False})
 
     return {
         "four widths": one(FOUR, WITHOUT),

@@ -15,7 +15,7 @@ import numpy as np
 
 from autocomp.compiler.expressions import array_of, is_constant, shape_of
 from autocomp.kernels import interleave, phases
-from autocomp.kernels.specs import live_taps
+from autocomp.kernels.specs import live_taps, padding_left
 
 if TYPE_CHECKING:
     from autocomp.compiler.views import Views
@@ -99,8 +99,6 @@ def in_phases(
 
 def _part(builder: Any, data: Any, weight: Weight, runs: Sequence[Run], chosen: Plan, groups: int, emit: Emit) -> Any:
     """One of a plan's convolutions; its outputs are ordered by group, by phase and by channel."""
-    from tvm import relax
-
     inputs, channels, *_ = weight.shape
     rank = len(runs)
     # [G, I, O, K...] → every axis of taps as (phases, taps), then [G, phases..., O, I, taps...]
@@ -118,7 +116,29 @@ def _part(builder: Any, data: Any, weight: Weight, runs: Sequence[Run], chosen: 
         last = planned.count - 1 + run.first + (run.length - 1) * run.dilation  # the last input read
         padding.append((-run.first, last - (size - 1)))
     data, padding = _cut(builder, data, padding)
-    result, shape = plain(builder, data, value, [1] * rank, padding, [run.dilation for run in runs], groups, emit)
+    return _shaped(
+        builder, *plain(builder, data, value, [1] * rank, padding, [run.dilation for run in runs], groups, emit)
+    )
+
+
+def constant(
+    builder: Any,
+    data: Any,
+    weight: np.ndarray,
+    strides: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    emit: Emit,
+) -> Any:
+    """Convolution, by ``emit``, of ``data [N, *S, C]`` with a constant weight [O, C/groups, *K], padded alike on both sides."""
+    borders = [(size, size) for size in padding]
+    return _shaped(builder, *plain(builder, data, Weight(builder, weight), strides, borders, dilation, groups, emit))
+
+
+def _shaped(builder: Any, result: Any, shape: tuple[int, ...]) -> Any:
+    from tvm import relax
+
     return result if shape == shape_of(result) else builder.emit(relax.op.reshape(result, list(shape)))
 
 
@@ -175,14 +195,11 @@ def plain(
         result, found = again((n, sizes[0], sizes[1] * sizes[2]), (0, 1))
         return result, (n, found[1], *sizes[1:], outputs)
     taps = [live_taps(*axis) for axis in zip(kernel, sizes, strides, padding, dilation, strict=True)]
-    if any(len(live) < size for live, size in zip(taps, kernel, strict=True)):
+    if list(map(len, taps)) != kernel:
         for axis, live in enumerate(taps):
             weight = weight.take(2 + axis, live)
-        padding = [
-            (low - live[0] * step, high - (size - 1 - live[-1]) * step)
-            for live, size, (low, high), step in zip(taps, kernel, padding, dilation, strict=True)
-        ]
-        data, padding = _cut(builder, data, padding)
+        left = [padding_left(*axis) for axis in zip(kernel, taps, padding, dilation, strict=True)]
+        data, padding = _cut(builder, data, left)
     result = emit(data, weight, strides, padding, dilation, groups)
     return result, shape_of(result) or ()
 

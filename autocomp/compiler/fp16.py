@@ -52,10 +52,8 @@ class HalfConverter:
         data = self._round(builder, x)
         if self.convolution:
             stride, padding, dilation, groups = geometry
-            borders, given = [(p, p) for p in padding], convolutions.Weight(builder, weight)
-            sums, _ = convolutions.plain(
-                builder, data, given, stride, borders, dilation, int(groups), self._sums(builder)
-            )
+            emit = self._sums(builder)
+            sums = convolutions.constant(builder, data, weight, stride, padding, dilation, int(groups), emit)
         else:
             dense = DenseSpec.of([int(size) for size in data.ty.shape], len(weight), self.lanes)
             packed = relax.const(fp16.pack_dense_weight(weight, self.lanes))

@@ -58,9 +58,10 @@ class QuantisedConverter:
         quantised = self._quantise(builder, x, data, float(inv_xs), int(zero_point))
         if self.convolution:
             stride, padding, dilation, groups = node.args[6:10]
-            weight, borders = convolutions.Weight(builder, weight_array), [(p, p) for p in padding]
             emit = self._emitter(builder, scale, bias, zero, zero_point)
-            result, _ = convolutions.plain(builder, quantised, weight, stride, borders, dilation, int(groups), emit)
+            result = convolutions.constant(
+                builder, quantised, weight_array, stride, padding, dilation, int(groups), emit
+            )
             return builder.emit(relax.op.permute_dims(result, [0, 3, 1, 2]))
         rows = [int(size) for size in data.ty.shape]
         spec = DenseSpec.of(rows, weight_array.shape[0], self.lanes)
@@ -90,10 +91,7 @@ class QuantisedConverter:
         quantised = self._quantise(builder, x, data, float(inv_xs), int(zero_point))
         emit = self._emitter(builder, scale, bias, zero, zero_point)
         if output_padding is None:
-            borders = [(p, p) for p in padding]
-            weight = convolutions.Weight(builder, weight_array)
-            result, shape = convolutions.plain(builder, quantised, weight, stride, borders, dilation, groups, emit)
-            result = builder.emit(relax.op.reshape(result, list(shape)))
+            result = convolutions.constant(builder, quantised, weight_array, stride, padding, dilation, groups, emit)
         else:
             outputs = [int(size) for size in node.meta["val"].shape[2:]]
             inputs_first = convolutions.Weight(builder, turned(torch.from_numpy(weight_array), groups).numpy())

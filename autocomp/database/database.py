@@ -159,7 +159,7 @@ class LayerDatabase:
             widths = {name: list(widths) for name, widths in self.space.widths.items()}
             members = {name: [list(group.rows), list(group.columns)] for name, group in self.graph.groups.items()}
             kept = {name: list(counts) for name, counts in self.space.counts.items()}
-            path = self._path("orders", [widths, members, *([kept] if self.space.finer else [])])
+            path = self._path("orders", [widths, members, kept])
             data = self._read(path)
             if data is None:
                 if self.classic:

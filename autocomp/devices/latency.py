@@ -19,7 +19,7 @@ from autocomp.hardware.profile import Profile
 from autocomp.kernels import fp16
 from autocomp.kernels.compute import round_up
 from autocomp.kernels.intrinsics import dot_product
-from autocomp.kernels.specs import ConvSpec, live_taps, padded_rows
+from autocomp.kernels.specs import ConvSpec, live_taps, padded_rows, padding_left
 from autocomp.kernels.tile import lanes_in
 from autocomp.records.candidate import Method
 from autocomp.records.precisions import FLOAT32, FORMATS, Arithmetic, arithmetic_of, load, weight_bytes_of
@@ -78,16 +78,14 @@ def _work(layer: Layer, arithmetic: Arithmetic, profile: Profile) -> Work:
 
 def _reaching(layer: Layer) -> Layer:
     """The convolution without the taps that read padding alone, as it is compiled."""
-    sides = zip(layer.kernel, layer.in_size, layer.stride, layer.padding, layer.dilation, strict=True)
-    taps = [live_taps(size, data, stride, (pad, pad), step) for size, data, stride, pad, step in sides]
+    pads = [(size, size) for size in layer.padding]
+    sides = zip(layer.kernel, layer.in_size, layer.stride, pads, layer.dilation, strict=True)
+    taps = [live_taps(*side) for side in sides]
     kernel = tuple(map(len, taps))
     if kernel == layer.kernel:
         return layer
-    padding = (
-        max(0, p - min(live[0], size - 1 - live[-1]) * step)
-        for live, size, p, step in zip(taps, layer.kernel, layer.padding, layer.dilation, strict=True)
-    )
-    return replace(layer, kernel=kernel, padding=tuple(padding))
+    left = [padding_left(*side) for side in zip(layer.kernel, taps, pads, layer.dilation, strict=True)]
+    return replace(layer, kernel=kernel, padding=tuple(max(0, *pair) for pair in left))
 
 
 def _flat(layer: Layer) -> Layer:

@@ -24,12 +24,17 @@ def padded_rows(rows: int) -> int:
 def live_taps(kernel: int, size: int, stride: int, padding: tuple[int, int], dilation: int) -> list[int]:
     """The taps of one axis that ever read data, and those between; the others read padding alone, wide dilations over small pictures say.
 
-    The first one where all read padding.
+    All of them where none reads data.
     """
     low, high = padding
     last = (size + low + high - dilation * (kernel - 1) - 1) // stride * stride  # where the last output begins
-    live = [tap for tap in range(kernel) if tap * dilation - low < size and last + tap * dilation - low >= 0]
-    return list(range(live[0], live[-1] + 1)) if live else list(range(kernel))
+    begin, end = max(0, (low - last + dilation - 1) // dilation), min(kernel, (size - 1 + low) // dilation + 1)
+    return list(range(begin, end) if begin < end else range(kernel))
+
+
+def padding_left(kernel: int, taps: Sequence[int], padding: tuple[int, int], dilation: int) -> tuple[int, int]:
+    """The padding of one axis for these of its taps alone; below 0 where data are cut off."""
+    return padding[0] - taps[0] * dilation, padding[1] - (kernel - 1 - taps[-1]) * dilation
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,8 @@ def refuse_unsupported(task: Task, profile: Profile) -> None:
 
     task.model.eval()
     faults = unsupported(export_program(task.model, task.example_inputs), profile)
-    if faults and task.given is not None and task.given.canonical is task.model:
+    if faults and task.given_model is not None:
         with suppress(ExportError):  # as it was given, it says of each operation which module and line it is of
-            faults = unsupported(export_program(task.given.model, task.example_inputs), profile) or faults
+            faults = unsupported(export_program(task.given_model, task.example_inputs), profile) or faults
     if faults:
         raise ExportError("\n".join(faults))

@@ -42,12 +42,8 @@ def relative(found: Found, evaluations: Sequence[Evaluation]) -> Mapping[int, fl
 def trainable(found: Found) -> list[Evaluation]:
     """Told candidates that have something to regain, and something left to start from."""
     told = [untrained(e) for e in found.told if e.kl is not None and e.state != "failed" and e.source != "dense"]
-    useful = useful_divergence(_measured(found), found.judge())
+    useful = useful_divergence(found.measured(), found.judge())
     return [e for e in told if e.kl is not None and WORTH * useful < e.kl < LOST and e.predicted]
-
-
-def _measured(found: Found) -> list[Evaluation]:
-    return [untrained(e) for e in found.told if e.state == "measured" and e.kl is not None]
 
 
 def entrants(found: Found, count: int) -> list[Evaluation]:
@@ -55,7 +51,7 @@ def entrants(found: Found, count: int) -> list[Evaluation]:
 
     With a goal on the objective those that are thought to miss it as they are: what meets it needs no training.
     """
-    told, measured, judge = trainable(found), _measured(found), found.judge()
+    told, measured, judge = trainable(found), found.measured(), found.judge()
     useful = useful_divergence(measured, judge)
     if judge.objective in judge.max_drops:
         told = [e for e in told if (e.kl or 0.0) > useful / BEYOND] or told

@@ -14,7 +14,7 @@ from autocomp.front.pareto import promising
 from autocomp.processes.pool import cores, map_in_processes
 from autocomp.progress import Stage
 from autocomp.records.candidate import Candidate, Method
-from autocomp.records.evaluation import Evaluation, Source, untrained
+from autocomp.records.evaluation import Evaluation, Source
 from autocomp.records.precisions import FORMATS, FP32
 from autocomp.run.budget import BASELINES, TELLING
 from autocomp.run.entrants import LEFT
@@ -225,7 +225,7 @@ class _Explorer:
         if self.judge.objective not in self.judge.max_drops:
             return solve_front(self.costs.problem(), SEEDS_AGAIN)
         problem = self.costs.problem()
-        useful = useful_divergence(self._measured(), self.judge)
+        useful = useful_divergence(self.found.measured(), self.judge)
         most = useful / LEFT if self.settings.training[0] else useful
         near = [c for c in solve_front(problem, FINER * SEEDS_AGAIN) if useful / FINER < problem.cost(c).error < most]
         return near[:: max(1, len(near) // SEEDS_AGAIN)][:SEEDS_AGAIN]
@@ -263,7 +263,7 @@ class _Explorer:
 
         With goals only one lot is chosen, since what is measured changes what is worth it; one in `FRONT_EVERY` is for the front around.
         """
-        measured = self._measured()
+        measured = self.found.measured()
         seconds = self.costs.relative([e.candidate for e in waiting])
         wanted = aims(self.judge, list(seconds), self.settings.speedups)
         if not wanted:
@@ -344,9 +344,6 @@ class _Explorer:
                 f"--minutes {self.budget.minutes:g} ended the search after {told} of {trials} trials, {done} of "
                 f"{self.settings.measurements} measured"
             )
-
-    def _measured(self) -> list[Evaluation]:
-        return [untrained(e) for e in self.search.told if e.state == "measured" and e.kl is not None]
 
     def _searched(self) -> list[Evaluation]:
         return [e for e in self.search.told if not is_baseline(e.source)]

@@ -115,5 +115,5 @@ def between(offered: Sequence[int], every: Sequence[int], used: Collection[int])
 def _front(found: Found) -> Sequence[Evaluation]:
     """The candidates of the front that a run is about; all of the front where none of it is of use."""
     front = [e for e in found.search.front() if e.kl is not None]
-    useful = useful_divergence([e for e in found.told if e.state == "measured" and e.kl is not None], found.judge())
+    useful = useful_divergence(found.measured(), found.judge())
     return [e for e in front if (e.kl or 0.0) < useful] or front

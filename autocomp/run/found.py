@@ -25,7 +25,7 @@ from autocomp.run.replay import ATTRIBUTE, to_json
 from autocomp.study.aims import thought_misses
 from autocomp.study.costs import Costs
 from autocomp.study.samplers import OURS
-from autocomp.study.study import Choices, Engine, Search, levels_of, open_search
+from autocomp.study.study import Choices, Engine, Search, open_search
 from autocomp.tasks.task import evaluate_task, objective_of
 
 if TYPE_CHECKING:
@@ -101,6 +101,10 @@ class Found:
     @property
     def told(self) -> list[Evaluation]:
         return self.search.told
+
+    def measured(self) -> list[Evaluation]:
+        """What was measured and compared with dense, as it was before any training."""
+        return [untrained(e) for e in self.told if e.state == "measured" and e.kl is not None]
 
     def offer(self, space: Space) -> None:
         """Offer what this space does from now on, for as long as the run lasts: some of what the study knows."""
@@ -294,7 +298,7 @@ def _every(prepared: Prepared) -> Choices:
     """What the study knows: what is finer too, where autocomp's engine searches, and the run was not begun without it."""
     space, begun = prepared.space, (prepared.known or {}).get("space")
     first = Choices(space.widths, space.methods)
-    if prepared.sampler is not None or prepared.settings.sampler != OURS or begun == levels_of(first):
+    if prepared.sampler is not None or prepared.settings.sampler != OURS or begun == first.recorded:
         return first
     return Choices(space.every_width, space.every_method)
 

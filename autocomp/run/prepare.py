@@ -134,7 +134,7 @@ def prepare(
     begun = known if known and "space" in known else None  # else nothing was asked yet
     if begun is not None:
         refuse_another(begun.get("identity", {}), identity, folder)
-    given = task.given.model if task.given and task.given.canonical is task.model else None
+    given = task.given_model
     profiles = [device.profile for device in devices.values()]
     ready = prepare_task(task, rules, profiles, settings.calibration_samples, progress)
     if replayed := choices(settings, known):

@@ -162,19 +162,18 @@ class Space:
         methods = {
             name: tuple(m for m in options if m not in dropped.get(name, {})) for name, options in self.methods.items()
         }
-        finer = {
-            name: tuple(
-                m for m in every if m in methods[name] or (m not in self.methods[name] and _has_like(methods[name], m))
-            )
-            for name, every in self.finer.methods.items()
-        }
+        finer = {}
+        for name, every in self.finer.methods.items():
+            left = methods[name]
+            new = [m for m in every if m not in self.methods[name] and _has_like(left, m)]
+            if new:
+                finer[name] = (*left, *new)
         reason = "no more accurate, smaller or faster than {}"
         refused = [
             Refusal(name, str(method), reason.format(better))
             for name, pairs in dropped.items()
             for method, better in pairs.items()
         ]
-        finer = {name: every for name, every in finer.items() if len(every) > len(methods[name])}
         return replace(self, methods=methods, refused=(*self.refused, *refused), finer=Finer(self.finer.widths, finer))
 
     def of(self, widths: Mapping[str, tuple[int, ...]], methods: Mapping[str, tuple[Method, ...]]) -> Space:

@@ -13,6 +13,8 @@ from autocomp.records.candidate import Candidate, Method
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
+    from autocomp.study.solver import Problem
+
 Levels = npt.NDArray[np.int64]
 
 
@@ -29,6 +31,26 @@ class Choices(NamedTuple):
     @property
     def sizes(self) -> Levels:
         return np.array([len(levels) for levels in self.options], dtype=np.int64)
+
+    @property
+    def recorded(self) -> dict[str, dict[str, Any]]:
+        """The levels as a study records them."""
+        return {
+            "widths": {group: list(widths) for group, widths in self.widths.items()},
+            "methods": {layer: [str(method) for method in methods] for layer, methods in self.methods.items()},
+        }
+
+    def columns_of(self, problem: Problem) -> list[int]:
+        """For every column of the solver's problem the column here. ValueError where the two differ in levels."""
+        pairs: list[tuple[str, object, object]] = []
+        pairs += [(g, w, tuple(self.widths.get(g, ()))) for g, w in zip(problem.groups, problem.widths, strict=True)]
+        pairs += [(f.layer, f.methods, tuple(self.methods.get(f.layer, ()))) for f in problem.factors]
+        for name, ours, theirs in pairs:
+            if ours != theirs:
+                raise ValueError(f"the solver's problem has levels {ours} for {name!r}, the search space {theirs}")
+        groups = {group: k for k, group in enumerate(self.widths)}
+        methods = {layer: len(groups) + k for k, layer in enumerate(self.methods)}
+        return [*(groups[g] for g in problem.groups), *(methods[f.layer] for f in problem.factors)]
 
     def levels(self, candidate: Candidate) -> list[int]:
         """A candidate as numbers of levels, widths first. ValueError if it lies outside the space."""

@@ -86,7 +86,7 @@ def open_search(
     """
     import optuna
 
-    levels = levels_of(space)
+    levels = space.recorded
     with storage_errors(storage_url, "be opened"):
         storage = open_storage(storage_url)
         exists = name in {study.study_name for study in storage.get_all_studies()}
@@ -120,14 +120,6 @@ def open_search(
         return Search(Rows(storage, study_id, storage_url, parameters, claim), parameters, engine or Engine())
 
 
-def levels_of(space: Choices) -> dict[str, dict[str, Any]]:
-    """The levels of a search as its study records them."""
-    return {
-        "widths": {group: list(widths) for group, widths in space.widths.items()},
-        "methods": {layer: [str(method) for method in methods] for layer, methods in space.methods.items()},
-    }
-
-
 class Search:
     """Ask and tell over one stored study; made by ``open_search``.
 
@@ -153,7 +145,7 @@ class Search:
         """Propose these levels from now on, which are some of the space's; the engine's problem is of them."""
         self._offered = Parameters(choices)
         if self.engine.problem is not None:
-            self._columns = _problem_columns(self.engine.problem(), choices)
+            self._columns = choices.columns_of(self.engine.problem())
 
     @property
     def told(self) -> list[Evaluation]:
@@ -402,16 +394,3 @@ def _minimised(count: int) -> list[StudyDirection]:
     from optuna.study import StudyDirection
 
     return [StudyDirection.MINIMIZE] * count
-
-
-def _problem_columns(problem: Problem, space: Choices) -> list[int]:
-    """For every column of the problem the column of the space. ValueError where the two differ in levels."""
-    pairs: list[tuple[str, object, object]] = []
-    pairs += [(g, w, tuple(space.widths.get(g, ()))) for g, w in zip(problem.groups, problem.widths, strict=True)]
-    pairs += [(f.layer, f.methods, tuple(space.methods.get(f.layer, ()))) for f in problem.factors]
-    for name, ours, theirs in pairs:
-        if ours != theirs:
-            raise ValueError(f"the solver's problem has levels {ours} for {name!r}, the search space {theirs}")
-    methods = {layer: len(space.widths) + k for k, layer in enumerate(space.methods)}
-    groups = {group: k for k, group in enumerate(space.widths)}
-    return [*(groups[g] for g in problem.groups), *(methods[f.layer] for f in problem.factors)]

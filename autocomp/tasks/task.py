@@ -155,6 +155,11 @@ class Task:
         if self.batch_axes is None and any(axis is not None for axis in found):
             self.batch_axes = found
 
+    @property
+    def given_model(self) -> nn.Module | None:
+        """The model as its user gave it; None where ``model`` is not the form that was made of it."""
+        return self.given.model if self.given is not None and self.given.canonical is self.model else None
+
     def _checked_axes(self) -> tuple[int | None, ...] | None:
         if self.batch_axes is None:
             return None
