@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from autocomp.hardware.profile import Profile
 from autocomp.hardware.timing import median_and_spread, quiet_core
 from autocomp.processes.quiet import quiet_stderr
 from autocomp.records.latency import KernelTime, Latency
+from autocomp.tuning import forms
 from autocomp.tuning.tune import Tuner
 
 if TYPE_CHECKING:
@@ -176,7 +178,7 @@ def schedule(
     except ExportError as error:  # the model as it was given knows its modules and lines
         faults = unsupported(export_program(given.eval(), example_inputs), profile)
         raise ExportError("\n".join(faults) or str(error)) from error
-    mod = lower(to_channels_last(imported, profile.lanes), profile, tuner.target)
+    mod = lower(to_channels_last(imported, profile.lanes), profile, tuner.target, partial(forms.choose, tuner))
     calls = _kernel_calls(mod)
     scheduled, records = dict(mod.functions.items()), {}
     kernels = [name for name, function in scheduled.items() if isinstance(function, tvm.tirx.PrimFunc)]

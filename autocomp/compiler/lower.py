@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from autocomp.compiler.convolve import convolve
+from autocomp.compiler.convolve import channels_last, convolutions_of, convolve
 from autocomp.compiler.expressions import array_of, is_constant, shape_of
 from autocomp.hardware.profile import Profile
 from autocomp.kernels import compute, packing, rows, vector_math, volumes
 from autocomp.kernels.specs import ConvSpec, DenseSpec
 
+Forms = Mapping[ConvSpec, int]
 
-def lower(mod: Any, profile: Profile, target: Any) -> Any:
-    """Return a module of fused functions, one for each group of operations that runs as one kernel."""
+
+def lower(mod: Any, profile: Profile, target: Any, choose: Callable[[Sequence[ConvSpec]], Forms] | None = None) -> Any:
+    """Return a module of fused functions, one for each group of operations that runs as one kernel.
+
+    ``choose`` says in which form each of the module's convolutions is computed (`tuning.forms`); None: all directly.
+    """
     import tvm
     from tvm import relax
 
-    anchors = _Anchors(profile)
+    constants = tvm.transform.Sequential([relax.transform.CanonicalizeBindings(), relax.transform.FoldConstant()])
+    with target:
+        mod = constants(mod)
+    anchors = _Anchors(profile, choose(convolutions_of(mod, profile.lanes)) if choose else {})
     passes = tvm.transform.Sequential(
         [
-            relax.transform.CanonicalizeBindings(),
-            relax.transform.FoldConstant(),
             relax.transform.LegalizeOps(anchors.rules(), enable_warning=False),
             relax.transform.RewriteDataflowReshape(),  # a reshape of whole tensors is a view: keep it out of the kernels
             relax.transform.AnnotateTIROpPattern(),
@@ -43,8 +49,9 @@ def lower(mod: Any, profile: Profile, target: Any) -> Any:
 class _Anchors:
     """Legalisations of the operators that have templates."""
 
-    def __init__(self, profile: Profile) -> None:
+    def __init__(self, profile: Profile, forms: Forms) -> None:
         self.lanes = profile.lanes
+        self._forms = forms
         self._transposes: dict[str, list[int]] = {}  # axes by name of the function that transposes
 
     def rules(self) -> dict[str, Any]:
@@ -61,9 +68,9 @@ class _Anchors:
         }
 
     def conv2d(self, builder: Any, call: Any) -> Any:
-        if call.attrs.data_layout != "NHWC" or call.attrs.kernel_layout != "OHWI" or shape_of(call) is None:
+        if not channels_last(call):
             return _default(builder, call)
-        return convolve(builder, call, self.lanes, ConvSpec, compute.conv2d)
+        return convolve(builder, call, self.lanes, ConvSpec, compute.conv2d, self._forms)
 
     def conv3d(self, builder: Any, call: Any) -> Any:
         if call.attrs.data_layout != "NDHWC" or call.attrs.kernel_layout != "ODHWI" or shape_of(call) is None:

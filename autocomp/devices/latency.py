@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from autocomp.hardware.profile import Profile
-from autocomp.kernels import fp16
+from autocomp.kernels import fp16, winograd
 from autocomp.kernels.compute import round_up
 from autocomp.kernels.intrinsics import dot_product
 from autocomp.kernels.specs import ConvSpec, live_taps, padded_rows, padding_left
@@ -39,11 +39,15 @@ _STORE_RATE = 16e9  # elements a second that one core reads or writes, a scale f
 
 @dataclass(frozen=True)
 class Work:
-    """One kernel to come: which class of template runs it, and the extents of its loops."""
+    """One kernel to come: which class of template runs it, and the extents of its loops.
+
+    ``instead`` is the other form that it may have, of which the faster is compiled.
+    """
 
     template: str
     spatial: tuple[int, ...]
     reduction: tuple[int, ...]
+    instead: Work | None = None
 
 
 def layer_work(layer: Layer, method: Method, profile: Profile) -> list[Work]:
@@ -122,12 +126,16 @@ def _conv(layer: Layer, arithmetic: Arithmetic, profile: Profile) -> Work:
     spatial = (1, layer.out_size[0], padded_rows(layer.out_size[1]), round_up(layer.out_channels, lanes))
     kh, kw = layer.kernel
     depth = layer.in_channels // layer.conv_groups
-    if arithmetic.dot and ConvSpec.of(
+    spec = ConvSpec.of(
         (1, *layer.in_size, layer.in_channels), (layer.out_channels, depth, kh, kw), layer.stride, [*layer.padding] * 2,
         layer.dilation, layer.conv_groups, lanes,
-    ).folds(dot_product(profile)):  # fmt: skip
+    )  # fmt: skip
+    if arithmetic.dot and spec.folds(dot_product(profile)):
         kw, depth = 1, kw * depth
-    return Work(arithmetic.template("conv2d"), spatial, (kh, kw, *_steps(depth, arithmetic, profile)))
+    template, fewer = arithmetic.template("conv2d"), None
+    if arithmetic is FLOAT32 and (sizes := [size for size in winograd.SIZES if winograd.fits(spec, size)]):
+        fewer = Work(winograd.NAME, winograd.extents(spec, sizes[0]), (depth,))
+    return Work(template, spatial, (kh, kw, *_steps(depth, arithmetic, profile)), fewer)
 
 
 def _steps(depth: int, arithmetic: Arithmetic, profile: Profile) -> tuple[int, ...]:
@@ -188,6 +196,8 @@ class LatencyModel:
         self.module_error = float(np.median(np.abs(fitted / target - 1)))
 
     def kernel_seconds(self, work: Work) -> float:
+        if work.instead is not None:
+            return min(self.kernel_seconds(replace(work, instead=None)), self.kernel_seconds(work.instead))
         prior = _LOOP_PRIOR if work.template.startswith("loop") else _PRIOR
         coefficients = self._coefficients.get(_family(work.template), prior)
         return float(self._features(work) @ coefficients)

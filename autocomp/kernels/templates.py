@@ -13,9 +13,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from autocomp.hardware.profile import Profile
-from autocomp.kernels import neon
+from autocomp.kernels import neon, winograd, winograd_tiles
 from autocomp.kernels.compute import FLOPS, RUNS, TEMPLATE
 from autocomp.kernels.intrinsics import dot_product
+from autocomp.kernels.prefetch import prefetch_weights
 from autocomp.kernels.schedules import (
     blocks_named,
     blocks_of,
@@ -33,7 +34,7 @@ VERSION = 7  # raise when a change here makes stored choices worth finding again
 
 _MOST_BAND = 14
 _BAND_BYTES = 40 << 10  # of 48 KB nearest cache; measured on depthwise layers of MobileNetV2 and V3
-_OPERATIONS = ("conv2d", "conv3d", "dense", "batch_matmul", "depthwise")
+_OPERATIONS = ("conv2d", "conv3d", "dense", "batch_matmul", "depthwise", winograd.NAME)
 CONTRACTIONS = frozenset(each.template(operation) for each in ARITHMETICS.values() for operation in _OPERATIONS)
 
 
@@ -69,6 +70,11 @@ def tiles(anchor: Anchor, profile: Profile) -> list[Tile]:
 
     if weight_only.is_weight_only(anchor):
         return weight_only.tiles(anchor, profile)
+    if anchor.template == winograd.NAME:
+        found = winograd_tiles.candidates(anchor, profile)
+        return sorted(
+            found, key=lambda tile: _cost(tile, anchor, profile) + winograd_tiles.band_cost(tile, anchor, profile)
+        )
     if anchor.template not in CONTRACTIONS:
         return [Tile()]
     lanes = lanes_of(anchor, profile)
@@ -147,12 +153,14 @@ def apply(function: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:
     if _is_scheduled(function):
         return function
     schedule = s_tir.Schedule(_short_indices(function))
-    if not tile.rows:
+    if not tile.rows or (anchor.template == winograd.NAME and not tile.vectors):
         return schedule.mod["main"].with_attr("tirx.is_scheduled", True)
     if not tile.vectors:
         schedule_rowwise(schedule, profile)
         return schedule.mod["main"].with_attr("tirx.is_scheduled", True)
-    if weight_only.is_weight_only(anchor):
+    if anchor.template == winograd.NAME:
+        winograd_tiles.tile_winograd(schedule, tile, profile)
+    elif weight_only.is_weight_only(anchor):
         weight_only.tile_weight_only(schedule, tile, anchor, profile)
     elif arithmetic_of(anchor.template).runs and tile.vectors and len(reductions(schedule)) > 1:
         fp16.tile_runs(schedule, tile, anchor, profile)
@@ -161,6 +169,8 @@ def apply(function: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:
     else:
         schedule_rowwise(schedule, profile)
     result = schedule.mod["main"]
+    if anchor.template == winograd.NAME:
+        result = prefetch_weights(result, winograd.BLOCKS_AXIS, tile.vectors)
     return result.with_attr("tirx.is_scheduled", True)
 
 

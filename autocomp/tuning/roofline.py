@@ -108,6 +108,8 @@ def traffic(record: KernelRecord) -> float | None:
         case "conv2d" if len(spatial) == 4 and len(reduction) >= 3:
             inputs = math.prod(rows) * math.prod(reduction[2:])
             return size * (inputs + depth * channels) + outputs
+        case "winograd":  # the data at each of the points, and the products
+            return size * (math.prod(rows) * depth + math.prod(rows[:2]) * depth * channels) + outputs
         case "depthwise":
             return size * (math.prod(spatial) + depth * channels) + outputs
     return None

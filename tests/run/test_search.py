@@ -442,9 +442,9 @@ def test_measure_reads_an_exported_program(tmp_path: Path, capsys: pytest.Captur
     assert main(["measure", str(path)]) == 0
     out = capsys.readouterr().out
     assert "ms ±" in out
-    assert "conv2d" in out
+    assert "conv2d" in out  # the first layer, of three channels, is computed directly whatever the machine
     assert main(["measure", str(path), "--json"]) == 0
     latency = json.loads(capsys.readouterr().out)["x86-host"]
     assert latency["how"] == "measured"
     assert latency["seconds"] > 0
-    assert [kernel["operator"] for kernel in latency["kernels"]].count("conv2d") == 3
+    assert sum(kernel["operator"] in ("conv2d", "winograd") for kernel in latency["kernels"]) == 3
