@@ -152,7 +152,10 @@ def apply(function: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:
 
     if _is_scheduled(function):
         return function
-    schedule = s_tir.Schedule(_short_indices(function))
+    short = _short_indices(
+        function
+    )  # held while it is scheduled: TVM changes in place what nobody holds, and the function shares its loops
+    schedule = s_tir.Schedule(short)
     if not tile.rows or (anchor.template == winograd.NAME and not tile.vectors):
         return schedule.mod["main"].with_attr("tirx.is_scheduled", True)
     if not tile.vectors:

@@ -72,6 +72,9 @@ def tile_winograd(schedule: Any, tile: Tile, profile: Profile) -> None:
 def _back(schedule: Any, columns: Any, back: Any, tile: Tile, profile: Profile) -> Any:
     """The transform back and what is fused to it, a vector of one tile at a time; returns the loop over bands."""
     epilogue = inline_epilogue(schedule, back, profile)
+    if epilogue is not None and _extents(schedule, epilogue) != _extents(schedule, back):
+        vectorise_last(schedule, epilogue, profile)  # over other axes: it runs behind
+        epilogue = None
     last = back if epilogue is None else epilogue
     down, across, lanes = *_outputs(schedule, columns), profile.lanes
     n, h, w, o = schedule.get_loops(last)
@@ -99,6 +102,10 @@ def _back(schedule: Any, columns: Any, back: Any, tile: Tile, profile: Profile) 
         band = schedule.fuse(n, band)
         schedule.parallel(band)
     return band
+
+
+def _extents(schedule: Any, block: Any) -> list[int]:
+    return [extent_of(schedule, loop) for loop in schedule.get_loops(block)]
 
 
 def _outputs(schedule: Any, columns: Any) -> tuple[int, int]:

@@ -139,6 +139,15 @@ def test_what_has_no_such_form(kernel: tuple, stride: int, dilation: int, groups
     assert not any(winograd.fits(spec, outputs) for outputs in winograd.SIZES)
 
 
+def test_a_function_is_scheduled_again_and_again(profile: Profile) -> None:
+    spec = ConvSpec.of((1, 4, 16, 16), (32, 16, 3, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1, profile.lanes)
+    function = forms.form(spec, 2)
+    anchor, before = templates.describe(function), function.script()
+    for tile in templates.tiles(anchor, profile):
+        templates.apply(function, tile, anchor, profile)
+        assert function.script() == before
+
+
 class Gated(nn.Module):
     """Convolutions with what may follow them: a residual, gates that need all pixels, activations that read their input twice."""
 
@@ -152,7 +161,8 @@ class Gated(nn.Module):
         x = nn.functional.gelu(self.first(x))
         y = self.wide(x)
         y = nn.functional.silu(y * torch.sigmoid(y.mean((2, 3), keepdim=True)) + x)
-        return nn.functional.hardswish(self.last(y * 2 + 1)) / 3
+        y = nn.functional.hardswish(self.last(y * 2 + 1)) / 3
+        return y.unflatten(2, (-1, 1)).relu()  # over five axes
 
 
 @pytest.mark.parametrize("outputs", winograd.SIZES)
