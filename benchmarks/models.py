@@ -1,6 +1,9 @@
-"""Whole models, one inference: our compiled module against ONNX Runtime, side by side in one run on one pinned thread.
+"""Whole models, one inference: our compiled module against ONNX Runtime, OpenVINO and ncnn, side by side in one run on one pinned thread.
 
 python benchmarks/models.py [--models resnet18,vit_tiny] [--precision fp32] [--repeats 30]
+
+OpenVINO and ncnn are timed where they are installed (``pip install 'autocomp[references]'``); the column "of the best" is ours over the
+fastest of the others.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import geometric_mean, publish, ratio
+from peers import Peer, peers
 from reference import onnx_fp32, onnx_int8, quantise_model
 from zoo import BENCHMARKED, ZOO, like
 
@@ -26,6 +30,7 @@ from autocomp.hardware.timing import interleaved, quiet_core
 from autocomp.records.latency import KernelTime
 
 PRECISIONS = ("fp32", "w8a8")
+_SHOWN = {"theirs": "ONNX Runtime"}
 CALIBRATION = 4  # inputs that set the int8 ranges, ours and theirs
 GOALS = {"fp32": (0.90, 1.05), "w8a8": (1.00, None)}  # geometric mean of ours / theirs, and the most on any model
 
@@ -41,17 +46,31 @@ def measure(name: str, precision: str, device: LocalDevice, repeats: int) -> dic
     else:
         ours = quantise_model(model, calibration)
         theirs, note = onnx_int8(model, inputs, calibration)
+    others, refused = peers(model, inputs, "fp32" if precision == "fp32" else "int8", calibration)
     compiled = build(ours, inputs, device.profile, device.tuner)
     error = _checked(compiled, ours, inputs, exact)
+    others = [peer for peer in others if _agrees(peer, exact, precision, refused)]
+    calls = {"ours": compiled.prepare(*inputs), "theirs": theirs.run, **{peer.name: peer.run for peer in others}}
     with quiet_core():
-        samples = interleaved({"ours": compiled.prepare(*inputs), "theirs": theirs.run}, repeats=repeats)
+        samples = interleaved(calls, repeats=repeats)
+    best = min((side for side in samples if side != "ours"), key=lambda side: float(np.median(samples[side])))
     return {
         "model": name, "precision": precision, "samples": samples, "ratio": ratio(samples["ours"], samples["theirs"]),
+        "best": _SHOWN.get(best, best), "of_the_best": ratio(samples["ours"], samples[best]), "refused": refused,
         "milliseconds": {side: 1e3 * float(np.median(values)) for side, values in samples.items()},
         "reference": note, "error_to_torch": error,
         "distance_to_fp32": {"ours": _distance(_first(compiled, inputs), exact), "theirs": _distance(theirs.output(), exact)},
         **breakdown(compiled.kernels),
     }  # fmt: skip
+
+
+def _agrees(peer: Peer, exact: torch.Tensor, precision: str, refused: list[str]) -> bool:
+    """Whether a peer computes what torch does, in fp32; what quantising costs it is shown beside ours."""
+    error = _distance(peer.output().reshape(exact.shape), exact)
+    if precision != "fp32" or error <= 1e-3:
+        return True
+    refused.append(f"{peer.name}: differs from torch by {error:.1e}")
+    return False
 
 
 def _checked(
@@ -141,13 +160,19 @@ def main() -> None:
             results.append(result)
             middle, low, high = result["ratio"]
             milliseconds, far = result["milliseconds"], result["distance_to_fp32"]
+            of_best, best_low, best_high = result["of_the_best"]
+            beside = "; ".join(
+                f"{peer} {milliseconds[peer]:.2f}" for peer in milliseconds if peer not in ("ours", "theirs")
+            )
             shown = f"{BENCHMARKED.get(name, name)}, {precision}"
             rows.append([
                 BENCHMARKED.get(name, name), precision, f"{milliseconds['ours']:.2f}", f"{milliseconds['theirs']:.2f}",
-                f"{middle:.3f}", f"{low:.3f} to {high:.3f}", f"{result['contraction_share']:.0%}", f"{result['peak_in_contractions']:.0%}",
+                f"{middle:.3f}", f"{low:.3f} to {high:.3f}", beside, f"{of_best:.3f}", f"{best_low:.3f} to {best_high:.3f} ({result['best']})",
+                f"{result['contraction_share']:.0%}", f"{result['peak_in_contractions']:.0%}",
                 f"{far['ours']:.3f} / {far['theirs']:.3f}" if precision != "fp32" else "",
             ])  # fmt: skip
             print(*rows[-1], flush=True)
+            notes += [f"{shown}: {reason}." for reason in result["refused"]]
             notes.append(f"{shown}, not contractions: {_top(result['other_kernels'])}.")
             if result["slow_contractions"]:
                 notes.append(f"{shown}, contractions below 70 % of peak: {_top(result['slow_contractions'])}.")
@@ -157,8 +182,11 @@ def main() -> None:
         if ratios:
             summary[precision] = geometric_mean(ratios)
             ceiling = f", and at most {most} on each" if most else ""
+            of_best = geometric_mean(result["of_the_best"][0] for result in results if result["precision"] == precision)
+            summary[f"{precision} of the best"] = of_best
             rows.append([
-                "geometric mean", precision, "", "", f"{summary[precision]:.3f}", f"goal <= {goal}{ceiling}; most {max(ratios):.3f}", "", "", "",
+                "geometric mean", precision, "", "", f"{summary[precision]:.3f}", f"goal <= {goal}{ceiling}; most {max(ratios):.3f}", "",
+                f"{of_best:.3f}", "", "", "", "",
             ])  # fmt: skip
     headings = [
         "model",
@@ -167,6 +195,9 @@ def main() -> None:
         ">ORT ms",
         ">ours/ORT",
         "quartiles",
+        "others ms",
+        ">of the best",
+        "quartiles (the best)",
         ">contractions",
         ">of peak",
         ">rms error ours / ORT",
