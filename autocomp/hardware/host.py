@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -50,7 +51,11 @@ FEATURES = {
     "gfni": "gfni",
     "vaes": "vaes",
     "vpclmulqdq": "vpclmulqdq",
+    "amx_tile": "amx-tile",
+    "amx_int8": "amx-int8",
 }
+MATRIX = ("amx_tile", "amx_int8")  # of FEATURES: registers of 16 rows, and their products of bytes
+ASK_FOR_MATRIX = (158, 0x1023, 18)  # a system call: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,15 @@ def this_cpu() -> Cpu:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         raise UsageError("measuring on this machine needs Linux: /proc/cpuinfo cannot be read") from None
-    return parse_cpuinfo(text)
+    cpu = parse_cpuinfo(text)
+    return (
+        cpu if set(MATRIX) <= cpu.flags and _lends_matrix_registers() else replace(cpu, flags=cpu.flags - set(MATRIX))
+    )
+
+
+def _lends_matrix_registers() -> bool:
+    """Whether the system lets a process use them: it must be asked (Linux, Documentation/arch/x86/xstate.rst)."""
+    return bool(ctypes.CDLL(None).syscall(*(ctypes.c_long(value) for value in ASK_FOR_MATRIX)) == 0)
 
 
 @lru_cache(maxsize=1)
@@ -119,7 +132,8 @@ def detect_target() -> dict[str, Any]:
     name = str(llvm_get_system_cpu())
     named: dict[str, Any] = {"kind": "llvm", "mcpu": name}
     if name not in ("", "generic", "x86-64") and not missing(named, cpu):
-        return named
+        matrix = [f"+{FEATURES[flag]}" for flag in MATRIX if flag in cpu.flags]  # which no name tells of
+        return {**named, **({"mattr": matrix} if matrix else {})}
     return generic_target(cpu)
 
 

@@ -81,6 +81,11 @@ class Profile:
     rpc: Rpc | None = None
 
     @property
+    def matrix(self) -> bool:
+        """Whether the target states that it multiplies bytes in matrix registers (`kernels.matrix`)."""
+        return {f"+{host.FEATURES[flag]}" for flag in host.MATRIX} <= set(self.target.get("mattr", ()))
+
+    @property
     def fingerprint(self) -> str:
         """Ten hex digits of what kernels and their times depend on: target, instructions, cores, device; no names.
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from autocomp.hardware.profile import Profile
-from autocomp.kernels import neon, winograd, winograd_tiles
+from autocomp.kernels import matrix, neon, winograd, winograd_tiles
 from autocomp.kernels.compute import FLOPS, RUNS, TEMPLATE
 from autocomp.kernels.intrinsics import dot_product
 from autocomp.kernels.prefetch import prefetch_weights
@@ -32,6 +32,7 @@ from autocomp.records.precisions import ARITHMETICS, arithmetic_of
 
 VERSION = 7  # raise when a change here makes stored choices worth finding again
 
+_MATRIX_TILES = 4  # that are tried before tiles of vectors
 _MOST_BAND = 14
 _BAND_BYTES = 40 << 10  # of 48 KB nearest cache; measured on depthwise layers of MobileNetV2 and V3
 _OPERATIONS = ("conv2d", "conv3d", "dense", "batch_matmul", "depthwise", winograd.NAME)
@@ -84,6 +85,8 @@ def tiles(anchor: Anchor, profile: Profile) -> list[Tile]:
     candidates = sorted(
         _contraction_tiles(anchor, channels // lanes, profile), key=lambda tile: _cost(tile, anchor, profile)
     )
+    if matrix.has_kernels(anchor, profile):
+        return [*matrix.candidates(anchor, profile)[:_MATRIX_TILES], *candidates]
     return candidates or [Tile()]
 
 
@@ -161,6 +164,8 @@ def apply(function: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:
     if not tile.vectors:
         schedule_rowwise(schedule, profile)
         return schedule.mod["main"].with_attr("tirx.is_scheduled", True)
+    if tile.matrix:
+        return matrix.tile_matrix(schedule, tile, anchor, profile).with_attr("tirx.is_scheduled", True)
     if anchor.template == winograd.NAME:
         winograd_tiles.tile_winograd(schedule, tile, profile)
     elif weight_only.is_weight_only(anchor):

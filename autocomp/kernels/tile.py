@@ -18,7 +18,7 @@ class Tile:
     ``rows`` output pixels by ``vectors`` registers of channels are accumulated at a time, ``unroll`` steps of the reduction are unrolled,
     and ``channels_outer`` sweeps all pixels for one block of weights before the next block (else the reverse). A depthwise kernel takes
     ``band`` output rows of one block of channels at a time, and pads only the inputs of those, which then lie in the nearest cache (0: the
-    whole input first).
+    whole input first). ``matrix``: in matrix registers (`kernels.matrix`).
     """
 
     rows: int = 1
@@ -27,6 +27,7 @@ class Tile:
     channels_outer: bool = True
     rows_up: int = 1
     band: int = 0
+    matrix: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
