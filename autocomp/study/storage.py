@@ -24,6 +24,9 @@ JOURNAL = "journal:///"
 # Chosen by hand, not measured: longer than a process that works leaves out its sign (one told trial or measurement), shorter than a night.
 SILENT = 1800.0  # seconds without a sign of life after which a process on another machine counts as gone
 _SIGN = 60.0  # seconds between two signs
+# Seconds after which a claim stands, and must be what is read (Fischer's mutual exclusion): longer than another takes from finding a study
+# free to writing its own claim. A database of many users takes longer than a file. Chosen by hand, not measured.
+SETTLES_IN_A_FILE, SETTLES = 0.05, 1.0
 _OWNER = "owner"
 
 
@@ -145,15 +148,21 @@ class Claim:
         self._storage, self._study_id = storage, study_id
         self._token = uuid.uuid4().hex
         _refuse_living(storage.get_study_user_attrs(study_id).get(_OWNER), url)
+        self._url = url
         self._say()
-        owner = storage.get_study_user_attrs(study_id)[_OWNER]
-        if owner["token"] != self._token:  # two came at once
-            _refuse_living(owner, url)
+        time.sleep(SETTLES_IN_A_FILE if url.startswith(JOURNAL) else SETTLES)
+        self._refuse_other()  # of two that came at once, the one that wrote last stays
 
     def sign(self) -> None:
-        """Say now and then that this process lives."""
+        """Say now and then that this process lives. UsageError if another one took the study."""
         if time.monotonic() - self._said > _SIGN:
+            self._refuse_other()
             self._say()
+
+    def _refuse_other(self) -> None:
+        owner = self._storage.get_study_user_attrs(self._study_id).get(_OWNER)
+        if owner and owner["token"] != self._token:
+            _refuse_living(owner, self._url)
 
     def release(self) -> None:
         """Let others have the study."""

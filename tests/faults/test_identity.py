@@ -520,6 +520,39 @@ def test_a_study_at_work_is_refused_until_its_process_is_gone(holder: tuple[str,
     search.close()
 
 
+def test_of_two_that_find_a_study_free_at_once_one_is_refused(tmp_path: Path) -> None:
+    """The second has read that nobody holds it before the first says so, and says so itself after the first has looked."""
+    url = f"sqlite:///{tmp_path / 'both.db'}"
+    open_search(url, "run", Choices({"g": (2, 1)}, {})).close()
+    code = (
+        "import sys, time\n"
+        "from autocomp.errors import UsageError\n"
+        "from autocomp.study.storage import Claim, open_storage\n"
+        f"storage = open_storage({url!r})\n"
+        "study, say = storage.get_study_id_from_name('run'), storage.set_study_user_attr\n"
+        "print('ready', flush=True), sys.stdin.readline()\n"
+        "storage.set_study_user_attr = lambda *given: (time.sleep(float(sys.argv[1])), say(*given))\n"
+        "try:\n"
+        f"    Claim(storage, study, {url!r})\n"
+        "    print('held', flush=True), sys.stdin.readline()\n"
+        "except UsageError as error:\n"
+        "    print(str(error)[:15], flush=True)\n"
+    )
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, "-c", code, delay], **pipes) for delay in ("0", "0.4")]
+    try:
+        assert [child.stdout.readline() for child in both if child.stdout] == ["ready\n"] * 2
+        for child in both:
+            assert child.stdin is not None
+            child.stdin.write("go\n")
+            child.stdin.flush()
+        assert sorted(child.stdout.readline() for child in both if child.stdout) == ["another process\n", "held\n"]
+    finally:
+        for child in both:
+            child.kill()
+            child.communicate()
+
+
 def test_a_process_of_another_machine_counts_as_gone_after_a_while(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'far.db'}"
     open_search(url, "run", Choices({"g": (2, 1)}, {})).close()
