@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +30,23 @@ class Wide:
     model: nn.Module
     graph: Graph
     units: Mapping[str, tuple[int, ...]]  # by group, one number for each of its segments
+    met: frozenset[str] = frozenset()  # groups of whose channels constants stand for branches that were left out
 
-    @property
+    @cached_property
     def groups(self) -> list[Group]:
-        """Those that lose units."""
-        return [g for g in self.graph.groups.values() if g.name in self.units and sum(self.units[g.name]) < g.width]
+        """Those that lose units, with the norms, bare tensors and sizes that the model has: branches that were left out took theirs along."""
+        held = {*(name for name, _ in self.model.named_modules()), *self.model.state_dict()}
+        sizes = getattr(self.model, "sizes", {})
+        return [
+            replace(
+                g,
+                norms=tuple(name for name in g.norms if name in held),
+                slabs=tuple(slab for slab in g.slabs if slab.path in held),
+                counts=tuple(count for count in g.counts if count.name in sizes),
+            )
+            for g in self.graph.groups.values()
+            if g.name in self.units and sum(self.units[g.name]) < g.width
+        ]
 
 
 class Channels:
@@ -109,8 +122,19 @@ class Channels:
             ours, theirs = dict(form.named_parameters()) | dict(form.named_buffers()), small.state_dict()
             layers = tuple(f"{name}." for name in self.wide.graph.layers)
             for name, tensor in ours.items():
-                if not name.startswith(layers) and name in theirs and theirs[name].shape == tensor.shape:
-                    tensor.copy_(theirs[name])
+                if not name.startswith(layers) and name in theirs:
+                    learnt = self._kept_of(theirs[name], tensor.shape)
+                    if learnt.shape == tensor.shape:
+                        tensor.copy_(learnt)
+
+    def _kept_of(self, constant: Tensor, wanted: torch.Size) -> Tensor:
+        """What stands for a branch, in the channels that are left: those of the one group that it may be of."""
+        axes = [axis for axis in range(min(constant.ndim, len(wanted))) if constant.shape[axis] != wanted[axis]]
+        sizes = [(constant.shape[axis], wanted[axis]) for axis in axes]
+        fit = [
+            g.name for g in self.wide.groups if g.name in self.wide.met and sizes == [(g.width, len(self.kept[g.name]))]
+        ]
+        return constant.index_select(axes[0], self.kept[fit[0]]) if len(fit) == 1 else constant
 
     def rows(self) -> dict[str, Tensor | None]:
         """By layer, the teacher's output channels that it has (None: all), as `losses.Features` takes them."""

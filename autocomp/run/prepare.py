@@ -98,13 +98,14 @@ class Prepared:
         from autocomp.recovery.channels import Wide, units_of
 
         candidate = self.space.normalise(candidate)
-        model, graph = self.task.model, self.graph
+        model, graph, met = self.task.model, self.graph, set[str]()
         # Branches go at once; the channels of what is left are chosen.
         if ended := self.space.left_out(candidate.widths):
             full = self.space.dense()
             model = self.stitch_untrained(Candidate({**full.widths, **dict.fromkeys(ended, 0)}, full.methods))
+            met = {graph.layers[end].out_group or "" for name in ended for end in graph.branches[name].ends}
             graph = graph.without(ended)
-        return Wide(model, graph, units_of(graph, candidate.widths, self.space.counts))
+        return Wide(model, graph, units_of(graph, candidate.widths, self.space.counts), frozenset(met))
 
     def keep_for_the_end(self, point: float) -> None:
         """Keep the minutes that the end of the run takes, where writing one point takes so many seconds."""

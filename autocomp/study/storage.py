@@ -165,8 +165,10 @@ class Claim:
             _refuse_living(owner, self._url)
 
     def release(self) -> None:
-        """Let others have the study."""
-        self._storage.set_study_user_attr(self._study_id, _OWNER, None)
+        """Let others have the study, unless another one has it by now."""
+        owner = self._storage.get_study_user_attrs(self._study_id).get(_OWNER)
+        if owner and owner["token"] == self._token:
+            self._storage.set_study_user_attr(self._study_id, _OWNER, None)
 
     def _say(self) -> None:
         self._said = time.monotonic()

@@ -14,6 +14,13 @@ import yaml
 import autocomp
 from autocomp.api import SearchResult
 from autocomp.cli.main import main
+from autocomp.database.stitch import stitch
+from autocomp.hardware.profile import load_profile
+from autocomp.progress import Progress
+from autocomp.records.candidate import Candidate
+from autocomp.recovery.channels import Channels, Wide, units_of
+from autocomp.run.prepare_task import compressed_layers, prepare_task
+from autocomp.space.file import SpaceFile
 
 pytestmark = pytest.mark.usefixtures("short_tuning")
 
@@ -85,3 +92,26 @@ def test_it_is_trained_by_recipes_that_look_at_layers_and_choose_channels(
     (entrant,) = json.loads(capsys.readouterr().out)["recovery"]["entrants"]
     assert entrant["id"] == point.record.evaluation.candidate.id
     assert not entrant["failure"]
+
+
+def test_channels_are_chosen_beside_a_branch_whose_norm_went_with_it(tmp_path: Path) -> None:
+    """The residual stream loses channels too; a norm of the branch that is left out was one of those that follow it."""
+    rule = {"layers": "*", "keep": [1.0, 0.5], "ranks": [], "precisions": ["fp32"], "depth": True}
+    rules = SpaceFile.model_validate({"format_version": 1, "rules": [rule]})
+    ready = prepare_task(tiny_task.learning(), rules, [load_profile("x86-host")], 64)
+    _, database = compressed_layers(ready, tmp_path, 64, 0, Progress())
+    full, half = ready.space.dense(), ready.space.uniform(0.5, "fp32")
+    wanted = ready.space.normalise(Candidate({**half.widths, "conv1": 0}, full.methods))
+    model, graph = stitch(ready.task.model, ready.graph, database, wanted), ready.graph.without(["conv1"])
+    whole = stitch(ready.task.model, ready.graph, database, Candidate({**full.widths, "conv1": 0}, full.methods))
+    met = frozenset({ready.graph.layers["conv2"].out_group or ""})  # of their channels is what stands for the branch
+    channels = Channels(Wide(whole, graph, units_of(graph, wanted.widths, ready.space.counts), met))
+    assert any(set(group.norms) != set(ready.graph.groups[group.name].norms) for group in channels.wide.groups)
+    batch = tiny_task.learning().calibration[0]
+    with channels.watched(), torch.no_grad():
+        channels.form.eval()(*batch)
+    channels.choose(1.0)
+    with torch.no_grad():
+        expected = channels.form(*batch)
+        channels.into(model)
+        torch.testing.assert_close(model.eval()(*batch), expected, rtol=1e-4, atol=1e-4)
