@@ -6,6 +6,7 @@ The page knows the palette of its light and its dark theme; naming roles here ke
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -81,7 +82,7 @@ def milliseconds(seconds: float | None) -> str:
     if seconds is None:
         return "–"
     ms = seconds * 1e3
-    digits = 3 if ms < 1 else 2 if ms < 10 else 1 if ms < 100 else 0
+    digits = max(0, 2 - math.floor(math.log10(ms))) if ms else 3
     return f"{ms:.{digits}f} ms"
 
 

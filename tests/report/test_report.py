@@ -308,6 +308,10 @@ def test_units() -> None:
     assert (plain.text(0.12345), plain.change(0.5, 0.25)) == ("0.1235", "+0.25")
     other = Metric(replace(run, task=replace(run.task, unit="dB")))
     assert (other.title, other.text(12.3456), other.bare(12.3456)) == ("accuracy (dB)", "12.35 dB", "12.35")
+    assert [milliseconds(s) for s in (5.484e-6, 2.344e-5)] == [
+        "0.00548 ms",
+        "0.0234 ms",
+    ]  # small models take microseconds
     assert [milliseconds(s) for s in (1.234e-4, 1.234e-3, 0.01234, 1.234)] == [
         "0.123 ms",
         "1.23 ms",
