@@ -23,7 +23,7 @@ from autocomp.records.run import speedup
 from autocomp.run.folder import CONFIG
 from autocomp.run.identity import identity_of, profiles_identity
 from autocomp.run.result import Point, SearchResult
-from autocomp.tasks.reading import otherwise
+from autocomp.tasks.reading import NOTHING, otherwise
 
 if TYPE_CHECKING:
     import torch
@@ -215,7 +215,7 @@ class _Checks:
         was = Judge.of(run, self.settings.goals)
         judge = replace(was, dense=replace(was.dense, metrics=dense))
         # a metric may be large beside all that it may lose: its thousandth is then no measure of what is the same
-        floors = {m: FLOAT * abs(value) for m, value in then.items()}
+        floors = {m: max(FLOAT * abs(value), NOTHING) for m, value in then.items()}
         allowed = {m: ROUNDING * max(most, abs(was.drop(point, m))) + floors[m] for m, most in was.max_drops.items()}
         changed = otherwise(then, now, allowed)
         other = otherwise(run.dense.evaluation.metrics, dense, allowed)

@@ -168,6 +168,20 @@ def test_a_metric_is_judged_by_what_it_may_lose_whatever_its_size(offset: float,
     assert verdicts(worse)["metric"] != "ACCEPT"
 
 
+def test_what_sums_in_another_order_make_of_nothing_is_no_loss(run: Path) -> None:
+    """A distance from the uncompressed model, of that model itself: 0, or about that; a share of it allows nothing."""
+    data = json.loads((run / "front.json").read_text())
+    for point in (data["dense"], *data["front"]):
+        point["evaluation"]["metrics"] = dict.fromkeys(point["evaluation"]["metrics"], -2e-12)
+    (run / "front.json").write_text(json.dumps(data))
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("max_drop: null", "max_drop: 5%"))
+    point, names = autocomp.SearchResult(run).front[0].candidate.id, list(data["dense"]["evaluation"]["metrics"])
+    readings = iter([-2e-12, 0.0])  # of the point, and of the uncompressed model
+    task = replace(tiny_task.task(), evaluate=lambda m: dict.fromkeys(names, next(readings)))
+    assert verdicts(autocomp.gate(run, point, slower=LOOSE, task=task))["metric"] == "ACCEPT"
+
+
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_a_size_is_counted_from_the_tensors(factor: float, run: Path) -> None:
     point = models(run).name
