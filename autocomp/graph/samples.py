@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice, product
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils import _pytree
 from autocomp.graph.program import Batch
 
 Axes = tuple[int | None, ...]
+MOST = 16  # ways to give each input an axis of its own that are tried; chosen by hand, not measured
 _CLOSE = 1e-3  # of the output's range: other batch sizes may sum in another order
 
 
@@ -52,6 +54,12 @@ def _candidates(inputs: Sequence[Tensor], others: Sequence[Sequence[Tensor]]) ->
     """Likely batch axes, the likeliest first."""
     found: dict[Axes, None] = {}
     moving = varying_axes(inputs, others)
+    # Each input its own, all alike in number: one sample fits any number by broadcasting, so what leaves an input out comes after.
+    nothing: Sequence[int | None] = (None,)
+    for options in ([sorted(axes) for axes in moving], [list(range(min(2, x.dim()))) for x in inputs]):
+        for axes in islice(product(*(some or nothing for some in options)), MOST):
+            if len({x.shape[axis] for x, axis in zip(inputs, axes, strict=True) if axis is not None}) == 1:
+                found[axes] = None
     if any(moving):
         for axis in (0, 1):
             found[tuple(axis if axis in axes else None for axes in moving)] = None

@@ -226,6 +226,26 @@ class Gathered(nn.Module):
         return x @ table
 
 
+class Pooled(nn.Module):
+    """Samples along the second axis of a sequence, and the first of what is added to its mean: one of either broadcasts over the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frames, self.whole = nn.Linear(4, 3), nn.Linear(6, 3)
+
+    def forward(self, frames: Tensor, whole: Tensor) -> Tensor:
+        return self.frames(frames).relu().mean(0) + self.whole(whole)
+
+
+@pytest.mark.parametrize("more", [(), ((torch.randn(5, 8, 4), torch.randn(8, 6)),)])
+def test_one_sample_that_fits_any_number_is_no_table(more):
+    model = Pooled()
+    form = canonical(model, (torch.randn(5, 1, 4), torch.randn(1, 6)), more)
+    assert form.code.batch.inputs == (1, 0)
+    given = torch.randn(5, 7, 4), torch.randn(7, 6)
+    torch.testing.assert_close(form(*given), model(*given))
+
+
 @pytest.mark.parametrize(
     ("model", "inputs", "axes"),
     [
