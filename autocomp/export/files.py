@@ -119,18 +119,23 @@ def load_model(folder: Path) -> torch.nn.Module:
         raise UsageError(f"{path} is damaged: {type(error).__name__}: {last_line(error)}") from error
 
 
-def refuse_foreign(folder: Path) -> None:
-    """UsageError if the torch model of a point is not the file that its manifest was written for."""
+def refuse_foreign(folder: Path, metrics: Mapping[str, float] | None = None) -> None:
+    """UsageError if the torch model of a point is not the file that its manifest was written for, or that is of other ``metrics`` than these."""
     path = folder / WEIGHTS
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         said, whose = manifest["sha256"].get(WEIGHTS), manifest.get("id", folder.name)
+        other = metrics is not None and manifest.get("metrics", dict(metrics)) != dict(metrics)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{folder / MANIFEST} is missing or damaged, so nobody knows what {WEIGHTS} is: {last_line(error)}"
         ) from error
     if whose != folder.name:
         raise UsageError(f"{folder} holds the files of another point, {whose}: write them again with --resume")
+    if other:  # it was trained, and the run was stopped before the front was written
+        raise UsageError(
+            f"{folder} holds the point with other metrics than front.json says: the run was stopped at its end. Go on with --resume"
+        )
     if said is not None and path.is_file() and checksum(path) != said:
         raise UsageError(
             f"{path} is not the file that the run wrote: its checksum is not that of {MANIFEST}. Write it again with --resume"

@@ -48,13 +48,15 @@ def finish(prepared: Prepared, found: Found) -> Run:
             "the folder back and continue with --resume"
         )
     run = _make_run(prepared, found)
-    shown = {point.evaluation.candidate.id for point in (run.dense, *run.front)}
-    for evaluation in found.told:  # of points that were on the front when the run was last at its end
-        if evaluation.candidate.id not in shown:
-            shutil.rmtree(folder / "models" / evaluation.candidate.id, ignore_errors=True)
     write_evaluations(folder, found.told)
     write_provenance(prepared)
     write_front(folder, run)
+    shown = {point.evaluation.candidate.id for point in (run.dense, *run.front)}
+    for (
+        evaluation
+    ) in found.told:  # of points that were on the front when the run was last at its end: until here they still were
+        if evaluation.candidate.id not in shown:
+            shutil.rmtree(folder / "models" / evaluation.candidate.id, ignore_errors=True)
     return run
 
 

@@ -68,12 +68,12 @@ class Point:
         """The compressed torch model, in evaluation mode; nothing in its file is run.
 
         Raises:
-            UsageError: It is not there, not readable, or not the file that the run wrote.
+            UsageError: It is not there, not readable, or not the file that the run wrote of this point.
         """
         from autocomp.export.files import load_model, refuse_foreign
 
         place = self.folder / "models" / self.candidate.id
-        refuse_foreign(place)
+        refuse_foreign(place, self.metrics)
         return load_model(place)
 
 

@@ -120,6 +120,7 @@ class _Checks:
         self.place = found.folder / "models" / point.candidate.id
 
     def all(self, task: Task | None) -> list[Check]:
+        from autocomp.export.files import load_model, refuse_foreign
         from autocomp.run.prepare_task import checked_inputs
         from autocomp.tasks.task import load_task, within
 
@@ -129,7 +130,8 @@ class _Checks:
                 task = task or load_task(self.settings.task or "", self.progress)
                 if self.settings.evaluate_timeout is not None:
                     task = within(task, self.settings.evaluate_timeout)
-                model = self.point.load()
+                refuse_foreign(self.place)  # that the manifest has other numbers is told as such
+                model = load_model(self.place)
                 inputs = checked_inputs(task)
         except AutocompError as error:
             return [*checks, _check("task", Verdict.CANNOT_RUN, str(error))]

@@ -23,7 +23,7 @@ import yaml
 import autocomp
 from autocomp.cli.main import main
 from autocomp.database.database import read_checked
-from autocomp.errors import AutocompError, CorruptError, UsageError
+from autocomp.errors import AutocompError, CorruptError, Interrupted, UsageError
 from autocomp.graph.analyse import analyse
 from autocomp.hardware.profile import load_profile
 from autocomp.records.run import speedup
@@ -313,6 +313,17 @@ def test_a_model_that_is_not_the_runs_is_not_loaded(change: str, run: Path) -> N
         point.load()
 
 
+def test_a_model_of_a_front_that_was_not_written_any_more_is_not_loaded(run: Path) -> None:
+    """Stopped at its end, a run that trained a point has its new files, and the front with what it was before."""
+    point = autocomp.SearchResult(run).front[0]
+    file = run / "models" / point.candidate.id / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["metrics"]["accuracy"] += 0.01
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(UsageError, match=r"other metrics than front\.json says"):
+        point.load()
+
+
 def test_what_another_compiler_measured_is_measured_again(
     run: Path, resume: Callable[..., autocomp.SearchResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -334,12 +345,23 @@ def test_deleted_trials_are_noticed(tmp_path: Path) -> None:
         open_search(url, "run", space, resume=True)
 
 
-def test_files_of_points_that_left_the_front_go(run: Path, resume: Callable[..., autocomp.SearchResult]) -> None:
+def test_files_of_points_that_left_the_front_go(
+    run: Path, resume: Callable[..., autocomp.SearchResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = {e.candidate.id for e in read_evaluations(run)}
     shown = {p.candidate.id for p in autocomp.SearchResult(run).front}
     gone = run / "models" / sorted(told - shown)[0]
     gone.mkdir()
     (gone / "model.onnx").write_bytes(b"of an earlier front")
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("autocomp.run.finish.write_front", stopped)
+        with pytest.raises(Interrupted):
+            resume()
+    assert gone.exists()  # the front that is there may have it
     again = resume()
     assert gone.exists() == (gone.name in {p.candidate.id for p in (*again.front, again.dense)})
 
