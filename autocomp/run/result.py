@@ -157,9 +157,16 @@ class SearchResult:
         """The most accurate point of each speed-up (``2x``, ``4x``), within ``max_drop``; one that no point reaches is left out.
 
         Where the run was on several profiles, the names are like ``2x on cortex-a76``.
+
+        Raises:
+            UsageError: A speed-up is not written so, or the limit is of a metric that the run does not have.
         """
         judge = self._judge(validated(Goals, {"max_drop": max_drop}, ""))
-        found = family(judge, self._evaluations(), [parse_factor(text) for text in speedups], list(self.run.profiles))
+        try:
+            factors = [parse_factor(str(text)) for text in speedups]
+        except ValueError as error:
+            raise UsageError(f"speed-ups: {error}") from None
+        found = family(judge, self._evaluations(), factors, list(self.run.profiles))
         return {name: self._point(member) for name, member in found.items() if member is not None}
 
     def _judge(self, goals: Goals) -> Judge:

@@ -23,6 +23,7 @@ from autocomp.records.table import read_evaluations, write_evaluations
 from autocomp.report.build import build_report, render, render_sensitivity
 from autocomp.report.curves import sensitivity_figures
 from autocomp.report.figures import Metric, front_figure, milliseconds
+from autocomp.run.result import SearchResult
 
 GOLDEN = TESTS / "golden"
 
@@ -372,3 +373,9 @@ def test_points_timed_at_another_moment_are_shown_at_dense_s(tmp_path: Path) -> 
     for e in (*(again, once), *read_evaluations(tmp_path)[1:]):
         assert speedup(e, dense, profile) == pytest.approx(4)
         assert comparable(e, dense, profile) == pytest.approx(slow.seconds / 8)
+
+
+@pytest.mark.parametrize("asked", ["2", "0x", "-2x", "nanx", 2])
+def test_a_speed_up_that_is_none_is_bad_input(asked: Any) -> None:
+    with pytest.raises(UsageError, match="speed-ups: must be"):
+        SearchResult(TESTS / "golden" / "run_v1").family(asked)
