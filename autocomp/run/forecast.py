@@ -156,7 +156,7 @@ def _notes(settings: Settings, points: Sequence[PlannedPoint], errors: Mapping[s
         )
     for name, error in errors.items():
         known = (
-            f"off by {error:.0%} in the mean"
+            f"those of single kernels off by {error:.0%} in the median; what a module takes besides is not in it"
             if error is not None
             else "by peak rates alone, since no kernel is tuned yet"
         )

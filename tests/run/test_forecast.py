@@ -59,3 +59,12 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown task 'nothing'" in capsys.readouterr().err
     assert main(["plan", "digits", "--max-latency", "0.5x"]) == 2
     assert "must be at least 1x" in capsys.readouterr().err
+
+
+def test_an_error_of_kernels_is_called_that() -> None:
+    """What the latency model is off by is the median of single kernels; of whole modules nothing is known before any is measured."""
+    from autocomp.config.settings import Settings
+    from autocomp.run.forecast import _notes
+
+    (note,) = _notes(Settings(task="digits"), (), {"x86-host": 0.06})
+    assert "single kernels off by 6% in the median" in note
