@@ -21,7 +21,8 @@ class DotProduct:
     """One instruction's shape: ``lanes`` int32 sums, each over ``depth`` products of activation and weight.
 
     ``activation`` and ``weight`` are the element types the kernels store; ``intrinsic`` is LLVM's name. ``steps`` instructions,
-    each over the next ``depth`` products, make one tensor intrinsic.
+    each over the next ``depth`` products, make one tensor intrinsic. ``matrix``: kernels may also run in registers of sixteen such depths
+    (`kernels.matrix`).
     """
 
     name: str
@@ -31,6 +32,7 @@ class DotProduct:
     weight: str
     intrinsic: str
     steps: int = 1
+    matrix: bool = False
 
     @property
     def width(self) -> int:
@@ -75,7 +77,8 @@ _SDOT = DotProduct("sdot", 4, 4, "int8", "int8", "llvm.aarch64.neon.sdot.v4i32.v
 
 def dot_product(profile: Profile) -> DotProduct:
     """The instruction that a profile's int8 kernels are built on."""
-    return {"vnni512": _VNNI512, "vnni256": _VNNI256, "sdot": _SDOT, "none": _MADD256}[profile.int8]
+    dot = {"vnni512": _VNNI512, "vnni256": _VNNI256, "sdot": _SDOT, "none": _MADD256}[profile.int8]
+    return replace(dot, matrix=profile.matrix and dot is _VNNI512)
 
 
 def _description(dot: DotProduct) -> Any:

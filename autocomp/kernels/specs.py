@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from autocomp.kernels.intrinsics import DotProduct
 
+_MATRIX_RUN = 64  # bytes of a row of a matrix register
 _ROW_TILES = range(6, 15)  # rows of a register tile that reach the peak on 16 to 32 vector registers
 
 
@@ -90,7 +91,11 @@ class ConvSpec:
     def folds(self, dot: DotProduct | None) -> bool:
         """Whether the taps of one row are summed as one run of values: few channels would leave most of an intrinsic empty."""
         runs = self.groups == self.dilation[1] == 1 < self.kernel[1] and not self.is_dense
-        return dot is not None and dot.steps > 1 and runs and self.in_channels % (dot.width // 2) != 0
+        if dot is None or not runs:
+            return False
+        if dot.matrix:
+            return self.in_channels < _MATRIX_RUN
+        return dot.steps > 1 and self.in_channels % (dot.width // 2) != 0
 
     @property
     def is_dense(self) -> bool:

@@ -250,6 +250,7 @@ class _TileFields(BaseModel):
     channels_outer: bool = True
     rows_up: int = Field(default=1, ge=1, le=4096)
     band: int = Field(default=0, ge=0, le=1 << 20)
+    matrix: bool = False
     bytes: int = Field(default=0, ge=0)  # that the record of a stream has in a tile's place
 
 
