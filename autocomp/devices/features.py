@@ -54,15 +54,18 @@ def fit_to_board(profile: Profile, facts: BoardFacts) -> tuple[Profile, tuple[st
     """A profile without what its board lacks, and a note on each thing withdrawn. The same profile where nothing is lacking."""
     if facts.features is None:
         return profile, ()
+    architecture = architecture_of(profile.target)
     lacking = [name for name in _BITS if name not in facts.features and _uses(profile, name)]
     notes = []
     for feature in lacking:
         for name in profile.precisions:
-            if feature in features_of(name, profile.int8):
+            if feature in features_of(name, profile.int8, architecture):
                 notes.append(
                     f"board {facts.address} has no {_NAMES[feature]} ({feature}): precision {name} is withdrawn"
                 )
-    precisions = tuple(name for name in profile.precisions if not features_of(name, profile.int8) & set(lacking))
+    precisions = tuple(
+        name for name in profile.precisions if not features_of(name, profile.int8, architecture) & set(lacking)
+    )
     int8 = "none" if DOTS.get(profile.int8) in lacking else profile.int8
     if not lacking:
         return profile, ()

@@ -122,9 +122,9 @@ def _lends_matrix_registers() -> bool:
 def detect_target() -> dict[str, Any]:
     """Return TVM's target for this machine.
 
-    LLVM's name of the processor carries its scheduling model, so it is taken where it tells the truth. A virtual
-    machine may hide instruction sets that the name implies, and an LLVM older than the processor has no name for it:
-    then the target is the generic level, and the instruction sets beyond it by name.
+    LLVM's name of the processor carries its scheduling model, so it is taken where it tells the truth, with the instruction
+    sets beyond it. A virtual machine may hide instruction sets that the name implies, and an LLVM older than the processor
+    has no name for it: then the target is the generic level, and the instruction sets beyond it by name.
     """
     from tvm.target.codegen import llvm_get_system_cpu
 
@@ -132,8 +132,8 @@ def detect_target() -> dict[str, Any]:
     name = str(llvm_get_system_cpu())
     named: dict[str, Any] = {"kind": "llvm", "mcpu": name}
     if name not in ("", "generic", "x86-64") and not missing(named, cpu):
-        matrix = [f"+{FEATURES[flag]}" for flag in MATRIX if flag in cpu.flags]  # which no name tells of
-        return {**named, **({"mattr": matrix} if matrix else {})}
+        beyond = [f"+{set_}" for flag, set_ in FEATURES.items() if flag in cpu.flags and not has_feature(named, set_)]
+        return {**named, **({"mattr": beyond} if beyond else {})}
     return generic_target(cpu)
 
 

@@ -21,7 +21,7 @@ from autocomp.errors import UsageError, shown, suggest
 from autocomp.hardware import host
 from autocomp.hardware.host import Int8
 from autocomp.hardware.link import architecture_of, this_architecture
-from autocomp.records.precisions import FORMATS, Precision
+from autocomp.records.precisions import FORMATS, Format, Precision
 
 FORMAT_VERSION = 1
 Reach = Literal["local", "rpc", "estimate"]
@@ -101,10 +101,12 @@ class Profile:
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def features_of(precision: Precision, int8: Int8) -> set[str]:
+def features_of(precision: Precision, int8: Int8, architecture: str) -> set[str]:
     """LLVM's names of the instruction sets that the kernels of a precision need, ``int8`` being the dot product they are built on."""
-    family = FORMATS[precision].family
-    return {name for name in (family.needs, DOTS.get(int8, "") if family.arithmetic.dot else "") if name}
+    form = FORMATS[precision]
+    return {
+        name for name in (form.needs(architecture), DOTS.get(int8, "") if form.family.arithmetic.dot else "") if name
+    }
 
 
 def is_address(text: str) -> bool:
@@ -334,7 +336,8 @@ def _check_instructions(stated: ProfileFile, path: Path) -> None:
     asked: list[tuple[str, str, str]] = []
     if stated.int8 is not None:
         asked.append(("int8", stated.int8, DOTS.get(stated.int8, "")))
-    asked += [("precisions", name, FORMATS[name].family.needs) for name in stated.precisions or ()]
+    architecture = architecture_of(stated.target)
+    asked += [("precisions", name, FORMATS[name].needs(architecture)) for name in stated.precisions or ()]
     for key, value, needed in asked:
         if needed and not host.has_feature(stated.target, needed):
             raise UsageError(
@@ -366,13 +369,19 @@ def _on_this_machine(stated: ProfileFile) -> Profile:
                 f"{', '.join(lacking)}: choose another profile"
             )
         return _as_stated(stated, dict(stated.target), **machine)
+    target = host.detect_target()
+
+    def offered(form: Format) -> bool:
+        needed = form.needs(this_architecture())
+        return 0 < form.family.detected <= cpu.lanes and (not needed or host.has_feature(target, needed))
+
     machine |= {
         "lanes": cpu.lanes,
         "vector_registers": cpu.vector_registers,
-        "precisions": tuple(name for name, form in FORMATS.items() if 0 < form.family.detected <= cpu.lanes),
+        "precisions": tuple(name for name, form in FORMATS.items() if offered(form)),
         "int8": cpu.int8,
     }
-    return _as_stated(stated, host.detect_target(), **machine)
+    return _as_stated(stated, target, **machine)
 
 
 def _as_stated(stated: ProfileFile, target: dict[str, Any], **found: Any) -> Profile:

@@ -7,7 +7,7 @@ here and the modules that the entry names: no other module knows a precision by 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from typing import Any, Literal
@@ -81,9 +81,9 @@ class Family:
 
     ``covers`` are the layers with kernels: linear ones, plain convolutions (`Layer.is_plain`), other ones; ``loops`` the kinds of recurrent
     layers. The kernels are there on a profile that lists the precision, or ``everywhere``; ``needs`` is LLVM's name of an instruction set
-    that they use, and this machine offers them from ``detected`` float32 lanes on (0: not by itself). ``kernel`` states the loops of a linear
-    layer's kernel that is none of the arithmetic's. What has no kernel ``decodes`` to float32, or is refused. ``flat``: the weight of a
-    convolution, too, stays [O, K].
+    that they use, by architecture, and this machine offers them from ``detected`` float32 lanes on (0: not by itself). ``kernel`` states
+    the loops of a linear layer's kernel that is none of the arithmetic's. What has no kernel ``decodes`` to float32, or is refused.
+    ``flat``: the weight of a convolution, too, stays [O, K].
     """
 
     arithmetic: Arithmetic
@@ -98,7 +98,7 @@ class Family:
     loops: tuple[str, ...] = ()
     everywhere: bool = False
     decodes: bool = True
-    needs: str = ""
+    needs: Mapping[str, str] = field(default_factory=dict)
     kernel: str = ""
     detected: int = 0
     flat: bool = False
@@ -123,6 +123,11 @@ class Format:
     def weight_bytes(self, outputs: int, columns: int, linear: bool) -> int:
         """Bytes of a weight [outputs, columns] with its scales and codebooks, without the bias; ``linear``: of a linear layer."""
         return self.family.size(self, outputs, columns, linear)
+
+    def needs(self, architecture: str) -> str:
+        """LLVM's name of the instruction set that its kernels use on an architecture; empty where they use none but the common."""
+        needed = self.family.needs
+        return needed.get(architecture, next(iter(needed.values()), ""))
 
     @property
     def codebook_bytes(self) -> int:
@@ -167,7 +172,8 @@ HALF = Family(
     lowering="autocomp.compiler.fp16:lowering",
     onnx="autocomp.export.onnx_fp16:translations",
     covers=("linear", "plain"),
-    needs="fullfp16",
+    needs={"aarch64": "fullfp16", "x86_64": "avx512fp16"},
+    detected=16,
 )
 INTEGER = Family(
     INT8,

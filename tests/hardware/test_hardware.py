@@ -202,7 +202,7 @@ def test_cortex_a76(name: str) -> None:
             ["memory_bandwidth.rad: there is no"],
         ),
         (("int8: none", "int8: sdot"), ["int8: sdot needs the instruction set dotprod", "'haswell'"]),
-        (("[fp32]", "[fp32, fp16]"), ["precisions: fp16 needs the instruction set fullfp16"]),
+        (("[fp32]", "[fp32, fp16]"), ["precisions: fp16 needs the instruction set avx512fp16"]),
     ],
 )
 def test_files_that_cannot_work(tmp_path: Path, change: tuple[str, str], words: list[str]) -> None:
