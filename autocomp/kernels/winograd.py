@@ -27,6 +27,7 @@ NAME = "winograd"
 # Outputs of a tile along an axis, the best guess first. 4 was the fastest of nine kinds of layers in ten (AVX-512); 2 is where weights of 36
 # points no longer lie near; 6 needs more registers than there are, and was never ahead of 4 by more than the noise.
 SIZES = (4, 2)
+OUTPUTS = "autocomp.outputs"  # block annotation: of a tile, across
 BLOCKS_AXIS = 2  # of a transformed weight: which block of output channels
 _POINTS = (0, 1, -1, 2, -2, Fraction(1, 2), Fraction(-1, 2))
 _MOST = len(_POINTS) + 1  # points along an axis, infinity among them
@@ -157,6 +158,7 @@ def conv2d(data: Any, weight: Any, spec: ConvSpec, outputs: int) -> Any:
         (spec.batch, down, across, y.outputs, x.points, channels),
         lambda n, h, w, p, j, o: _row(back_y, p, lambda s: anchor[s, j, n, h, w, o]),
         name="columns",
+        attrs={OUTPUTS: x.outputs},
     )
     return te.compute(
         (spec.batch, *spec.out_size, spec.out_channels),

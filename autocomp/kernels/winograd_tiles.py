@@ -15,6 +15,7 @@ from autocomp.hardware.profile import Profile
 from autocomp.kernels import neon
 from autocomp.kernels.schedules import blocks_named, extent_of, inline_epilogue, vectorise_last
 from autocomp.kernels.tile import Anchor, Tile
+from autocomp.kernels.winograd import OUTPUTS
 
 _WIDEST = 14  # tiles of a row that one register tile may hold
 _MOST_UP = 8
@@ -110,8 +111,8 @@ def _extents(schedule: Any, block: Any) -> list[int]:
 
 def _outputs(schedule: Any, columns: Any) -> tuple[int, int]:
     """Outputs of a tile (down, across)."""
-    *_, p, j, _ = schedule.get(columns).iter_vars
-    return int(p.dom.extent), int(j.dom.extent)
+    node = schedule.get(columns)
+    return int(node.iter_vars[-3].dom.extent), int(node.annotations[OUTPUTS])
 
 
 def _products(schedule: Any, block: Any, band: Any, tile: Tile, lanes: int) -> None:
