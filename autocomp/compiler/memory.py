@@ -46,6 +46,7 @@ def workspace_bytes(function: Any) -> int:
     from tvm import s_tir
 
     passes = [
+        s_tir.transform.LowerInitBlock(),
         s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
         s_tir.transform.ConvertBlocksToOpaque(),
         s_tir.transform.CompactBufferAllocation(),
