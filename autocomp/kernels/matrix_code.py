@@ -76,12 +76,15 @@ def in_matrix_registers(function: Any, registers: Registers, outer: int) -> Any:
 
     update = rewrite.find_update(function.body)
     assert update is not None
-    products = _Products(update, registers, outer).statements()
+    products = _Products(update, registers, outer)
+    if registers.vectors > 1 and products.in_groups:
+        raise ValueError("vectors of several groups read other inputs: a tile in matrix registers holds one of them")
+    computed = products.statements()
 
     def change(statement: Any) -> Any | None:
         parts = list(statement) if isinstance(statement, tirx.SeqStmt) else []
         at = next((index for index, part in enumerate(parts) if _is_init(part)), None)
-        return None if at is None else tirx.SeqStmt([*parts[:at], *products, *parts[at + 2 :]])
+        return None if at is None else tirx.SeqStmt([*parts[:at], *computed, *parts[at + 2 :]])
 
     shapes = tirx.decl_buffer((8,), "int64", name="shapes", scope="local")
     asked = tirx.call_extern("int64", "syscall", *(tirx.const(value, "int64") for value in ASK_FOR_MATRIX))
@@ -110,6 +113,11 @@ class _Products:
     update: rewrite.Update
     registers: Registers
     outer: int
+
+    @property
+    def in_groups(self) -> bool:
+        """Whether the inputs depend on the channel."""
+        return rewrite.depends(self.update.at(self.update.factors[0].indices), self._kept[-1])
 
     def statements(self) -> list[Any]:
         from tvm import tirx
