@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -50,10 +51,18 @@ def store(weight: Tensor, precision: Precision, inputs: Inputs, fisher: Tensor, 
 
 
 def store_half(weight: Tensor, precision: Precision, inputs: Inputs, fisher: Tensor, linear: bool) -> Stored:
-    half = weight.float().half()
-    rounded = (inputs.sample.half().float() - inputs.sample).double()
-    part = Part(half, precision=precision, columns=weight.shape[1])
-    return Stored(part, half.double(), rounded.mean(0), rounded.var(0, correction=0))
+    return _sixteen(weight, precision, inputs, torch.float16)
+
+
+def store_brain(weight: Tensor, precision: Precision, inputs: Inputs, fisher: Tensor, linear: bool) -> Stored:
+    return _sixteen(weight, precision, inputs, torch.bfloat16)
+
+
+def _sixteen(weight: Tensor, precision: Precision, inputs: Inputs, dtype: torch.dtype) -> Stored:
+    short = weight.float().to(dtype)
+    rounded = (inputs.sample.to(dtype).float() - inputs.sample).double()
+    part = Part(short, precision=precision, columns=weight.shape[1])
+    return Stored(part, short.double(), rounded.mean(0), rounded.var(0, correction=0))
 
 
 def store_integers(weight: Tensor, precision: Precision, inputs: Inputs, fisher: Tensor, linear: bool) -> Stored:

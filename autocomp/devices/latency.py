@@ -130,7 +130,7 @@ def _conv(layer: Layer, arithmetic: Arithmetic, profile: Profile) -> Work:
         (1, *layer.in_size, layer.in_channels), (layer.out_channels, depth, kh, kw), layer.stride, [*layer.padding] * 2,
         layer.dilation, layer.conv_groups, lanes,
     )  # fmt: skip
-    if arithmetic.dot and spec.folds(dot_product(profile)):
+    if arithmetic.dot and spec.folds(dot_product(profile, arithmetic.name)):
         kw, depth = 1, kw * depth
     template, fewer = arithmetic.template("conv2d"), None
     if arithmetic is FLOAT32 and (sizes := [size for size in winograd.SIZES if winograd.fits(spec, size)]):
@@ -141,7 +141,7 @@ def _conv(layer: Layer, arithmetic: Arithmetic, profile: Profile) -> Work:
 def _steps(depth: int, arithmetic: Arithmetic, profile: Profile) -> tuple[int, ...]:
     if not arithmetic.dot:
         return (depth,)
-    width = dot_product(profile).fit(depth).width
+    width = dot_product(profile, arithmetic.name).fit(depth).width
     return round_up(depth, width) // width, width
 
 

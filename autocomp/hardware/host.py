@@ -53,8 +53,13 @@ FEATURES = {
     "vpclmulqdq": "vpclmulqdq",
     "amx_tile": "amx-tile",
     "amx_int8": "amx-int8",
+    "amx_bf16": "amx-bf16",
 }
-MATRIX = ("amx_tile", "amx_int8")  # of FEATURES: registers of 16 rows, and their products of bytes
+MATRIX = (
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+)  # of FEATURES: registers of 16 rows, and their products of bytes and of 16 bits
 ASK_FOR_MATRIX = (158, 0x1023, 18)  # a system call: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
 
 

@@ -26,7 +26,7 @@ RUNS = "autocomp.runs"  # how many leading axes of an anchor number partial sums
 def conv2d(data: Any, weight: Any, spec: ConvSpec, dot: DotProduct | None = None, zero_point: Any = None) -> Any:
     """Convolution of NHWC ``data`` with a packed weight.
 
-    Integers: activations as ``dot`` stores them in, int32 sums out, padded with ``zero_point``.
+    With ``dot``: activations as it stores them in, its sums out, padded with ``zero_point`` (None: 0).
     """
     from tvm import te, tirx
 
@@ -54,7 +54,6 @@ def conv2d(data: Any, weight: Any, spec: ConvSpec, dot: DotProduct | None = None
         padded = _pad(data, spec, ow_padded, (spec.groups - 1) * group_in + run, fill, wide)
     if spec.depthwise:
         return _depthwise(padded, weight, spec, ow_padded, dot)
-    accumulate = "int32" if dot else "float32"
     ry, rx = te.reduce_axis((0, kh), "ry"), te.reduce_axis((0, kw), "rx")
     reduction: list[Any]
     if dot:
@@ -68,14 +67,15 @@ def conv2d(data: Any, weight: Any, spec: ConvSpec, dot: DotProduct | None = None
         source = channel if spec.groups == 1 else (o // group_out) * group_in + channel
         at = (w * (sw * group_in) + source,) if folded else (w * sw + rx * dw, source)
         pixel = padded[(n, h * sh + ry * dh, *at)]
-        tap = tap_of(weight, o, (ry, rx, ro), ri, dot) if dot else weight[o // lanes, ry, rx, rc, o % lanes]
-        return te.sum(pixel.astype(accumulate) * tap.astype(accumulate), reduction)
+        if dot:
+            return te.sum(dot.widened(pixel) * dot.widened(tap_of(weight, o, (ry, rx, ro), ri, dot)), reduction)
+        return te.sum(pixel.astype("float32") * weight[o // lanes, ry, rx, rc, o % lanes].astype("float32"), reduction)
 
     anchor = te.compute(
         (spec.batch, oh, ow_padded, round_up(spec.out_channels, lanes)),
         product,
         name="anchor",
-        attrs={TEMPLATE: "conv2d_int8" if dot else "conv2d", FLOPS: spec.flops},
+        attrs={TEMPLATE: f"conv2d_{dot.arithmetic}" if dot else "conv2d", FLOPS: spec.flops},
     )
     return _crop(anchor, (spec.batch, oh, ow, spec.out_channels))
 
@@ -150,15 +150,14 @@ def _rows_times_packed(
         dot = dot.fit(depth)
     lanes, group = (dot.lanes, dot.width) if dot else (lanes, 1)
     rows, rows_padded, depth_padded = math.prod(leading), padded_rows(math.prod(leading)), round_up(depth, group)
-    accumulate = "int32" if dot else "float32"
 
     source = flat_rows(data, leading, depth, (rows_padded, depth_padded))
     if dot:
         ro, ri = te.reduce_axis((0, depth_padded // group), "ro"), te.reduce_axis((0, group), "ri")
 
         def product(m: Any, o: Any) -> Any:
-            value = source(m, ro * group + ri).astype(accumulate)
-            return te.sum(value * tap_of(weight, o, (ro,), ri, dot).astype(accumulate), [ro, ri])
+            value = dot.widened(source(m, ro * group + ri))
+            return te.sum(value * dot.widened(tap_of(weight, o, (ro,), ri, dot)), [ro, ri])
 
     else:
         rc = te.reduce_axis((0, depth), "rc")
@@ -170,7 +169,7 @@ def _rows_times_packed(
         (rows_padded, round_up(out, lanes)),
         product,
         name="anchor",
-        attrs={TEMPLATE: "dense_int8" if dot else "dense", FLOPS: 2 * rows * depth * out},
+        attrs={TEMPLATE: f"dense_{dot.arithmetic}" if dot else "dense", FLOPS: 2 * rows * depth * out},
     )
     return te.compute((*leading, out), lambda *i: anchor[_ravel(i[:-1], leading), i[-1]], name="crop")
 
@@ -282,15 +281,15 @@ PRODUCT = (24, 256, 64)
 
 def float32_product(profile: Profile) -> Any:
     """`PRODUCT` in float32."""
-    return _product("float32", profile.lanes, None)
+    return product_of("float32", profile.lanes, None)
 
 
 def int8_product(profile: Profile) -> Any:
     """`PRODUCT` in 8-bit integers."""
-    return _product("int8", profile.lanes, dot_product(profile))
+    return product_of("int8", profile.lanes, dot_product(profile))
 
 
-def _product(dtype: str, lanes: int, dot: DotProduct | None) -> Any:
+def product_of(dtype: str, lanes: int, dot: DotProduct | None) -> Any:
     from tvm import te
 
     rows, depth, outputs = PRODUCT

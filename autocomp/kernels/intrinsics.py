@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autocomp.hardware.profile import Profile
+from autocomp.records.precisions import BFLOAT16, INT8
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class DotProduct:
 
     ``activation`` and ``weight`` are the element types the kernels store; ``intrinsic`` is LLVM's name. ``steps`` instructions,
     each over the next ``depth`` products, make one tensor intrinsic. ``matrix``: kernels may also run in registers of sixteen such depths
-    (`kernels.matrix`).
+    (`kernels.matrix`), by ``tile``. ``sums`` is the type of the sums.
     """
 
     name: str
@@ -33,6 +34,22 @@ class DotProduct:
     intrinsic: str
     steps: int = 1
     matrix: bool = False
+    sums: str = "int32"
+    arithmetic: str = INT8.name
+    tile: str = "llvm.x86.tdpbusd"  # LLVM's name of the instruction on matrix registers
+
+    def widened(self, value: Any) -> Any:
+        """A stored element as a number of the sums' type."""
+        from tvm import tirx
+
+        if self.sums == "int32":
+            return value.astype("int32")
+        bits = value.astype("uint32") << tirx.const(16, "uint32")  # the upper half of a float32
+        return tirx.reinterpret("float32", bits)
+
+    @property
+    def element_bytes(self) -> int:
+        return 4 // self.depth
 
     @property
     def width(self) -> int:
@@ -75,8 +92,14 @@ _MADD256 = DotProduct("madd256", 8, 2, "int16", "int16", "llvm.x86.avx2.pmadd.wd
 _SDOT = DotProduct("sdot", 4, 4, "int8", "int8", "llvm.aarch64.neon.sdot.v4i32.v16i8", steps=4)
 
 
-def dot_product(profile: Profile) -> DotProduct:
-    """The instruction that a profile's int8 kernels are built on."""
+# Pairs of bfloat16, stored as their bits, into float32: in matrix registers alone (Intel SDM vol. 2, TDPBF16PS).
+_BRAIN = DotProduct("brain", 16, 2, "uint16", "uint16", "", 1, True, "float32", BFLOAT16.name, "llvm.x86.tdpbf16ps")
+
+
+def dot_product(profile: Profile, arithmetic: str = INT8.name) -> DotProduct:
+    """The instruction that a profile's kernels are built on, of an arithmetic that adds several products at once."""
+    if arithmetic == _BRAIN.arithmetic:
+        return _BRAIN
     dot = {"vnni512": _VNNI512, "vnni256": _VNNI256, "sdot": _SDOT, "none": _MADD256}[profile.int8]
     return replace(dot, matrix=profile.matrix and dot is _VNNI512)
 

@@ -1,9 +1,10 @@
-"""Products of bytes in matrix registers (Intel AMX): 16 x 16 sums of 64 products each by one instruction, eight times VNNI's.
+"""Products of bytes, or of bfloat16, in matrix registers (Intel AMX): 16 x 16 sums of 64 (32) products each by one instruction.
 
-A register holds up to 16 rows of 64 bytes: 16 rows of sums of a vector of channels, as many rows of inputs, or 16 groups of four weights of each
-channel. Inputs are read where they lie, a row a stride; weights are packed as VNNI reads them. So a kernel is the same function for both, and
-which runs it is a matter of its tile. Source: Intel 64 and IA-32 Architectures Software Developer's Manual, vol. 1 chapter 18 and vol. 2
-(LDTILECFG, TILELOADD, TDPBUSD); asking the system for the registers: Linux, Documentation/arch/x86/xstate.rst.
+A register holds up to 16 rows of 64 bytes: 16 rows of sums of a vector of channels, as many rows of inputs, or 16 groups of four weights of
+each channel (of two in bfloat16). Inputs are read where they lie, a row a stride; weights are packed as VNNI reads them. So a kernel of bytes
+is the same function for both, and which runs it is a matter of its tile. Source: Intel 64 and IA-32 Architectures Software Developer's
+Manual, vol. 1 chapter 18 and vol. 2 (LDTILECFG, TILELOADD, TDPBUSD, TDPBF16PS); asking the system for the registers: Linux,
+Documentation/arch/x86/xstate.rst.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from autocomp.kernels.tile import Anchor, Tile
 from autocomp.records.precisions import arithmetic_of
 
 _MOST_UP, _MOST_ROWS = 4, 64
-_LEAST_STEPS = 4  # groups of four products below which an instruction is mostly empty
+_LEAST_STEPS = 4  # groups of products below which an instruction is mostly empty
 
 
 def has_kernels(anchor: Anchor, profile: Profile) -> bool:
     """Whether a kernel may use matrix registers on a target."""
-    bytes_alike = arithmetic_of(anchor.template).dot and dot_product(profile).matrix
+    arithmetic = arithmetic_of(anchor.template)
     return (
-        bytes_alike
+        arithmetic.dot
+        and dot_product(profile, arithmetic.name).matrix
         and anchor.template.startswith(("conv2d", "dense"))
         and profile.cores == 1
         and steps_of(anchor.reduction[-2]) >= _LEAST_STEPS
@@ -91,4 +93,5 @@ def tile_matrix(schedule: Any, tile: Tile, anchor: Anchor, profile: Profile) -> 
     schedule.decompose_reduction(block, reduction[0])
     for pad in blocks_named(schedule, "pad", "pack"):
         vectorise_last(schedule, pad, profile)
-    return in_matrix_registers(schedule.mod["main"], Registers.of(tile, anchor.reduction[-2]), len(outer))
+    dot = dot_product(profile, arithmetic_of(anchor.template).name)
+    return in_matrix_registers(schedule.mod["main"], Registers.of(tile, anchor.reduction[-2]), dot, len(outer))

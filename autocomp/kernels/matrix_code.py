@@ -9,11 +9,16 @@ from typing import Any
 
 from autocomp.hardware.host import ASK_FOR_MATRIX
 from autocomp.kernels import rewrite
+from autocomp.kernels.intrinsics import DotProduct
 from autocomp.kernels.prefetch import fetch, worthwhile
 from autocomp.kernels.tile import Tile
 
 REGISTERS, COLUMNS = 8, 16  # matrix registers, and sums in a row of one
-_ROWS, _STEPS, _BYTES = 16, 16, 64  # of a register, at most; groups of four products in a row; bytes of a row
+_ROWS, _STEPS, _BYTES = (
+    16,
+    16,
+    64,
+)  # of a register, at most; groups of products (four, or two of 16 bits) in a row; bytes of a row
 
 
 def steps_of(depth: int) -> int:
@@ -33,7 +38,7 @@ class Registers:
     starts: tuple[tuple[int, int], ...]  # (row up, first row across) of each register of rows
     vectors: int
     height: int  # rows
-    steps: int  # groups of four products
+    steps: int  # groups of products
 
     @classmethod
     def of(cls, tile: Tile, depth: int) -> Registers:
@@ -70,13 +75,13 @@ class Registers:
         return [int.from_bytes(table[at : at + 8], "little", signed=True) for at in range(0, 64, 8)]
 
 
-def in_matrix_registers(function: Any, registers: Registers, outer: int) -> Any:
+def in_matrix_registers(function: Any, registers: Registers, dot: DotProduct, outer: int) -> Any:
     """The function with matrix instructions behind its ``outer`` loops, its registers shaped at the start and given back at the end."""
     from tvm import tirx
 
     update = rewrite.find_update(function.body)
     assert update is not None
-    products = _Products(update, registers, outer)
+    products = _Products(update, registers, dot, outer)
     if registers.vectors > 1 and products.in_groups:
         raise ValueError("vectors of several groups read other inputs: a tile in matrix registers holds one of them")
     computed = products.statements()
@@ -112,6 +117,7 @@ class _Products:
 
     update: rewrite.Update
     registers: Registers
+    dot: DotProduct
     outer: int
 
     @property
@@ -155,7 +161,7 @@ class _Products:
                 operands = (registers.held + one, registers.turned)
                 a, b = operands if registers.inputs_held else operands[::-1]
                 numbers = map(_register, (registers.sums(part, vector), a, b))
-                body.append(rewrite.call("llvm.x86.tdpbusd", *numbers))
+                body.append(rewrite.call(self.dot.tile, *numbers))
         return [*self._ahead(), *body]
 
     def _ahead(self) -> list[Any]:
@@ -223,7 +229,7 @@ class _Products:
             for index, size in zip(found, data.source.ty.shape, strict=True):
                 flat = flat * int(size) + int(index)
             places.append(flat)
-        return places[1] - places[0]
+        return (places[1] - places[0]) * self.dot.element_bytes
 
 
 def _register(number: int) -> Any:

@@ -16,19 +16,21 @@ class Update:
 
     @property
     def factors(self) -> tuple[Any, Any]:
-        """The loads (of the data, of the weight) whose product is added, without casts."""
+        """The loads (of the data, of the weight) whose product is added, without what makes numbers of them."""
         product = self.realize.block.body.value.b
-        return _uncast(product.a), _uncast(product.b)
+        return _load_in(product.a), _load_in(product.b)
 
     def at(self, indices: Sequence[Any]) -> list[Any]:
         """Indices of the block's own axes, in terms of the loops around it."""
         return substitute([axis.var for axis in self.realize.block.iter_vars], indices, list(self.realize.iter_values))
 
 
-def _uncast(value: Any) -> Any:
-    from tvm import tirx
-
-    return value.value if isinstance(value, tirx.Cast) else value
+def _load_in(value: Any) -> Any:
+    """The load in an expression of one operand: casts, shifts by a constant, bits read as another type."""
+    while not hasattr(value, "indices"):
+        value = next(getattr(value, name) for name in ("value", "a", "args") if hasattr(value, name))
+        value = value if not hasattr(value, "__len__") else value[0]
+    return value
 
 
 def find_update(statement: Any, loops: Sequence[Any] = ()) -> Update | None:

@@ -94,7 +94,7 @@ class ConvSpec:
         if dot is None or not runs:
             return False
         if dot.matrix:
-            return self.in_channels < _MATRIX_RUN
+            return self.in_channels * dot.element_bytes < _MATRIX_RUN
         return dot.steps > 1 and self.in_channels % (dot.width // 2) != 0
 
     @property

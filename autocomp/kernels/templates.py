@@ -98,8 +98,8 @@ def _contraction_tiles(anchor: Anchor, vectors: int, profile: Profile) -> Iterat
     square = anchor.template.startswith(("conv", "depthwise"))
     steps = 1
     unrolls: tuple[int, ...] = (1, 4) if anchor.reduction[-1] % 4 == 0 else (1,)
-    if arithmetic_of(anchor.template).dot:
-        steps, unrolls = dot_product(profile).of_width(anchor.reduction[-1]).steps, (1,)
+    if (arithmetic := arithmetic_of(anchor.template)).dot:
+        steps, unrolls = dot_product(profile, arithmetic.name).of_width(anchor.reduction[-1]).steps, (1,)
     for rows, count in itertools.product(_divisors(across, 28), _divisors(vectors, 8)):
         for rows_up in _divisors(up, 8) if square and rows == across and rows < 8 else (1,):
             # beside the accumulators: a register of weights for each vector, and the broadcast input (or a depthwise product)
@@ -225,7 +225,9 @@ def _tile_contraction(schedule: Any, tile: Tile, anchor: Anchor, profile: Profil
         outer = [channel_outer, *outer, across_outer]
     else:
         outer += [across_outer, channel_outer]
-    intrinsic = arithmetic_of(anchor.template).dot
+    arithmetic = arithmetic_of(anchor.template)
+    dot = dot_product(profile, arithmetic.name).of_width(anchor.reduction[-1]) if arithmetic.dot else None
+    intrinsic = dot is not None and dot.intrinsic
     lane_reduction = [reduction.pop()] if intrinsic else []
     if tile.unroll > 1:
         step, step_inner = schedule.split(reduction.pop(), [None, tile.unroll])
@@ -250,8 +252,8 @@ def _tile_contraction(schedule: Any, tile: Tile, anchor: Anchor, profile: Profil
     if not intrinsic:
         schedule.vectorize(lane)
     start = schedule.decompose_reduction(block, reduction[0])
-    if intrinsic:
-        schedule.tensorize(lane, dot_product(profile).of_width(anchor.reduction[-1]).register())
+    if dot is not None and dot.intrinsic:
+        schedule.tensorize(lane, dot.register())
     *unrolled, vectorised = schedule.get_loops(start)[len(outer) :]
     schedule.vectorize(vectorised)
     for loop in unrolled:

@@ -45,7 +45,7 @@ class Anchor:
 
 def lanes_in(arithmetic: Arithmetic, profile: Profile) -> int:
     """Elements of a vector of sums in an arithmetic: its operands fill a register, but for dot products, which add several to one sum."""
-    return dot_product(profile).lanes if arithmetic.dot else profile.lanes * 32 // arithmetic.bits
+    return dot_product(profile, arithmetic.name).lanes if arithmetic.dot else profile.lanes * 32 // arithmetic.bits
 
 
 def lanes_of(anchor: Anchor, profile: Profile) -> int:

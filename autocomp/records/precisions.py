@@ -15,10 +15,10 @@ from typing import Any, Literal
 from autocomp.records.recurrent import GATES, IN_8_BITS
 from autocomp.records.tolerance import Errors
 
-# fp16: weights and activations in 16 bits. w8a8: both in 8. w8, w4: weights alone, a scale for 64 of them unless g32 or g128 says other.
+# fp16, bf16: weights and activations in 16 bits. w8a8: both in 8. w8, w4: weights alone, a scale for 64 of them unless g32 or g128 says other.
 # vq, rvq: codebooks, the number being bits a weight; rvq ones spend them on several stages over longer runs.
 Precision = Literal[
-    "fp32", "fp16", "w8a8", "w8", "w8g32", "w8g128", "w4", "w4g32", "w4g128",
+    "fp32", "fp16", "bf16", "w8a8", "w8", "w8g32", "w8g128", "w4", "w4g32", "w4g128",
     "vq8", "vq4", "vq2", "vq1", "rvq4", "rvq3", "rvq2",
 ]  # fmt: skip
 FP32: Precision = "fp32"  # what a layer is in that is not compressed
@@ -32,7 +32,7 @@ class Arithmetic:
     """What kernels multiply in: operands of ``bits`` bits, in the ``templates`` it has of its own (``dense`` → ``dense_int8``).
 
     A compiled model may differ from torch by ``tolerance``; ``exact``: a layer by itself by no bit. ``product`` makes the product that
-    the machine's peak is measured with. ``dot``: sums by the target's byte dot product (`kernels.intrinsics`). ``runs``: sums in short
+    the machine's peak is measured with. ``dot``: several products are added to a sum at once (`kernels.intrinsics`). ``runs``: sums in short
     runs that float32 adds up (`kernels.fp16`). ``result`` are the bytes of what a kernel writes.
     """
 
@@ -56,13 +56,19 @@ FLOAT32 = Arithmetic("fp32", 32, (), Errors(1e-3, 1e-3, 1e-3, 1e-3), "autocomp.k
 FLOAT16 = Arithmetic(
     "fp16", 16, ("conv2d", "dense", "depthwise"), Errors(1e-2, 1e-2, 5e-2, 1e-3), "autocomp.kernels.fp16:product", runs=True, result=2
 )  # fmt: skip
+# operands of 8 bits, exact products summed in float32; between layers a value may be moved over a rounding step, as between integer ones
+BFLOAT16 = Arithmetic(
+    "bf16", 16, ("conv2d", "dense"), Errors(2e-2, 5e-2, 0.25, 1e-3), "autocomp.kernels.bf16:product", dot=True, result=2
+)  # fmt: skip
 # An 8-bit layer is exact by itself, but where a float layer feeds it, a sum in another order can move a value over a rounding step: a few
 # activations then differ by one level of 255, and now and then an output by a percent or more. In a residual CNN of 20 quantised layers
 # all outputs together differ by 1.3 to 1.7 % between runtimes, and by as much when it is nudged.
 INT8 = Arithmetic(
     "int8", 8, ("conv2d", "dense", "loop"), Errors(2e-2, 5e-2, 0.25, 1e-3), "autocomp.kernels.compute:int8_product", exact=True, dot=True
 )  # fmt: skip
-ARITHMETICS: Mapping[str, Arithmetic] = {each.name: each for each in (FLOAT32, FLOAT16, INT8)}  # the finest first
+ARITHMETICS: Mapping[str, Arithmetic] = {
+    each.name: each for each in (FLOAT32, FLOAT16, BFLOAT16, INT8)
+}  # the finest first
 
 
 def arithmetic_of(template: str) -> Arithmetic:
@@ -175,6 +181,19 @@ HALF = Family(
     needs={"aarch64": "fullfp16", "x86_64": "avx512fp16"},
     detected=16,
 )
+BRAIN = Family(
+    BFLOAT16,
+    layer="autocomp.layers.bf16:layer_of",
+    size=_plain_bytes,
+    store="autocomp.database.store:store_brain",
+    forms="autocomp.layers.bf16:FORMS",
+    trains="autocomp.recovery.forms.half:TrainingBrain",
+    lowering="autocomp.compiler.bf16:lowering",
+    onnx="autocomp.export.onnx_bf16:translations",
+    covers=("linear", "plain"),
+    needs={"x86_64": "amx-bf16"},
+    detected=16,
+)
 INTEGER = Family(
     INT8,
     layer="autocomp.layers.w8a8:layer_of",
@@ -212,7 +231,7 @@ CODEBOOK = Family(
     trains="autocomp.recovery.forms.centroids:TrainingCentroids",
     flat=True,
 )
-FAMILIES = (FLOAT, HALF, INTEGER, GROUPED, CODEBOOK)
+FAMILIES = (FLOAT, HALF, BRAIN, INTEGER, GROUPED, CODEBOOK)
 
 
 def _codebook(name: Precision, dim: int, stages: int = 1) -> Format:
@@ -224,6 +243,7 @@ FORMATS: Mapping[Precision, Format] = {
     for form in (
         Format("fp32", FLOAT, 32, baseline=True),
         Format("fp16", HALF, 16),
+        Format("bf16", BRAIN, 16),
         Format("w8a8", INTEGER, 8, baseline=True),
         Format("w8", GROUPED, 8, group=64),
         Format("w8g32", GROUPED, 8, group=32),

@@ -117,7 +117,7 @@ def traffic(record: KernelRecord) -> float | None:
 
 def _element(record: KernelRecord) -> float:
     """Bytes of one weight and of one input."""
-    pairs = arithmetic_of(record.operator).dot and record.reduction[-1] == 2  # whose products are of 16-bit integers
+    pairs = arithmetic_of(record.operator).dot and record.reduction[-1] == 2  # whose products are of 16 bits
     return 2.0 if pairs else weight_bytes_of(record.operator)
 
 

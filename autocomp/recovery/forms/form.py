@@ -83,16 +83,16 @@ class _Round(torch.autograd.Function):
         return gradient
 
 
-class _Half(torch.autograd.Function):
-    """The nearest float16, in float32; the gradient goes through in float32, where float16 would lose small ones."""
+class _Sixteen(torch.autograd.Function):
+    """The nearest number of a 16-bit type, in float32; the gradient goes through in float32, where the type would lose small ones."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.half().float()
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype).float()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -102,7 +102,12 @@ def rounded(x: Tensor) -> Tensor:
 
 def in_half(x: Tensor) -> Tensor:
     """Values of float16 in float32, gradients straight through."""
-    return cast(Tensor, _Half.apply(x))
+    return in_sixteen(x, torch.float16)
+
+
+def in_sixteen(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values of a 16-bit type in float32, gradients straight through."""
+    return cast(Tensor, _Sixteen.apply(x, dtype))
 
 
 def levels(x: Tensor, low: int, high: int) -> Tensor:
