@@ -113,9 +113,9 @@ def this_cpu() -> Cpu:
     except OSError:
         raise UsageError("measuring on this machine needs Linux: /proc/cpuinfo cannot be read") from None
     cpu = parse_cpuinfo(text)
-    return (
-        cpu if set(MATRIX) <= cpu.flags and _lends_matrix_registers() else replace(cpu, flags=cpu.flags - set(MATRIX))
-    )
+    if set(MATRIX) <= cpu.flags and _lends_matrix_registers():
+        return cpu
+    return replace(cpu, flags=cpu.flags - set(MATRIX))
 
 
 def _lends_matrix_registers() -> bool:
