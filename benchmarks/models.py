@@ -2,7 +2,8 @@
 
 python benchmarks/models.py [--models resnet18,vit_tiny] [--precision fp32] [--repeats 30]
 
-OpenVINO and ncnn are timed where they are installed (``pip install 'autocomp[references]'``); the column "of the best" is ours over the
+bf16, on processors that have instructions for it, is held against ONNX Runtime's fp32, which has no bf16 of its own, against OpenVINO's bf16, and
+against our own fp32. OpenVINO and ncnn are timed where they are installed (``pip install 'autocomp[references]'``); the column "of the best" is ours over the
 fastest of the others.
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from common import geometric_mean, publish, ratio
 from peers import Peer, peers
-from reference import onnx_fp32, onnx_int8, quantise_model
+from reference import brain_model, onnx_fp32, onnx_int8, quantise_model
 from zoo import BENCHMARKED, ZOO, like
 
 from autocomp.compiler.build import CompiledModel, build
@@ -29,10 +30,15 @@ from autocomp.hardware.profile import load_profile
 from autocomp.hardware.timing import interleaved, quiet_core
 from autocomp.records.latency import KernelTime
 
-PRECISIONS = ("fp32", "w8a8")
+PRECISIONS = ("fp32", "bf16", "w8a8")
 _SHOWN = {"theirs": "ONNX Runtime"}
+_FLOATS = "our fp32"
 CALIBRATION = 4  # inputs that set the int8 ranges, ours and theirs
-GOALS = {"fp32": (0.90, 1.05), "w8a8": (1.00, None)}  # geometric mean of ours / theirs, and the most on any model
+GOALS = {
+    "fp32": (0.90, 1.05),
+    "bf16": (0.53, None),
+    "w8a8": (1.00, None),
+}  # geometric mean of ours / theirs, and the most on any model
 
 
 def measure(name: str, precision: str, device: LocalDevice, repeats: int) -> dict[str, Any]:
@@ -41,19 +47,23 @@ def measure(name: str, precision: str, device: LocalDevice, repeats: int) -> dic
     calibration = [like(inputs, seed) for seed in range(1, CALIBRATION + 1)]
     with torch.no_grad():
         exact = model(*inputs)
-    if precision == "fp32":
-        ours, theirs, note = model, onnx_fp32(model, inputs), ""
+    if precision in ("fp32", "bf16"):
+        ours, note = (model if precision == "fp32" else brain_model(model)), ""
+        theirs = onnx_fp32(model, inputs)
     else:
         ours = quantise_model(model, calibration)
         theirs, note = onnx_int8(model, inputs, calibration)
-    others, refused = peers(model, inputs, "fp32" if precision == "fp32" else "int8", calibration)
+    others, refused = peers(model, inputs, "int8" if precision == "w8a8" else precision, calibration)
     compiled = build(ours, inputs, device.profile, device.tuner)
     error = _checked(compiled, ours, inputs, exact)
     others = [peer for peer in others if _agrees(peer, exact, precision, refused)]
     calls = {"ours": compiled.prepare(*inputs), "theirs": theirs.run, **{peer.name: peer.run for peer in others}}
+    if precision == "bf16":
+        calls[_FLOATS] = build(model, inputs, device.profile, device.tuner).prepare(*inputs)
     with quiet_core():
         samples = interleaved(calls, repeats=repeats)
-    best = min((side for side in samples if side != "ours"), key=lambda side: float(np.median(samples[side])))
+    rivals = [side for side in samples if side not in ("ours", _FLOATS)]
+    best = min(rivals, key=lambda side: float(np.median(samples[side])))
     return {
         "model": name, "precision": precision, "samples": samples, "ratio": ratio(samples["ours"], samples["theirs"]),
         "best": _SHOWN.get(best, best), "of_the_best": ratio(samples["ours"], samples[best]), "refused": refused,
@@ -156,6 +166,9 @@ def main() -> None:
     results, rows, notes = [], [], []
     for name in options.models.split(","):
         for precision in options.precision.split(","):
+            if precision != "fp32" and precision not in profile.precisions:
+                notes.append(f"{name}, {precision}: this processor has no kernels for it.")
+                continue
             result = measure(name, precision, device, options.repeats)
             results.append(result)
             middle, low, high = result["ratio"]
@@ -182,6 +195,16 @@ def main() -> None:
         if ratios:
             summary[precision] = geometric_mean(ratios)
             ceiling = f", and at most {most} on each" if most else ""
+            if precision == "bf16":
+                floats = [
+                    ratio(result["samples"]["ours"], result["samples"][_FLOATS])[0]
+                    for result in results
+                    if result["precision"] == precision
+                ]
+                notes.insert(
+                    0,
+                    f"bf16 over our own fp32: {geometric_mean(floats):.3f} in the geometric mean (goal <= 0.53), most {max(floats):.3f}.",
+                )
             of_best = geometric_mean(result["of_the_best"][0] for result in results if result["precision"] == precision)
             summary[f"{precision} of the best"] = of_best
             rows.append([

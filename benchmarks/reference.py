@@ -19,6 +19,7 @@ from autocomp.compress.scales import activation_parameters, quantised
 from autocomp.export.onnx import export_onnx, onnx_session
 from autocomp.graph.fold import fold_batchnorm
 from autocomp.hardware.timing import interleaved, quiet_core
+from autocomp.layers.bf16 import in_brain
 from autocomp.layers.fp16 import halved
 
 Inputs = tuple[Tensor, ...]
@@ -54,6 +55,11 @@ def quantise_model(model: nn.Module, calibration: Sequence[Inputs]) -> nn.Module
 def halve_model(model: nn.Module) -> nn.Module:
     """A copy with BatchNorm folded and every convolution and linear layer in fp16."""
     return replace_layers(fold_batchnorm(model), LAYERS, halved)
+
+
+def brain_model(model: nn.Module) -> nn.Module:
+    """A copy with BatchNorm folded and every convolution and linear layer in bfloat16."""
+    return replace_layers(fold_batchnorm(model), LAYERS, in_brain)
 
 
 def replace_layers(model: nn.Module, kinds: tuple[type, ...], made_of: Callable[[Any], nn.Module]) -> nn.Module:

@@ -180,8 +180,9 @@ def _loops(record: KernelRecord) -> str:
 
 
 def _tile(tile: Mapping[str, Any]) -> str:
-    """What of a tile is chosen: factors of 1 and switches that are on say nothing."""
-    return " ".join(f"{name}={value}" for name, value in tile.items() if value != 1)
+    """What of a tile is chosen: factors of 1 and loops in their usual order say nothing."""
+    chosen = [f"{name}={value}" for name, value in tile.items() if name != "matrix" and value != 1]
+    return " ".join([*chosen, "in matrix registers"] if tile.get("matrix") else chosen)
 
 
 def _ceiling_line(ceiling: limits.Roofline) -> str:
