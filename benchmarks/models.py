@@ -2,9 +2,9 @@
 
 python benchmarks/models.py [--models resnet18,vit_tiny] [--precision fp32] [--repeats 30]
 
-bf16, on processors that have instructions for it, is held against ONNX Runtime's fp32, which has no bf16 of its own, against OpenVINO's bf16, and
-against our own fp32. OpenVINO and ncnn are timed where they are installed (``pip install 'autocomp[references]'``); the column "of the best" is ours over the
-fastest of the others.
+bf16, on processors that have instructions for it, is held against OpenVINO's bf16, against ONNX Runtime's fp32 (it has no bf16 of its own here),
+and against our own fp32. OpenVINO and ncnn are timed where they are installed (``pip install 'autocomp[references]'``); the column "of the best"
+is ours over the fastest of the others.
 """
 
 from __future__ import annotations
