@@ -107,7 +107,7 @@ def test_list_of_a_profile_shows_the_roofline(run: Run) -> None:
     code, out, _ = run("list", "--profile", "x86-host", "--json")
     found = json.loads(out)
     assert found["roofline"] == {
-        "fp32": pytest.approx(2e11), "fp16": None, "int8": pytest.approx(8e11), "bandwidth": pytest.approx(67_108_864 / 2e-3),
+        "fp32": pytest.approx(2e11), "fp16": None, "bf16": None, "int8": pytest.approx(8e11), "bandwidth": pytest.approx(67_108_864 / 2e-3),
     }  # fmt: skip
     assert found["kernels"][1]["bound"] == "memory"
 
