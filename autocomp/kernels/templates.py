@@ -32,6 +32,9 @@ from autocomp.records.precisions import ARITHMETICS, arithmetic_of
 
 VERSION = 7  # raise when a change here makes stored choices worth finding again
 
+_WINOGRAD_TILES = (
+    5  # that are tried: each is much code, and takes three times as long to build as one of another template
+)
 _MATRIX_TILES = 4  # that are tried before tiles of vectors
 _MOST_BAND = 14
 _BAND_BYTES = 40 << 10  # of 48 KB nearest cache; measured on depthwise layers of MobileNetV2 and V3
@@ -75,7 +78,7 @@ def tiles(anchor: Anchor, profile: Profile) -> list[Tile]:
         found = winograd_tiles.candidates(anchor, profile)
         return sorted(
             found, key=lambda tile: _cost(tile, anchor, profile) + winograd_tiles.band_cost(tile, anchor, profile)
-        )
+        )[:_WINOGRAD_TILES]
     if anchor.template not in CONTRACTIONS:
         return [Tile()]
     lanes = lanes_of(anchor, profile)

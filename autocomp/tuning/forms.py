@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DIRECT = 0
 _NEAR = 2 << 20  # bytes of transformed weights that a core has near; of more, smaller tiles may be ahead
-_SMALL = 16  # outputs across, of which large tiles leave many beyond the edge
+_WASTE = 1.3  # of outputs that large tiles cover to those there are, from which on smaller ones may be ahead
 _GAIN = 0.97  # of the direct form's time, within which it stays direct
 
 
@@ -40,8 +40,10 @@ def _sizes(spec: ConvSpec) -> list[int]:
     sizes = [size for size in winograd.SIZES if winograd.fits(spec, size)]
     if not sizes:
         return []
-    large = 4 * math.prod(winograd.weight_shape(spec, sizes[0])) > _NEAR
-    return sizes if large or max(spec.out_size) <= _SMALL else sizes[:1]
+    far = 4 * math.prod(winograd.weight_shape(spec, sizes[0])) > _NEAR
+    sides = zip(winograd.axes(spec, sizes[0]), spec.out_size, strict=True)
+    covered = math.prod(-(-size // axis.outputs) * axis.outputs for axis, size in sides)
+    return sizes if far or covered >= _WASTE * math.prod(spec.out_size) else sizes[:1]
 
 
 def _best(found: dict[int, float]) -> int:
