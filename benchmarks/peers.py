@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from reference import Inputs, Session, quantised_onnx
+from reference import Inputs, quantised_onnx
 from torch import Tensor, nn
 
 from autocomp.errors import last_line
@@ -108,7 +108,3 @@ def ncnn(model: nn.Module, inputs: Inputs, threads: int = 1) -> Peer:
         return extractor.extract("out0")[1]
 
     return Peer("ncnn", run, lambda: torch.from_numpy(np.array(run()))[None])
-
-
-def onnx_runtime(session: Session) -> Peer:
-    return Peer("ONNX Runtime", session.run, session.output)

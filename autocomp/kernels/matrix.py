@@ -16,8 +16,16 @@ from typing import Any
 from autocomp.hardware.profile import Profile
 from autocomp.kernels.intrinsics import dot_product
 from autocomp.kernels.matrix_code import COLUMNS, REGISTERS, Registers, in_matrix_registers, parts_of, steps_of
-from autocomp.kernels.schedules import blocks_named, flatten_rows, keep_in_registers, vectorise_last, write_back
-from autocomp.kernels.tile import Anchor, Tile
+from autocomp.kernels.schedules import (
+    blocks_named,
+    cut_rows_up,
+    flatten_rows,
+    keep_in_registers,
+    part_cropped,
+    vectorise_last,
+    write_back,
+)
+from autocomp.kernels.tile import Anchor, Tile, divisors
 from autocomp.records.precisions import arithmetic_of
 
 _MOST_UP, _MOST_ROWS = 4, 64
@@ -44,8 +52,8 @@ def candidates(anchor: Anchor, profile: Profile) -> list[Tile]:
 def _candidates(anchor: Anchor) -> Iterator[Tile]:
     *_, up, across = (1, *anchor.spatial[:-1])
     vectors = anchor.spatial[-1] // COLUMNS
-    for rows, count in itertools.product(_divisors(across, _MOST_ROWS), _divisors(vectors, REGISTERS)):
-        ups = _divisors(up, _MOST_UP) if rows == across and anchor.template.startswith("conv2d") else [1]
+    for rows, count in itertools.product(divisors(across, _MOST_ROWS), divisors(vectors, REGISTERS)):
+        ups = divisors(up, _MOST_UP) if rows == across and anchor.template.startswith("conv2d") else [1]
         for rows_up in ups:
             parts = parts_of(rows) * rows_up
             if rows % parts_of(rows) == 0 and parts * count + min(parts, count) + 1 <= REGISTERS:
@@ -64,10 +72,6 @@ def _cost(tile: Tile, anchor: Anchor) -> float:
     return cycles / (count * tile.rows * tile.rows_up * tile.vectors * steps) * (1 + 0.01 * (not tile.channels_outer))
 
 
-def _divisors(value: int, limit: int) -> list[int]:
-    return [divisor for divisor in range(1, min(value, limit) + 1) if value % divisor == 0]
-
-
 def tile_matrix(schedule: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:
     """Schedule a fused function and put matrix instructions in the place of its anchor's inner loops; returns the function."""
     (block,) = blocks_named(schedule, "anchor")
@@ -77,18 +81,13 @@ def tile_matrix(schedule: Any, tile: Tile, anchor: Anchor, profile: Profile) -> 
     loops = schedule.get_loops(block)
     spatial, reduction = loops[: len(anchor.spatial)], loops[len(anchor.spatial) :]
     *outer, across, channel = spatial
-    inner: list[Any] = []
-    if tile.rows_up > 1:
-        up, up_inner = schedule.split(outer.pop(), [None, tile.rows_up])
-        outer.append(up)
-        inner.append(up_inner)
+    inner = cut_rows_up(schedule, outer, tile.rows_up)
     across_outer, across_inner = schedule.split(across, [None, tile.rows])
     channel_outer, channel_inner = schedule.split(channel, [None, tile.vectors * COLUMNS])
     outer = [channel_outer, *outer, across_outer] if tile.channels_outer else [*outer, across_outer, channel_outer]
     schedule.reorder(*outer, *reduction, *inner, across_inner, channel_inner)
     schedule.reverse_compute_at(last, outer[-1], preserve_unit_loops=True)
-    if int(schedule.get(last).iter_vars[-1].dom.extent) != anchor.spatial[-1]:
-        schedule.annotate(channel_outer, "pragma_loop_partition_hint", 1)  # as `templates` does for cropped columns
+    part_cropped(schedule, last, anchor.spatial[-1], channel_outer)
     write_back(schedule, last, len(outer), COLUMNS)
     schedule.decompose_reduction(block, reduction[0])
     for pad in blocks_named(schedule, "pad", "pack"):

@@ -14,15 +14,12 @@ from autocomp.kernels.prefetch import fetch, worthwhile
 from autocomp.kernels.tile import Tile
 
 REGISTERS, COLUMNS = 8, 16  # matrix registers, and sums in a row of one
-_ROWS, _STEPS, _BYTES = (
-    16,
-    16,
-    64,
-)  # of a register, at most; groups of products (four, or two of 16 bits) in a row; bytes of a row
+_ROWS, _BYTES = 16, 64  # of a register, at most, and of a row
+_STEPS = 16  # groups of products (four, or two of 16 bits) in a row
 
 
 def steps_of(depth: int) -> int:
-    """Groups of four products that one instruction takes of each sum, of ``depth`` such groups."""
+    """Groups of products that one instruction takes of each sum, of ``depth`` such groups."""
     return max(step for step in range(1, _STEPS + 1) if depth % step == 0)
 
 

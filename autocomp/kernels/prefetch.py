@@ -18,8 +18,7 @@ _READ, _INTO_SECOND_LEVEL, _DATA = 0, 2, 1  # what llvm.prefetch is told: prefet
 
 def worthwhile(weight: Any) -> bool:
     """Whether the weights that a load reads are many enough."""
-    size = int(_bytes(weight.source.ty.dtype))
-    return size * math.prod(int(extent) for extent in weight.source.ty.shape) >= _LEAST
+    return _bytes(weight.source.ty.dtype) * math.prod(int(extent) for extent in weight.source.ty.shape) >= _LEAST
 
 
 def _bytes(dtype: Any) -> int:

@@ -21,6 +21,29 @@ def write_back(schedule: Any, last: Any, depth: int, lanes: int) -> None:
         schedule.unroll(loop)
 
 
+def in_registers(schedule: Any, *loops: Any) -> None:
+    """Vectorise the last of some loops and unroll the others."""
+    *unrolled, lane = loops
+    schedule.vectorize(lane)
+    for loop in unrolled:
+        schedule.unroll(loop)
+
+
+def cut_rows_up(schedule: Any, outer: list[Any], rows_up: int) -> list[Any]:
+    """Split the innermost of the loops over rows, in place, for a tile of several; the inner loop, if there is one."""
+    if rows_up == 1:
+        return []
+    up, inner = schedule.split(outer.pop(), [None, rows_up])
+    outer.append(up)
+    return [inner]
+
+
+def part_cropped(schedule: Any, last: Any, channels: int, channel_outer: Any) -> None:
+    """Where columns are cropped, whole vectors lose the condition, and with it their scalar stores, to a loop of their own."""
+    if int(schedule.get(last).iter_vars[-1].dom.extent) != channels:
+        schedule.annotate(channel_outer, "pragma_loop_partition_hint", 1)
+
+
 def flatten_rows(schedule: Any, last: Any) -> None:
     """Give the epilogue the anchor's two axes (all rows, channels), so that tiles of rows map onto it."""
     from tvm import tirx

@@ -16,25 +16,25 @@ from autocomp.hardware.profile import Profile
 from autocomp.kernels import matrix, neon, winograd, winograd_tiles
 from autocomp.kernels.compute import FLOPS, RUNS, TEMPLATE
 from autocomp.kernels.intrinsics import dot_product
-from autocomp.kernels.prefetch import prefetch_weights
 from autocomp.kernels.schedules import (
     blocks_named,
     blocks_of,
+    cut_rows_up,
     flatten_rows,
+    in_registers,
     keep_in_registers,
+    part_cropped,
     reductions,
     schedule_rowwise,
     vectorise_last,
     write_back,
 )
-from autocomp.kernels.tile import Anchor, Tile, lanes_of
+from autocomp.kernels.tile import Anchor, Tile, divisors, lanes_of
 from autocomp.records.precisions import ARITHMETICS, arithmetic_of
 
 VERSION = 7  # raise when a change here makes stored choices worth finding again
 
-_WINOGRAD_TILES = (
-    5  # that are tried: each is much code, and takes three times as long to build as one of another template
-)
+_WINOGRAD_TILES = 5  # that are tried: much code each, which takes three times as long to build as another template's
 _MATRIX_TILES = 4  # that are tried before tiles of vectors
 _MOST_BAND = 14
 _BAND_BYTES = 40 << 10  # of 48 KB nearest cache; measured on depthwise layers of MobileNetV2 and V3
@@ -103,8 +103,8 @@ def _contraction_tiles(anchor: Anchor, vectors: int, profile: Profile) -> Iterat
     unrolls: tuple[int, ...] = (1, 4) if anchor.reduction[-1] % 4 == 0 else (1,)
     if (arithmetic := arithmetic_of(anchor.template)).dot:
         steps, unrolls = dot_product(profile, arithmetic.name).of_width(anchor.reduction[-1]).steps, (1,)
-    for rows, count in itertools.product(_divisors(across, 28), _divisors(vectors, 8)):
-        for rows_up in _divisors(up, 8) if square and rows == across and rows < 8 else (1,):
+    for rows, count in itertools.product(divisors(across, 28), divisors(vectors, 8)):
+        for rows_up in divisors(up, 8) if square and rows == across and rows < 8 else (1,):
             # beside the accumulators: a register of weights for each vector, and the broadcast input (or a depthwise product)
             if rows * rows_up * count + steps * count + 1 > profile.vector_registers:
                 continue
@@ -116,9 +116,9 @@ def _contraction_tiles(anchor: Anchor, vectors: int, profile: Profile) -> Iterat
 def _depthwise_tiles(anchor: Anchor, vectors: int, profile: Profile) -> Iterator[Tile]:
     """Long rows of one or two registers; bands whose padded inputs fit the nearest cache, and the ones beside them."""
     *_, up, across, _ = anchor.spatial
-    bands = [band for band in _divisors(up, _MOST_BAND) if _band_bytes(band, anchor, profile) <= _BAND_BYTES]
+    bands = [band for band in divisors(up, _MOST_BAND) if _band_bytes(band, anchor, profile) <= _BAND_BYTES]
     most = 4 if neon.is_neon(profile) else 2
-    for rows, count, band in itertools.product(_divisors(across, 14), _divisors(vectors, most), [*bands[-2:], 0]):
+    for rows, count, band in itertools.product(divisors(across, 14), divisors(vectors, most), [*bands[-2:], 0]):
         if rows * count + count + 1 <= profile.vector_registers:
             yield Tile(rows, count, band=band)
 
@@ -158,9 +158,8 @@ def apply(function: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:
 
     if _is_scheduled(function):
         return function
-    short = _short_indices(
-        function
-    )  # held while it is scheduled: TVM changes in place what nobody holds, and the function shares its loops
+    # held while it is scheduled: TVM changes in place what nobody holds, and the function shares its loops
+    short = _short_indices(function)
     schedule = s_tir.Schedule(short)
     if not tile.rows or (anchor.template == winograd.NAME and not tile.vectors):
         return schedule.mod["main"].with_attr("tirx.is_scheduled", True)
@@ -170,8 +169,8 @@ def apply(function: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:
     if tile.matrix:
         return matrix.tile_matrix(schedule, tile, anchor, profile).with_attr("tirx.is_scheduled", True)
     if anchor.template == winograd.NAME:
-        winograd_tiles.tile_winograd(schedule, tile, profile)
-    elif weight_only.is_weight_only(anchor):
+        return winograd_tiles.tile_winograd(schedule, tile, profile).with_attr("tirx.is_scheduled", True)
+    if weight_only.is_weight_only(anchor):
         weight_only.tile_weight_only(schedule, tile, anchor, profile)
     elif arithmetic_of(anchor.template).runs and tile.vectors and len(reductions(schedule)) > 1:
         fp16.tile_runs(schedule, tile, anchor, profile)
@@ -179,10 +178,7 @@ def apply(function: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:
         _tile_contraction(schedule, tile, anchor, profile)
     else:
         schedule_rowwise(schedule, profile)
-    result = schedule.mod["main"]
-    if anchor.template == winograd.NAME:
-        result = prefetch_weights(result, winograd.BLOCKS_AXIS, tile.vectors)
-    return result.with_attr("tirx.is_scheduled", True)
+    return schedule.mod["main"].with_attr("tirx.is_scheduled", True)
 
 
 def _short_indices(function: Any) -> Any:
@@ -208,11 +204,7 @@ def _tile_contraction(schedule: Any, tile: Tile, anchor: Anchor, profile: Profil
     loops = schedule.get_loops(block)
     spatial, reduction = loops[: len(anchor.spatial)], loops[len(anchor.spatial) :]
     *outer, across, channel = spatial
-    inner: list[Any] = []
-    if tile.rows_up > 1:
-        up, up_inner = schedule.split(outer.pop(), [None, tile.rows_up])
-        outer.append(up)
-        inner.append(up_inner)
+    inner = cut_rows_up(schedule, outer, tile.rows_up)
     band: list[Any] = []
     if tile.band:
         up, up_inner = schedule.split(outer.pop(), [None, tile.band])
@@ -243,9 +235,8 @@ def _tile_contraction(schedule: Any, tile: Tile, anchor: Anchor, profile: Profil
     if profile.cores > 1:
         outer = [schedule.fuse(*outer)]
         schedule.parallel(outer[0])
-    elif int(schedule.get(last).iter_vars[-1].dom.extent) != anchor.spatial[-1]:
-        # columns are cropped: whole vectors lose the condition, and with it their scalar stores, to a loop of their own
-        schedule.annotate(channel_outer, "pragma_loop_partition_hint", 1)
+    else:
+        part_cropped(schedule, last, anchor.spatial[-1], channel_outer)
     outer += band
     for loop in (*inner, vector):
         schedule.unroll(loop)
@@ -257,10 +248,7 @@ def _tile_contraction(schedule: Any, tile: Tile, anchor: Anchor, profile: Profil
     start = schedule.decompose_reduction(block, reduction[0])
     if dot is not None and dot.intrinsic:
         schedule.tensorize(lane, dot.register())
-    *unrolled, vectorised = schedule.get_loops(start)[len(outer) :]
-    schedule.vectorize(vectorised)
-    for loop in unrolled:
-        schedule.unroll(loop)
+    in_registers(schedule, *schedule.get_loops(start)[len(outer) :])
     for pad in blocks_named(schedule, "pad", "pack"):
         vectorise_last(schedule, pad, profile)
 
@@ -291,7 +279,3 @@ def _anchor_block(schedule: Any) -> Any:
         if TEMPLATE in schedule.get(block).annotations:
             return block
     return None
-
-
-def _divisors(value: int, limit: int) -> list[int]:
-    return [divisor for divisor in range(1, min(value, limit) + 1) if value % divisor == 0]

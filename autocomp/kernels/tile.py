@@ -33,6 +33,11 @@ class Tile:
         return asdict(self)
 
 
+def divisors(value: int, limit: int) -> list[int]:
+    """The divisors of an extent up to a limit: what a loop is cut into without a rest."""
+    return [divisor for divisor in range(1, min(value, limit) + 1) if value % divisor == 0]
+
+
 @dataclass(frozen=True)
 class Anchor:
     """What the scheduler must know of a fused function: its template, arithmetic, and the extents of its anchor's loops."""

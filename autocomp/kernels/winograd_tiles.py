@@ -13,9 +13,10 @@ from typing import Any
 
 from autocomp.hardware.profile import Profile
 from autocomp.kernels import neon
-from autocomp.kernels.schedules import blocks_named, extent_of, inline_epilogue, vectorise_last
-from autocomp.kernels.tile import Anchor, Tile
-from autocomp.kernels.winograd import OUTPUTS
+from autocomp.kernels.prefetch import prefetch_weights
+from autocomp.kernels.schedules import blocks_named, extent_of, in_registers, inline_epilogue, vectorise_last
+from autocomp.kernels.tile import Anchor, Tile, divisors
+from autocomp.kernels.winograd import BLOCKS_AXIS, OUTPUTS
 
 _WIDEST = 14  # tiles of a row that one register tile may hold
 _MOST_UP = 8
@@ -26,11 +27,11 @@ _NEAR_RATE, _FAR_RATE = 32, 8  # bytes a cycle that come from there
 def candidates(anchor: Anchor, profile: Profile) -> Iterator[Tile]:
     """The legal tiles of a kernel."""
     *_, down, across, channels = anchor.spatial
-    bands = [band for band in _divisors(down, down) if _band_bytes(band, anchor) <= _FAR] or [1]
+    bands = [band for band in divisors(down, down) if _band_bytes(band, anchor) <= _FAR] or [1]
     unrolls = (1, 4) if neon.is_neon(profile) and anchor.reduction[-1] % 4 == 0 else (1,)
-    for band, rows in itertools.product(bands, _divisors(across, _WIDEST)):
-        ups = _divisors(band, _MOST_UP) if rows == across else [1]
-        for up, count, unroll in itertools.product(ups, _divisors(channels // profile.lanes, 8), unrolls):
+    for band, rows in itertools.product(bands, divisors(across, _WIDEST)):
+        ups = divisors(band, _MOST_UP) if rows == across else [1]
+        for up, count, unroll in itertools.product(ups, divisors(channels // profile.lanes, 8), unrolls):
             if rows * up * count + count + 1 <= profile.vector_registers:
                 yield Tile(rows, count, unroll, rows_up=up, band=band)
 
@@ -52,12 +53,8 @@ def _band_bytes(band: int, anchor: Anchor) -> int:
     return 4 * math.prod(points) * band * across * (anchor.reduction[-1] + channels)
 
 
-def _divisors(value: int, limit: int) -> list[int]:
-    return [divisor for divisor in range(1, min(value, limit) + 1) if value % divisor == 0]
-
-
-def tile_winograd(schedule: Any, tile: Tile, profile: Profile) -> None:
-    """Cut a kernel into bands: a band's inputs transformed, its products, and back through the epilogue."""
+def tile_winograd(schedule: Any, tile: Tile, profile: Profile) -> Any:
+    """Cut a kernel into bands, each of inputs transformed, products, and back through the epilogue; returns the function."""
     lanes = profile.lanes
     (block,), (back,), (columns,), (points,), (rows,) = (
         blocks_named(schedule, name) for name in ("anchor", "back", "columns", "points", "rows")
@@ -68,6 +65,7 @@ def tile_winograd(schedule: Any, tile: Tile, profile: Profile) -> None:
     for pad in blocks_named(schedule, "pad"):
         schedule.compute_at(pad, out, preserve_unit_loops=True)
         vectorise_last(schedule, pad, profile)
+    return prefetch_weights(schedule.mod["main"], BLOCKS_AXIS, tile.vectors)
 
 
 def _back(schedule: Any, columns: Any, back: Any, tile: Tile, profile: Profile) -> Any:
@@ -86,19 +84,11 @@ def _back(schedule: Any, columns: Any, back: Any, tile: Tile, profile: Profile) 
     if epilogue is not None:
         schedule.set_scope(back, 0, "local")
         schedule.compute_at(back, vector, preserve_unit_loops=True)
-        *_, back_p, back_q, back_lane = schedule.get_loops(back)
-        schedule.vectorize(back_lane)
-        for loop in (back_p, back_q):
-            schedule.unroll(loop)
+        in_registers(schedule, *schedule.get_loops(back)[-3:])
     schedule.set_scope(columns, 0, "local")
     schedule.compute_at(columns, vector, preserve_unit_loops=True)
-    *_, c_p, c_j, c_lane = schedule.get_loops(columns)
-    schedule.vectorize(c_lane)
-    for loop in (c_p, c_j):
-        schedule.unroll(loop)
-    schedule.vectorize(lane)
-    for loop in (p, q):
-        schedule.unroll(loop)
+    in_registers(schedule, *schedule.get_loops(columns)[-3:])
+    in_registers(schedule, p, q, lane)
     if profile.cores > 1:
         band = schedule.fuse(n, band)
         schedule.parallel(band)
@@ -123,22 +113,15 @@ def _products(schedule: Any, block: Any, band: Any, tile: Tile, lanes: int) -> N
     left, left_inner = schedule.split(w, [None, tile.rows])
     vector, vector_inner, lane = schedule.split(o, [None, tile.vectors, lanes])
     schedule.reorder(i, j, n, vector, up, left, up_inner, left_inner, vector_inner, lane)
-    schedule.vectorize(lane)
-    for loop in (up_inner, left_inner, vector_inner):
-        schedule.unroll(loop)
+    in_registers(schedule, up_inner, left_inner, vector_inner, lane)
     schedule.compute_at(block, left, preserve_unit_loops=True)
     *_, b_i, b_j, b_n, b_h, b_w, b_o, rc = schedule.get_loops(block)
     b_vector, b_lane = schedule.split(b_o, [None, lanes])
     steps = [rc] if tile.unroll == 1 else list(schedule.split(rc, [None, tile.unroll]))
     schedule.reorder(*steps, b_i, b_j, b_n, b_h, b_w, b_vector, b_lane)
-    schedule.vectorize(b_lane)
-    for loop in (*steps[1:], b_h, b_w, b_vector):
-        schedule.unroll(loop)
+    in_registers(schedule, *steps[1:], b_h, b_w, b_vector, b_lane)
     start = schedule.decompose_reduction(block, steps[0])
-    *_, s_h, s_w, s_vector, s_lane = schedule.get_loops(start)
-    schedule.vectorize(s_lane)
-    for loop in (s_h, s_w, s_vector):
-        schedule.unroll(loop)
+    in_registers(schedule, *schedule.get_loops(start)[-4:])
 
 
 def _forth(schedule: Any, points: Any, rows: Any, band: Any, lanes: int) -> None:
@@ -147,12 +130,7 @@ def _forth(schedule: Any, points: Any, rows: Any, band: Any, lanes: int) -> None
     width = math.gcd(extent_of(schedule, c), lanes)
     vector, lane = schedule.split(c, [None, width])
     schedule.reorder(n, h, w, vector, i, j, lane)
-    schedule.vectorize(lane)
-    for loop in (i, j):
-        schedule.unroll(loop)
+    in_registers(schedule, i, j, lane)
     schedule.set_scope(rows, 0, "local")
     schedule.compute_at(rows, vector, preserve_unit_loops=True)
-    *_, r_i, r_j, r_c = schedule.get_loops(rows)
-    schedule.vectorize(r_c)
-    for loop in (r_i, r_j):
-        schedule.unroll(loop)
+    in_registers(schedule, *schedule.get_loops(rows)[-3:])

@@ -52,9 +52,7 @@ def finish(prepared: Prepared, found: Found) -> Run:
     write_provenance(prepared)
     write_front(folder, run)
     shown = {point.evaluation.candidate.id for point in (run.dense, *run.front)}
-    for (
-        evaluation
-    ) in found.told:  # of points that were on the front when the run was last at its end: until here they still were
+    for evaluation in found.told:  # of points that were on the front when the run was last at its end, and until here
         if evaluation.candidate.id not in shown:
             shutil.rmtree(folder / "models" / evaluation.candidate.id, ignore_errors=True)
     return run

@@ -27,8 +27,7 @@ def choose(tuner: Tuner, specs: Iterable[ConvSpec]) -> dict[ConvSpec, int]:
     """Outputs of a tile along an axis by convolution, `DIRECT` for those that are computed directly; tunes what the store lacks."""
     offered = {spec: sizes for spec in dict.fromkeys(specs) if (sizes := _sizes(spec))}
     times: dict[ConvSpec, dict[int, float]] = {spec: {} for spec in offered}
-    _time(tuner, times, [(spec, sizes[0]) for spec, sizes in offered.items()])
-    _time(tuner, times, [(spec, size) for spec, sizes in offered.items() for size in sizes[1:]])
+    _time(tuner, times, [(spec, size) for spec, sizes in offered.items() for size in sizes])
     peak = tuner.peak(winograd.NAME) or math.inf
     near = [spec for spec, found in times.items() if min(found.values()) >= spec.flops / peak]
     _time(tuner, times, [(spec, DIRECT) for spec in near])
