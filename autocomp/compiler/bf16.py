@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autocomp.compiler import convolutions
-from autocomp.compiler.vectors import whole_vectors, without_padding
+from autocomp.compiler.vectors import in_whole_vectors
 from autocomp.hardware.profile import Profile
 from autocomp.kernels import bf16, compute, packing
 from autocomp.kernels.specs import ConvSpec, DenseSpec
@@ -83,15 +83,19 @@ class BrainConverter:
 
         def emit(data: Any, weight: Any, strides: Any, borders: Any, dilation: Any, groups: int) -> Any:
             low, high = zip(*borders, strict=True)
-            tiled, shape = whole_vectors(weight.value, groups, self.lanes), [int(size) for size in data.ty.shape]
-            spec = ConvSpec.of(shape, tiled.shape, strides, [*low, *high], dilation, groups, self.lanes)
-            packed = relax.const(packing.pack_conv_weight(tiled, spec, self.dot))
-            sums = builder.emit_te(
-                lambda data, w: compute.conv2d(data, w, spec, self.dot), data, packed, primfunc_name_hint="conv2d_bf16"
-            )
-            if len(tiled) == len(weight.value):
-                return sums
-            return builder.emit_te(without_padding, sums, groups, len(weight.value), primfunc_name_hint="take_channels")
+            shape = [int(size) for size in data.ty.shape]
+
+            def sums(tiled: np.ndarray) -> Any:
+                spec = ConvSpec.of(shape, tiled.shape, strides, [*low, *high], dilation, groups, self.lanes)
+                packed = relax.const(packing.pack_conv_weight(tiled, spec, self.dot))
+                return builder.emit_te(
+                    lambda data, w: compute.conv2d(data, w, spec, self.dot),
+                    data,
+                    packed,
+                    primfunc_name_hint="conv2d_bf16",
+                )
+
+            return in_whole_vectors(builder, weight.value, groups, self.lanes, sums)
 
         return emit
 

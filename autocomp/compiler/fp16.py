@@ -67,18 +67,21 @@ class HalfConverter:
         """What makes a plain convolution of 16-bit values."""
         from tvm import relax
 
-        from autocomp.compiler.vectors import whole_vectors, without_padding
+        from autocomp.compiler.vectors import in_whole_vectors
 
         def emit(data: Any, weight: Any, strides: Any, borders: Any, dilation: Any, groups: int) -> Any:
             low, high = zip(*borders, strict=True)
-            tiled, shape = whole_vectors(weight.value, groups, self.lanes), [int(size) for size in data.ty.shape]
-            spec = ConvSpec.of(shape, tiled.shape, strides, [*low, *high], dilation, groups, self.lanes)
-            packed = relax.const(fp16.pack_conv_weight(tiled, spec))
-            name = "depthwise_fp16" if spec.depthwise else "conv2d_fp16"
-            sums = builder.emit_te(lambda data, w: fp16.conv2d(data, w, spec), data, packed, primfunc_name_hint=name)
-            if len(tiled) == len(weight.value):
-                return sums
-            return builder.emit_te(without_padding, sums, groups, len(weight.value), primfunc_name_hint="take_channels")
+            shape = [int(size) for size in data.ty.shape]
+
+            def sums(tiled: np.ndarray) -> Any:
+                spec = ConvSpec.of(shape, tiled.shape, strides, [*low, *high], dilation, groups, self.lanes)
+                packed = relax.const(fp16.pack_conv_weight(tiled, spec))
+                name = "depthwise_fp16" if spec.depthwise else "conv2d_fp16"
+                return builder.emit_te(
+                    lambda data, w: fp16.conv2d(data, w, spec), data, packed, primfunc_name_hint=name
+                )
+
+            return in_whole_vectors(builder, weight.value, groups, self.lanes, sums)
 
         return emit
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,17 @@ def whole_vectors(weight: np.ndarray, groups: int, lanes: int) -> np.ndarray:
     padded = np.zeros((groups, round_up(outputs, lanes), *weight.shape[1:]), weight.dtype)
     padded[:, :outputs] = weight.reshape(groups, outputs, *weight.shape[1:])
     return padded.reshape(-1, *weight.shape[1:])
+
+
+def in_whole_vectors(
+    builder: Any, weight: np.ndarray, groups: int, lanes: int, sums: Callable[[np.ndarray], Any]
+) -> Any:
+    """What ``sums`` emits with a weight of whole vectors, without the channels that fill them up."""
+    tiled = whole_vectors(weight, groups, lanes)
+    result = sums(tiled)
+    if len(tiled) == len(weight):
+        return result
+    return builder.emit_te(without_padding, result, groups, len(weight), primfunc_name_hint="take_channels")
 
 
 def without_padding(sums: Any, groups: int, channels: int) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 
 from autocomp.compiler import convolutions
 from autocomp.compiler.recurrent import LoopConverter
-from autocomp.compiler.vectors import whole_vectors, without_padding
+from autocomp.compiler.vectors import in_whole_vectors
 from autocomp.hardware.profile import Profile
 from autocomp.kernels import compute, packing, requantise
 from autocomp.kernels.intrinsics import dot_product
@@ -146,17 +146,17 @@ class QuantisedConverter:
         """The int32 sums of products of stored integers ``data [N, H, W, C]`` with ``weight`` OIHW."""
         from tvm import relax
 
-        tiled = whole_vectors(weight, groups, max(self.lanes, self.dot.lanes))
         shape = [int(size) for size in data.ty.shape]
-        spec = ConvSpec.of(shape, tiled.shape, stride, borders, dilation, groups, self.lanes)
-        packed = packing.pack_conv_weight(tiled, spec, self.dot)
-        sums = builder.emit_te(
-            lambda data, w, z: compute.conv2d(data, w, spec, self.dot, z),
-            data, relax.const(packed), relax.const(zero), primfunc_name_hint="conv2d_int8",
-        )  # fmt: skip
-        if len(tiled) != len(weight):
-            sums = builder.emit_te(without_padding, sums, groups, len(weight), primfunc_name_hint="take_channels")
-        return sums
+
+        def sums(tiled: np.ndarray) -> Any:
+            spec = ConvSpec.of(shape, tiled.shape, stride, borders, dilation, groups, self.lanes)
+            packed = packing.pack_conv_weight(tiled, spec, self.dot)
+            return builder.emit_te(
+                lambda data, w, z: compute.conv2d(data, w, spec, self.dot, z),
+                data, relax.const(packed), relax.const(zero), primfunc_name_hint="conv2d_int8",
+            )  # fmt: skip
+
+        return in_whole_vectors(builder, weight, groups, max(self.lanes, self.dot.lanes), sums)
 
     def _floats(
         self, builder: Any, sums: Any, weight: np.ndarray, scale: np.ndarray, bias: np.ndarray, zero_point: int
