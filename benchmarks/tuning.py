@@ -61,12 +61,12 @@ class RecordingTuner(tune.Tuner):
 @contextlib.contextmanager
 def _to_the_end() -> Iterator[None]:
     """Let tuning spend its whole budget: no tile is good enough, and no number of failures enough to stop."""
-    kept = tune._GOOD_ENOUGH, tune._PATIENCE
-    tune._GOOD_ENOUGH, tune._PATIENCE = float("inf"), 10**9
+    kept = tune._GOOD_ENOUGH, tune._PATIENCE, tune._PATIENCE_OF
+    tune._GOOD_ENOUGH, tune._PATIENCE, tune._PATIENCE_OF = float("inf"), 10**9, {}
     try:
         yield
     finally:
-        tune._GOOD_ENOUGH, tune._PATIENCE = kept
+        tune._GOOD_ENOUGH, tune._PATIENCE, tune._PATIENCE_OF = kept
 
 
 def _build(

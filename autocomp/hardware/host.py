@@ -138,8 +138,18 @@ def detect_target() -> dict[str, Any]:
     named: dict[str, Any] = {"kind": "llvm", "mcpu": name}
     if name not in ("", "generic", "x86-64") and not missing(named, cpu):
         beyond = [f"+{set_}" for flag, set_ in FEATURES.items() if flag in cpu.flags and not has_feature(named, set_)]
-        return {**named, **({"mattr": beyond} if beyond else {})}
-    return generic_target(cpu)
+        return _in_whole_vectors({**named, **({"mattr": beyond} if beyond else {})})
+    return _in_whole_vectors(generic_target(cpu))
+
+
+def _in_whole_vectors(target: dict[str, Any]) -> dict[str, Any]:
+    """The target without LLVM's preference for half of a 512-bit register, which it has for some processors.
+
+    It is meant for code with few wide instructions, which would slow the clock down; our products are wide ones anyway. Softmax takes half
+    the time without it.
+    """
+    narrow = "prefer-256-bit"
+    return {**target, "mattr": [*target.get("mattr", ()), f"-{narrow}"]} if has_feature(target, narrow) else target
 
 
 def generic_target(cpu: Cpu) -> dict[str, Any]:

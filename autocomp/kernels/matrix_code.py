@@ -10,7 +10,7 @@ from typing import Any
 from autocomp.hardware.host import ASK_FOR_MATRIX
 from autocomp.kernels import rewrite
 from autocomp.kernels.intrinsics import DotProduct
-from autocomp.kernels.prefetch import fetch, worthwhile
+from autocomp.kernels.prefetch import fetch
 from autocomp.kernels.tile import Tile
 
 REGISTERS, COLUMNS = 8, 16  # matrix registers, and sums in a row of one
@@ -135,11 +135,9 @@ class _Products:
         ]  # fmt: skip
         # Where channels are cropped the epilogue reads fewer sums than are stored: naming the last keeps the room, and the stride, of all.
         last = self._address(store.buffer, store.indices, *sums[-1], registers.height - 1, COLUMNS - 1)
-        *taps, step, _ = self._reduced
-        count = rewrite.number(step, int(step.extent) // registers.steps)
-        nest: Any = tirx.For(step.loop_var, step.min, count, tirx.ForKind.SERIAL, tirx.SeqStmt(self._step()))
-        for tap in reversed(taps):
-            nest = rewrite.with_body(tap, nest)
+        nest: Any = tirx.SeqStmt(self._step())
+        for loop in reversed(self._through):
+            nest = rewrite.with_body(loop, nest)
         return [*zeros, nest, *stores, tirx.Evaluate(last)]
 
     def _step(self) -> list[Any]:
@@ -162,14 +160,19 @@ class _Products:
         return [*self._ahead(), *body]
 
     def _ahead(self) -> list[Any]:
-        weight, registers = self.update.factors[1], self.registers
-        if not worthwhile(weight):
-            return []
-        places = []
-        for vector in range(registers.vectors, 2 * registers.vectors):
-            block, *rest = self._place(weight.indices, 0, vector)
-            places += [[block, *rest[:-3], rest[-3] + row, *rest[-2:]] for row in range(registers.steps)]
-        return [fetch(weight.source, places, self.update.loops[: self.outer])]
+        weight, loops = self.update.factors[1], [*self.update.loops[: self.outer], *self._through]
+        at, registers = self._place(weight.indices, 0, 0), self.registers
+        fetches = fetch(weight.source, at, 0, registers.vectors, loops, registers.height * len(registers.starts))
+        return [] if fetches is None else [fetches]
+
+    @cached_property
+    def _through(self) -> list[Any]:
+        """The loops through the weights of a block: taps, and steps of as many groups of products as a register holds."""
+        from tvm import tirx
+
+        *taps, step, _ = self._reduced
+        count = rewrite.number(step, int(step.extent) // self.registers.steps)
+        return [*taps, tirx.For(step.loop_var, step.min, count, tirx.ForKind.SERIAL, tirx.Evaluate(count))]
 
     def _inputs(self, register: int, part: int) -> Any:
         data = self.update.factors[0]

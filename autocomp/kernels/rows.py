@@ -20,13 +20,56 @@ def _vectors(length: int, lanes: int) -> tuple[int, int, int]:
     return lanes, vectors, vectors * lanes - length
 
 
+def _folds(width: int) -> tuple[Any, Any]:
+    """Inline functions that bring (the sum, the maximum) of a vector's lanes to ``into[0]``, by halves; the vector is spent."""
+    from tvm.script import tirx as T
+
+    # what is no name of the function's own is looked up where it is used: widths below a half are left out there
+    @T.inline
+    def add_up(part, into):  # type: ignore[no-untyped-def]
+        if width >= 16:
+            for lane in T.vectorized(8):
+                part[lane] = part[lane] + part[lane + 8]
+        if width >= 8:
+            for lane in T.vectorized(4):
+                part[lane] = part[lane] + part[lane + 4]
+        if width >= 4:
+            for lane in T.vectorized(2):
+                part[lane] = part[lane] + part[lane + 2]
+        if width >= 2:
+            into[0] = part[0] + part[1]
+        else:
+            into[0] = part[0]
+
+    @T.inline
+    def find_most(part, into):  # type: ignore[no-untyped-def]
+        if width >= 16:
+            for lane in T.vectorized(8):
+                part[lane] = T.max(part[lane], part[lane + 8])
+        if width >= 8:
+            for lane in T.vectorized(4):
+                part[lane] = T.max(part[lane], part[lane + 4])
+        if width >= 4:
+            for lane in T.vectorized(2):
+                part[lane] = T.max(part[lane], part[lane + 2])
+        if width >= 2:
+            into[0] = T.max(part[0], part[1])
+        else:
+            into[0] = part[0]
+
+    return add_up, find_most
+
+
 def softmax(rows: int, length: int, lanes: int) -> Any:
     """PrimFunc ``x [rows, length] → softmax along the last axis``, float32, scheduled."""
     from tvm.script import tirx as T
 
     width, vectors, overlap = _vectors(length, lanes)
     last = length - width
-    exp = vector_math.exp
+    abreast = 4 if vectors >= 8 else 1  # maxima that do not wait for one another
+    rounds = -(-vectors // abreast)
+    exp = vector_math.exp_below_zero
+    add_up, find_most = _folds(width)
 
     @T.prim_func(s_tir=True)
     def function(X: T.Buffer((rows, length), "float32"), Y: T.Buffer((rows, length), "float32")) -> None:
@@ -34,30 +77,35 @@ def softmax(rows: int, length: int, lanes: int) -> Any:
         with T.sblock("root"):
             T.reads()
             T.writes()
+            most = T.sblock_alloc_buffer((abreast, width), "float32", scope="local")
             part = T.sblock_alloc_buffer((width,), "float32", scope="local")
             total = T.sblock_alloc_buffer((1,), "float32", scope="local")
             for row in T.serial(rows):
+                for k in T.unroll(abreast):
+                    for lane in T.vectorized(width):
+                        most[k, lane] = X[row, T.min(k * width, last) + lane]
+                for step in T.serial(rounds - 1):
+                    for k in T.unroll(abreast):
+                        for lane in T.vectorized(width):
+                            most[k, lane] = T.max(
+                                most[k, lane], X[row, T.min(((step + 1) * abreast + k) * width, last) + lane]
+                            )
                 for lane in T.vectorized(width):
-                    part[lane] = T.float32(-3.4028234663852886e38)
-                for step in T.serial(vectors):
+                    part[lane] = most[0, lane]
+                for k in T.unroll(abreast - 1):
                     for lane in T.vectorized(width):
-                        part[lane] = T.max(part[lane], X[row, T.min(step * width, last) + lane])
-                total[0] = part[0]
-                for lane in T.unroll(width - 1):
-                    total[0] = T.max(total[0], part[lane + 1])
-                for step in T.serial(vectors):
-                    for lane in T.vectorized(width):
-                        Y[row, T.min(step * width, last) + lane] = exp(
-                            X[row, T.min(step * width, last) + lane] - total[0]
-                        )
+                        part[lane] = T.max(part[lane], most[k + 1, lane])
+                find_most(part, total)
+                for lane in T.vectorized(width):
+                    Y[row, last + lane] = exp(X[row, last + lane] - total[0])
                 for lane in T.vectorized(width):
                     part[lane] = T.Select(lane < overlap, T.float32(0), Y[row, last + lane])
                 for step in T.serial(vectors - 1):
                     for lane in T.vectorized(width):
+                        Y[row, step * width + lane] = exp(X[row, step * width + lane] - total[0])
+                    for lane in T.vectorized(width):
                         part[lane] = part[lane] + Y[row, step * width + lane]
-                total[0] = part[0]
-                for lane in T.unroll(width - 1):
-                    total[0] = total[0] + part[lane + 1]
+                add_up(part, total)
                 total[0] = T.float32(1) / total[0]
                 for step in T.serial(vectors - 1):
                     for lane in T.vectorized(width):
@@ -78,6 +126,7 @@ def layer_norm(rows: int, length: int, epsilon: float, lanes: int) -> Any:
     width, vectors, overlap = _vectors(length, lanes)
     last = length - width
     share = 1.0 / length
+    add_up, _ = _folds(width)
 
     @T.prim_func(s_tir=True)
     def function(
@@ -91,36 +140,33 @@ def layer_norm(rows: int, length: int, epsilon: float, lanes: int) -> Any:
             T.reads()
             T.writes()
             part = T.sblock_alloc_buffer((width,), "float32", scope="local")
-            stats = T.sblock_alloc_buffer((2,), "float32", scope="local")
+            mean = T.sblock_alloc_buffer((1,), "float32", scope="local")
+            scale = T.sblock_alloc_buffer((1,), "float32", scope="local")
             for row in T.serial(rows):
                 for lane in T.vectorized(width):
                     part[lane] = T.Select(lane < overlap, T.float32(0), X[row, last + lane])
                 for step in T.serial(vectors - 1):
                     for lane in T.vectorized(width):
                         part[lane] = part[lane] + X[row, step * width + lane]
-                stats[0] = part[0]
-                for lane in T.unroll(width - 1):
-                    stats[0] = stats[0] + part[lane + 1]
-                stats[0] = stats[0] * T.float32(share)
+                add_up(part, mean)
+                mean[0] = mean[0] * T.float32(share)
                 for lane in T.vectorized(width):
                     part[lane] = T.Select(
                         lane < overlap,
                         T.float32(0),
-                        (X[row, last + lane] - stats[0]) * (X[row, last + lane] - stats[0]),
+                        (X[row, last + lane] - mean[0]) * (X[row, last + lane] - mean[0]),
                     )
                 for step in T.serial(vectors - 1):
                     for lane in T.vectorized(width):
-                        part[lane] = part[lane] + (X[row, step * width + lane] - stats[0]) * (
-                            X[row, step * width + lane] - stats[0]
+                        part[lane] = part[lane] + (X[row, step * width + lane] - mean[0]) * (
+                            X[row, step * width + lane] - mean[0]
                         )
-                stats[1] = part[0]
-                for lane in T.unroll(width - 1):
-                    stats[1] = stats[1] + part[lane + 1]
-                stats[1] = T.float32(1) / T.sqrt(stats[1] * T.float32(share) + T.float32(epsilon))
+                add_up(part, scale)
+                scale[0] = T.float32(1) / T.sqrt(scale[0] * T.float32(share) + T.float32(epsilon))
                 for step in T.serial(vectors):
                     for lane in T.vectorized(width):
                         Y[row, T.min(step * width, last) + lane] = (
-                            X[row, T.min(step * width, last) + lane] - stats[0]
-                        ) * stats[1] * G[T.min(step * width, last) + lane] + B[T.min(step * width, last) + lane]
+                            X[row, T.min(step * width, last) + lane] - mean[0]
+                        ) * scale[0] * G[T.min(step * width, last) + lane] + B[T.min(step * width, last) + lane]
 
     return function

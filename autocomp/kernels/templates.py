@@ -16,6 +16,7 @@ from autocomp.hardware.profile import Profile
 from autocomp.kernels import matrix, neon, winograd, winograd_tiles
 from autocomp.kernels.compute import FLOPS, RUNS, TEMPLATE
 from autocomp.kernels.intrinsics import dot_product
+from autocomp.kernels.prefetch import prefetch_weights
 from autocomp.kernels.schedules import (
     blocks_named,
     blocks_of,
@@ -32,13 +33,15 @@ from autocomp.kernels.schedules import (
 from autocomp.kernels.tile import Anchor, Tile, divisors, lanes_of
 from autocomp.records.precisions import ARITHMETICS, arithmetic_of
 
-VERSION = 7  # raise when a change here makes stored choices worth finding again
+VERSION = 8  # raise when a change here makes stored choices worth finding again
 
 _WINOGRAD_TILES = 5  # that are tried: much code each, which takes three times as long to build as another template's
 _MATRIX_TILES = 4  # that are tried before tiles of vectors
 _MOST_BAND = 14
+_NEAR = 24 << 10  # bytes that stay in half of the nearest cache
 _BAND_BYTES = 40 << 10  # of 48 KB nearest cache; measured on depthwise layers of MobileNetV2 and V3
 _OPERATIONS = ("conv2d", "conv3d", "dense", "batch_matmul", "depthwise", winograd.NAME)
+_FETCHED = ("conv2d", "dense")  # whose weights lie block after block
 CONTRACTIONS = frozenset(each.template(operation) for each in ARITHMETICS.values() for operation in _OPERATIONS)
 
 
@@ -89,7 +92,9 @@ def tiles(anchor: Anchor, profile: Profile) -> list[Tile]:
         _contraction_tiles(anchor, channels // lanes, profile), key=lambda tile: _cost(tile, anchor, profile)
     )
     if matrix.has_kernels(anchor, profile):
-        return [*matrix.candidates(anchor, profile)[:_MATRIX_TILES], *candidates]
+        ahead = matrix.candidates(anchor, profile)[:_MATRIX_TILES]
+        # where a sum is a few instructions long, either may be ahead
+        return [*ahead[:1], *candidates[:1], *ahead[1:], *candidates[1:]] if matrix.is_short(anchor) else ahead + candidates
     return candidates or [Tile()]
 
 
@@ -140,13 +145,17 @@ def _cost(tile: Tile, anchor: Anchor, profile: Profile) -> float:
     if anchor.template.startswith("depthwise"):
         if neon.is_neon(profile):
             return neon.depthwise_cost(tile)
-        return 1 / min(block, 14) + 0.01 * (tile.vectors - 1) + 0.001 * (_MOST_BAND - tile.band)
+        if len(anchor.spatial) < 4 or anchor.spatial[-3] == 1:  # along one axis
+            return 1 / min(block, 14) + 0.01 * (tile.vectors - 1)
+        # one register of channels and short bands are ahead; without a band, whole maps pass through the caches
+        return 1 / min(block, 7) + 0.05 * (tile.vectors - 1) + 0.002 * abs(tile.rows - 8) + (0.001 * tile.band or 0.2)
     if neon.is_neon(profile):
         return neon.cost(tile, anchor, profile)
     compute = max(block / 2, 4.5)
     loads = (rows + tile.vectors) / 2
     cycles = max(compute, loads) / block
-    overhead = 0.02 * (tile.unroll != 1) + 0.01 * (not tile.channels_outer)
+    near = 4 * math.prod(anchor.reduction) * anchor.spatial[-1] <= _NEAR  # all weights at once: the data are then read once
+    overhead = 0.02 * (tile.unroll != 1) + 0.01 * (tile.channels_outer == near)
     return cycles * (1 + overhead + 0.1 / block + 0.01 * abs(rows - 8) / 8)
 
 
@@ -176,6 +185,9 @@ def apply(function: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:
         fp16.tile_runs(schedule, tile, anchor, profile)
     elif anchor.template in CONTRACTIONS and tile.vectors:
         _tile_contraction(schedule, tile, anchor, profile)
+        if anchor.template in _FETCHED and not neon.is_neon(profile):
+            function = prefetch_weights(schedule.mod["main"], 0, tile.vectors)
+            return function.with_attr("tirx.is_scheduled", True)
     else:
         schedule_rowwise(schedule, profile)
     return schedule.mod["main"].with_attr("tirx.is_scheduled", True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autocomp.hardware.profile import Profile, load_profile
-from autocomp.kernels import compute, packing, requantise, templates
+from autocomp.kernels import compute, packing, prefetch, requantise, rewrite, templates
 from autocomp.kernels.intrinsics import dot_product
+from autocomp.kernels.specs import DenseSpec
 
 QUICK = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -213,3 +216,40 @@ def test_quantise_rounds_half_to_even_and_saturates(profile: Profile) -> None:
     out = requantise.quantise(data, inverse, zero, "uint8")
     value, _ = run_kernel([out], [data, inverse, zero], [x, np.ones(1, "float32"), np.zeros(1, "float32")], profile)
     np.testing.assert_array_equal(value[0], [0, 0, 0, 2, 2, 254, 255, 3])
+
+
+@pytest.mark.parametrize(("rows", "fetched"), [(1, False), (4, True), (96, True), (3000, False)])
+def test_weights_are_fetched_ahead_where_rows_share_them(rows: int, fetched: bool) -> None:
+    """Each line of the next block once, spread over the rows; not where one row, or thousands, are multiplied with them."""
+    from tvm import te
+
+    profile = replace(load_profile("x86-host"), lanes=16, vector_registers=32)
+    data, weight = te.placeholder((rows, 256), name="data"), te.placeholder((40, 256, 16), name="weight")
+    function = te.create_prim_func([data, weight, compute.dense(data, weight, DenseSpec((rows,), 256, 640, 16))])
+    anchor = templates.describe(function)
+    script = str(templates.apply(function, templates.tiles(anchor, profile)[0], anchor, profile))
+    assert ("llvm.prefetch" in script) is fetched
+
+
+@settings(QUICK, max_examples=10)
+@given(rows=st.integers(1, 32), taps=st.integers(1, 3), depth=st.sampled_from([64, 96]), vectors=st.integers(1, 3))
+def test_every_line_of_the_next_weights_is_fetched(rows: int, taps: int, depth: int, vectors: int) -> None:
+    from tvm import tirx
+
+    block, row, tap, step = (tirx.Var(name, "int32") for name in ("block", "row", "tap", "step"))
+    buffer = tirx.decl_buffer((256, taps, depth, 16), "float32")
+    loops = [
+        tirx.For(variable, 0, extent, tirx.ForKind.SERIAL, tirx.Evaluate(0))
+        for variable, extent in ((block, 200), (row, rows), (tap, taps), (step, depth))
+    ]
+    found = prefetch.fetch(buffer, [block, tap, step, 0], 0, vectors, loops, 8)
+    statements = list(found) if isinstance(found, tirx.SeqStmt) else [found]
+    places = [statement.value.args[1].args[0].indices for statement in statements]
+    assert all(int(rewrite.substitute([block], [place[0]], [3])[0]) == 3 + vectors for place in places)
+    flat = [tirx.IndexMap([row, tap, step], [place[-1]], None) for place in places]
+    lines = {
+        int(each.map_indices([r, t, k])[0]) // 16
+        for each in flat for r in range(rows) for t in range(taps) for k in range(depth)
+    }  # fmt: skip
+    assert set(range(vectors * taps * depth)) <= lines
+    assert max(lines) < 2 * vectors * taps * depth + 40
