@@ -11,10 +11,11 @@ _SQUARE = 16  # floats of a cache line of 64 bytes
 
 
 def write_back(schedule: Any, last: Any, depth: int, lanes: int) -> None:
-    """Vectorise the epilogue over one register and unroll the rest; a cropped edge stays scalar."""
+    """Vectorise the epilogue over one register, or what divides both it and the channels, and unroll the rest; other edges stay scalar."""
     *rows, channel = schedule.get_loops(last)[depth:]
-    if extent_of(schedule, channel) % lanes == 0:
-        outer, lane = schedule.split(channel, [None, lanes])
+    width = math.gcd(extent_of(schedule, channel), lanes)
+    if width >= 4:
+        outer, lane = schedule.split(channel, [None, width])
         schedule.vectorize(lane)
         rows.append(outer)
     for loop in rows:

@@ -38,7 +38,7 @@ VERSION = 8  # raise when a change here makes stored choices worth finding again
 _WINOGRAD_TILES = 5  # that are tried: much code each, which takes three times as long to build as another template's
 _MATRIX_TILES = 4  # that are tried before tiles of vectors
 _MOST_BAND = 14
-_NEAR = 24 << 10  # bytes that stay in half of the nearest cache
+_NEAR, _FAR = 24 << 10, 1 << 20  # bytes that stay in half of the nearest cache; that half of the next one holds
 _BAND_BYTES = 40 << 10  # of 48 KB nearest cache; measured on depthwise layers of MobileNetV2 and V3
 _OPERATIONS = ("conv2d", "conv3d", "dense", "batch_matmul", "depthwise", winograd.NAME)
 _FETCHED = ("conv2d", "dense")  # whose weights lie block after block
@@ -137,8 +137,9 @@ def _band_bytes(band: int, anchor: Anchor, profile: Profile) -> int:
 def _cost(tile: Tile, anchor: Anchor, profile: Profile) -> float:
     """Relative cycles by the analytic model; only the order matters.
 
-    Two fused multiply-adds a cycle need about 8 to 10 independent accumulators (latency 4 to 5); each step of the reduction loads one
-    vector per register of channels and broadcasts one value per row, two loads a cycle.
+    A multiply-add takes one unit where enough independent sums hide its latency, about nine; every row's broadcast serves ``vectors`` of them
+    and every register of weights ``rows``. What those loads add was fitted to 40 products of six networks (AVX-512): weights cost three times
+    as much from the second-level cache as from the first.
     """
     rows = tile.rows * tile.rows_up
     block = rows * tile.vectors
@@ -151,12 +152,14 @@ def _cost(tile: Tile, anchor: Anchor, profile: Profile) -> float:
         return 1 / min(block, 7) + 0.05 * (tile.vectors - 1) + 0.002 * abs(tile.rows - 8) + (0.001 * tile.band or 0.2)
     if neon.is_neon(profile):
         return neon.cost(tile, anchor, profile)
-    compute = max(block / 2, 4.5)
-    loads = (rows + tile.vectors) / 2
-    cycles = max(compute, loads) / block
-    near = 4 * math.prod(anchor.reduction) * anchor.spatial[-1] <= _NEAR  # all weights at once: the data are then read once
-    overhead = 0.02 * (tile.unroll != 1) + 0.01 * (tile.channels_outer == near)
-    return cycles * (1 + overhead + 0.1 / block + 0.01 * abs(rows - 8) / 8)
+    depth, written = 4 * math.prod(anchor.reduction), 4 * math.prod(anchor.spatial)
+    panel, weights = depth * tile.vectors * profile.lanes, depth * anchor.spatial[-1]
+    cost = max(1.0, 9 / block) + (1.0 if panel <= _NEAR else 1.9) / rows + 0.7 / tile.vectors
+    if weights <= _NEAR:  # all weights at once: the data are then read once
+        order = 0.01 * tile.channels_outer
+    else:  # whole lines of a result that leaves the caches are worth fetching weights again for: a close second
+        order = (0.001 if written >= _FAR and weights <= _FAR else 0.02) * (not tile.channels_outer)
+    return cost * (1 + 0.02 * (tile.unroll != 1) + order)
 
 
 def apply(function: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:

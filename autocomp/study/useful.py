@@ -14,6 +14,7 @@ from autocomp.records.evaluation import Evaluation
 # measured 20 candidates and none within a point of the metric (commit 8c85374), which is why it is the last resort.
 UNKNOWN = 0.25
 # The others are chosen by hand, not measured.
+MOST = 1.0  # nats: about where nothing is left of what the model knew, however slowly the metric falls before
 LEAST = 1e-3  # nats: what an objective that is perfect, or nearly so, leaves to be looked at
 BEYOND = 1.5  # times the drop that a goal allows: the front is wanted on both sides of it
 # without a goal: the shares of the metric, or of an error, that a candidate may lose and still be looked at first
@@ -28,7 +29,7 @@ def useful_divergence(measured: Sequence[Evaluation], judge: Judge) -> float:
     """
     most = tolerated(judge)
     rate = float(np.median(rates)) if (rates := loss_rates(measured, judge, judge.objective)) else 0.0
-    return max(LEAST, most / rate) if rate > 0 and most > 0 else UNKNOWN
+    return min(MOST, max(LEAST, most / rate)) if rate > 0 and most > 0 else UNKNOWN
 
 
 def tolerated(judge: Judge) -> float:
