@@ -14,7 +14,7 @@ TORCH_VENV := .venv-torch-$(TORCH)
 
 demo: $(VENV)/.ready
 	rm -rf $(OUT)
-	$(BIN)/autocomp search digits --trials 200 --measurements 16 --recover 45s --out $(OUT)
+	$(BIN)/autocomp search digits --trials 200 --measurements 12 --recover 45s --out $(OUT)
 
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0

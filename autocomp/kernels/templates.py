@@ -94,7 +94,11 @@ def tiles(anchor: Anchor, profile: Profile) -> list[Tile]:
     if matrix.has_kernels(anchor, profile):
         ahead = matrix.candidates(anchor, profile)[:_MATRIX_TILES]
         # where a sum is a few instructions long, either may be ahead
-        return [*ahead[:1], *candidates[:1], *ahead[1:], *candidates[1:]] if matrix.is_short(anchor) else ahead + candidates
+        return (
+            [*ahead[:1], *candidates[:1], *ahead[1:], *candidates[1:]]
+            if matrix.is_short(anchor)
+            else ahead + candidates
+        )
     return candidates or [Tile()]
 
 

@@ -38,6 +38,9 @@ FITTING = 0.1  # of the time to search at most for that fit, where minutes are s
 DEEP = 4  # one in so many measurements looks for what is fast at whatever loss within `UNKNOWN`; the others at what is of use
 FRONT_EVERY = 4  # one lot of measurements in so many is for the front around the goals
 FINER = 4  # times as many seeds are solved for where only those near the goals are taken
+BASELINES_TOGETHER = (
+    2  # times as many as of others, which nothing is learnt between: fewer kernels wait for others to be tuned
+)
 MEASURE_ROUNDS = 4  # the budget of measurements is spent in rounds, each choosing by all that is known then
 
 
@@ -152,7 +155,8 @@ class _Explorer:
                 self.found.judge_again()
             todo = [e for e in baselines if e.state == "told" and e is not dense]
             stage.advance(len(baselines) - len(todo))
-            self._measure(todo, stage, self.budget.spent() + BASELINES * self.budget.to_search())
+            until = self.budget.spent() + BASELINES * self.budget.to_search()
+            self._measure(todo, stage, until, BASELINES_TOGETHER * self.measurer.together)
         self.found.doubt_metrics()
         self.costs.fit(self.search.told)
 
@@ -311,18 +315,20 @@ class _Explorer:
         members = family(self.judge, quiet, self.settings.speedups, list(self.prepared.devices)).values()
         return any(self.judge.feasible(e) for e in quiet) and all(member is not None for member in members)
 
-    def _measure(self, evaluations: Sequence[Evaluation], stage: Stage, until: float) -> None:
+    def _measure(self, evaluations: Sequence[Evaluation], stage: Stage, until: float, together: int = 0) -> None:
         """Measure told candidates, but no lot of them that would take longer than ``until``, in seconds of the run's.
 
         A failure is recorded with its candidate, and the search goes on.
         """
-        together = self.measurer.together
+        usual = self.measurer.together
+        together = together or usual
         for start in range(0, len(evaluations), together):
             begun = self.budget.spent()
-            if begun + self._lot_seconds > until:
+            lot = evaluations[start : start + together]
+            if begun + self._lot_seconds * len(lot) / usual > until:
                 return
-            stage.advance(len(self.found.measure(evaluations[start : start + together])))
-            self._lot_seconds = self.budget.spent() - begun
+            stage.advance(len(self.found.measure(lot)))
+            self._lot_seconds = (self.budget.spent() - begun) * usual / len(lot)
 
     def _least(self, stage: Stage) -> None:
         """What is searched however late it is: some of the solver's seeds, and one lot of them measured. A front of nothing is none."""

@@ -18,6 +18,7 @@ from autocomp.tuning.store import KernelRecord, KernelStore
 from autocomp.tuning.timers import Job, LocalTimer, Timer
 
 _GOOD_ENOUGH = 0.92  # of the measured peak: what is left is within the noise of a short measurement
+_PEAK_TILES = 4  # of the product that a machine's peak is measured with: one of the first guesses reaches it
 _PATIENCE = 2  # trials without a gain of 1 % before giving up
 # Of products in float32 the first guesses are near the best (`kernels.templates`): of 72 kernels of six networks, a third trial took 0.5 % off
 # the geometric mean of their times. Of others, 3 %.
@@ -170,7 +171,7 @@ class Tuner:
         """The tiles to measure; only one where a kernel with the same loops and another epilogue was tuned before."""
         if stop_early and kernel.loops and (sibling := self.store.find(*kernel.loops)):
             return [Tile(**sibling.tile)]
-        return templates.tiles(kernel.anchor, self.profile)[: self.budget]
+        return templates.tiles(kernel.anchor, self.profile)[: self.budget if stop_early else _PEAK_TILES]
 
     def _others(self, kernel: _Kernel, tried: Sequence[Tile]) -> list[Tile]:
         """What to fall back on, one after the other, where none of the tiles builds: there is always a schedule."""

@@ -153,7 +153,13 @@ def test_convolutions_are_exact(case: dict) -> None:
     top, left, bottom, right = spec.padding
     picture = functional.pad(torch.from_numpy(data).double().permute(0, 3, 1, 2), (left, right, top, bottom), value=7)
     exact = functional.conv2d(
-        picture, torch.from_numpy(weight).double(), torch.from_numpy(bias).double(), spec.stride, 0, spec.dilation, spec.groups
+        picture,
+        torch.from_numpy(weight).double(),
+        torch.from_numpy(bias).double(),
+        spec.stride,
+        0,
+        spec.dilation,
+        spec.groups,
     )
     assert np.array_equal(result.numpy(), exact.permute(0, 2, 3, 1).numpy())
 

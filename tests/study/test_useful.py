@@ -10,7 +10,7 @@ from autocomp.config.settings import Goals
 from autocomp.front.goals import Judge
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation
-from autocomp.study.useful import LEAST, UNKNOWN, useful_divergence
+from autocomp.study.useful import LEAST, MOST, UNKNOWN, useful_divergence
 
 DENSE = Evaluation(0, Candidate({}, {}), "dense", "measured", 0.0, 100, kl=0.0, metrics={"score": 0.8})
 
@@ -49,3 +49,8 @@ def test_an_objective_that_is_perfect_leaves_something_to_look_at() -> None:
     dense = replace(DENSE, metrics={"score": 1e-12})
     points = [dense, replace(DENSE, trial=1, kl=0.1, metrics={"score": 0.5})]
     assert useful_divergence(points, Judge(dense, Goals(), "score", False)) == LEAST
+
+
+def test_nothing_is_of_use_where_nothing_is_left_however_slowly_the_metric_fell() -> None:
+    known = measured((0.1, 0.7999), (0.2, 0.7998))
+    assert useful_divergence(known, Judge(DENSE, Goals(), "score")) == MOST
