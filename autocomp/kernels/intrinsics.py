@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autocomp.hardware.profile import Profile
+from autocomp.kernels import bf16_dot
 from autocomp.records.precisions import BFLOAT16, INT8
 
 
@@ -21,7 +22,8 @@ from autocomp.records.precisions import BFLOAT16, INT8
 class DotProduct:
     """One instruction's shape: ``lanes`` int32 sums, each over ``depth`` products of activation and weight.
 
-    ``activation`` and ``weight`` are the element types the kernels store; ``intrinsic`` is LLVM's name. ``steps`` instructions,
+    ``activation`` and ``weight`` are the element types the kernels store; ``intrinsic`` is LLVM's name, or that of a function that ``source``
+    defines in LLVM's language. ``steps`` instructions,
     each over the next ``depth`` products, make one tensor intrinsic. ``matrix``: kernels may also run in registers of sixteen such depths
     (`kernels.matrix`), by ``tile``. ``sums`` is the type of the sums.
     """
@@ -37,6 +39,7 @@ class DotProduct:
     sums: str = "int32"
     arithmetic: str = INT8.name
     tile: str = "llvm.x86.tdpbusd"  # LLVM's name of the instruction on matrix registers
+    source: str = ""
 
     def widened(self, value: Any) -> Any:
         """A stored element as a number of the sums' type."""
@@ -77,7 +80,10 @@ class DotProduct:
 
         name = f"autocomp_{self.name}" + (f"_{self.steps}" if self.steps > 1 else "")
         if TensorIntrin.get(name, allow_missing=True) is None:
-            pair = (_description(self), _implementation(self)) if self.steps == 1 else _by_lane(self)
+            if self.source:
+                pair = bf16_dot.pair(self)
+            else:
+                pair = (_description(self), _implementation(self)) if self.steps == 1 else _by_lane(self)
             TensorIntrin.register(name, *pair)
         return name
 
@@ -92,14 +98,17 @@ _MADD256 = DotProduct("madd256", 8, 2, "int16", "int16", "llvm.x86.avx2.pmadd.wd
 _SDOT = DotProduct("sdot", 4, 4, "int8", "int8", "llvm.aarch64.neon.sdot.v4i32.v16i8", steps=4)
 
 
-# Pairs of bfloat16, stored as their bits, into float32: in matrix registers alone (Intel SDM vol. 2, TDPBF16PS).
-_BRAIN = DotProduct("brain", 16, 2, "uint16", "uint16", "", 1, True, "float32", BFLOAT16.name, "llvm.x86.tdpbf16ps")
+# Pairs of bfloat16, stored as their bits, into float32 (Intel SDM vol. 2, VDPBF16PS; TDPBF16PS in matrix registers).
+_BRAIN = DotProduct(
+    "brain", 16, 2, "uint16", "uint16", bf16_dot.NAME, sums="float32", arithmetic=BFLOAT16.name, tile="llvm.x86.tdpbf16ps",
+    source=bf16_dot.SOURCE,
+)  # fmt: skip
 
 
 def dot_product(profile: Profile, arithmetic: str = INT8.name) -> DotProduct:
     """The instruction that a profile's kernels are built on, of an arithmetic that adds several products at once."""
     if arithmetic == _BRAIN.arithmetic:
-        return _BRAIN
+        return replace(_BRAIN, matrix=profile.matrix)
     dot = {"vnni512": _VNNI512, "vnni256": _VNNI256, "sdot": _SDOT, "none": _MADD256}[profile.int8]
     return replace(dot, matrix=profile.matrix and dot is _VNNI512)
 

@@ -15,6 +15,7 @@ from typing import Any
 from autocomp.kernels import rewrite
 
 _LEAST = 512 << 10  # bytes of weights below which waiting for them is short beside computing
+_FAR = 2 << 20  # bytes that the second-level cache does not hold
 _LEAST_ROWS = 4  # that are multiplied with a line of weights; with fewer, loading is all the work there is
 _MOST_SHARED = 32  # steps to a line of weights, beyond which they are read so often that the first time hardly counts
 _LINE = 64  # bytes that are fetched at once
@@ -31,15 +32,15 @@ def prefetch_weights(function: Any, blocks_axis: int, vectors: int) -> Any:
     update = rewrite.find_update(function.body)
     if update is None:
         return function
-    weight = update.factors[1]
+    weight, reads = update.weight
     steps = [i for i, loop in enumerate(update.loops) if loop.kind == tirx.ForKind.SERIAL and int(loop.extent) > 1]
     if not steps:
         return function
     outer, inside = update.loops[: steps[-1] + 1], update.loops[steps[-1] + 1 :]
-    at = rewrite.substitute([loop.loop_var for loop in inside], update.at(weight.indices), [*map(rewrite.zero, inside)])
-    reads = update.at(weight.indices)
+    reads = update.at(reads)
+    at = rewrite.substitute([loop.loop_var for loop in inside], reads, [*map(rewrite.zero, inside)])
     at_once = math.prod(int(loop.extent) for loop in inside if not rewrite.depends(reads, loop))
-    fetches = fetch(weight.source, at, blocks_axis, vectors, outer, at_once)
+    fetches = fetch(weight, at, blocks_axis, vectors, outer, at_once)
     if fetches is None:
         return function
     step = outer[-1]
@@ -65,7 +66,8 @@ def fetch(
     shape = [int(extent) for extent in buffer.ty.shape]
     size = _bytes(buffer.ty.dtype)
     block = math.prod(shape[axis + 1 :])  # elements
-    if size * math.prod(shape) < _LEAST or size * block % _LINE:
+    total = size * math.prod(shape)
+    if total < _LEAST or size * block % _LINE:
         return None
     turns = [number for number, loop in enumerate(outer) if rewrite.depends(at[: axis + 1], loop)]  # to other blocks
     inner = outer[turns[-1] + 1 :] if turns else outer
@@ -74,6 +76,8 @@ def fetch(
     times, steps = (math.prod(int(loop.extent) for loop in loops) for loops in (rows, within))
     lines = size * block * vectors // _LINE
     if not within or times * rows_at_once < _LEAST_ROWS or times * steps > _MOST_SHARED * lines:
+        return None
+    if times == 1 and total < _FAR:  # if they are all read for each row, they are near from the second on
         return None
     step = _flat([loop.loop_var - loop.min for loop in within], [int(loop.extent) for loop in within])
     at_once = -(-lines // (times * steps))  # lines of one step

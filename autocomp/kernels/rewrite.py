@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 
+_UPDATES = ("anchor_update", "anchor_update_o")  # the second where an instruction stands for the block
+
+
 @dataclass(frozen=True)
 class Update:
     """An anchor's update: the loops around it, outermost first, and its block's realisation."""
@@ -19,6 +22,16 @@ class Update:
         """The loads (of the data, of the weight) whose product is added, without what makes numbers of them."""
         product = self.realize.block.body.value.b
         return _load_in(product.a), _load_in(product.b)
+
+    @property
+    def weight(self) -> tuple[Any, list[Any]]:
+        """The buffer of weights that the update reads, and where: of a block that an instruction stands for, where it begins."""
+        block = self.realize.block
+        if block.match_buffers:
+            region = block.reads[-1]
+            return region.source, [each.min for each in region.region]
+        load = self.factors[1]
+        return load.source, list(load.indices)
 
     def at(self, indices: Sequence[Any]) -> list[Any]:
         """Indices of the block's own axes, in terms of the loops around it."""
@@ -42,7 +55,7 @@ def find_update(statement: Any, loops: Sequence[Any] = ()) -> Update | None:
     if isinstance(statement, tirx.SeqStmt):
         return next((found for each in statement if (found := find_update(each, loops))), None)
     if isinstance(statement, s_tir.SBlockRealize):
-        if statement.block.name_hint == "anchor_update":
+        if statement.block.name_hint in _UPDATES:
             return Update(list(loops), statement)
         return find_update(statement.block.body, loops)
     return None

@@ -41,7 +41,10 @@ _MOST_BAND = 14
 _NEAR, _FAR = 24 << 10, 1 << 20  # bytes that stay in half of the nearest cache; that half of the next one holds
 _BAND_BYTES = 40 << 10  # of 48 KB nearest cache; measured on depthwise layers of MobileNetV2 and V3
 _OPERATIONS = ("conv2d", "conv3d", "dense", "batch_matmul", "depthwise", winograd.NAME)
-_FETCHED = ("conv2d", "dense")  # whose weights lie block after block
+# whose weights lie block after block
+_FETCHED = frozenset(
+    each.template(name) for each in ARITHMETICS.values() if not each.runs for name in ("conv2d", "dense")
+)
 CONTRACTIONS = frozenset(each.template(operation) for each in ARITHMETICS.values() for operation in _OPERATIONS)
 
 
@@ -267,6 +270,8 @@ def _tile_contraction(schedule: Any, tile: Tile, anchor: Anchor, profile: Profil
     start = schedule.decompose_reduction(block, reduction[0])
     if dot is not None and dot.intrinsic:
         schedule.tensorize(lane, dot.register())
+        if dot.source:
+            schedule.annotate(outer[0], "pragma_import_llvm", dot.source)
     in_registers(schedule, *schedule.get_loops(start)[len(outer) :])
     for pad in blocks_named(schedule, "pad", "pack"):
         vectorise_last(schedule, pad, profile)

@@ -191,7 +191,7 @@ BRAIN = Family(
     lowering="autocomp.compiler.bf16:lowering",
     onnx="autocomp.export.onnx_bf16:translations",
     covers=("linear", "plain"),
-    needs={"x86_64": "amx-bf16"},
+    needs={"x86_64": "avx512bf16"},
     detected=16,
 )
 INTEGER = Family(

@@ -1,23 +1,30 @@
-"""bfloat16: rounding as torch's, bit for bit, and products of pairs in matrix registers, where this machine has them."""
+"""bfloat16: rounding as torch's, bit for bit, and products of pairs in vector and matrix registers, where this machine has them."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional
 
+from autocomp.devices.local import LocalDevice
 from autocomp.hardware.profile import load_profile
-from autocomp.kernels import bf16, compute, matrix, packing, templates
+from autocomp.kernels import bf16, bf16_dot, compute, matrix, packing, templates
 from autocomp.kernels.specs import ConvSpec, DenseSpec
+from autocomp.layers.bf16 import in_brain
+from autocomp.tuning.store import KernelStore
 from autocomp.tuning.timers import compile_function
 
 QUICK = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 CLOSE = 1e-5  # of the largest sum: float32 sums in another order
 here = pytest.mark.skipif(
-    "amx-bf16" not in str(load_profile("x86-host").target), reason="this processor has no matrix registers (AMX)"
+    "bf16" not in load_profile("x86-host").precisions, reason="this processor has no AVX512-BF16 instructions"
 )
 
 
@@ -114,3 +121,30 @@ def test_convolutions(
     anchor = templates.describe(te.create_prim_func([x, w, sums]))
     found = run(sums, [x, w], [bf16.bits_of(data), packed], pick, matrices and matrix.has_kernels(anchor, profile))
     assert np.abs(found - exact).max() <= CLOSE * np.abs(exact).max()
+
+
+@here
+def test_layers_of_a_processor_without_matrix_registers(tmp_path: Path) -> None:
+    """Two layers of one module, each by the instruction on vectors alone."""
+    from tvm import te
+    from tvm.target import Target
+
+    plain = load_profile("x86-host")
+    kept = [feature for feature in plain.target.get("mattr", ()) if "amx" not in feature]
+    profile = replace(plain, target={**plain.target, "mattr": kept})
+    assert not profile.matrix
+    torch.manual_seed(0)
+    layers = [in_brain(nn.Conv2d(32, 48, 3, padding=1)), nn.ReLU(), nn.Flatten(), in_brain(nn.Linear(48 * 30, 40))]
+    model, x = nn.Sequential(*layers).eval(), torch.randn(1, 32, 5, 6)
+    device = LocalDevice(profile, KernelStore.open(profile, tmp_path))
+    compiled = device.compile(model, [(x,)])  # which compares with torch
+    assert {kernel.operator for kernel in compiled.kernels} >= {"conv2d_bf16", "dense_bf16"}
+    dot = bf16.dot(profile)
+    data, weight = te.placeholder((8, 64), "uint16", name="x"), te.placeholder((3, 32, 16, 2), "uint16", name="w")
+    function = te.create_prim_func([data, weight, compute.dense(data, weight, DenseSpec((8,), 64, 48, 16), dot)])
+    anchor = templates.describe(function)
+    scheduled = templates.apply(function, templates.tiles(anchor, profile)[0], anchor, profile)
+    code = compile_function(scheduled, Target(dict(profile.target))).mod.inspect_source("asm")
+    assert "vdpbf16ps" in code
+    assert "tdpbf16ps" not in code
+    assert not [line for line in code.splitlines() if "call" in line and bf16_dot.NAME in line]  # inlined
