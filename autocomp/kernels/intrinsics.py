@@ -80,12 +80,14 @@ class DotProduct:
 
         name = f"autocomp_{self.name}" + (f"_{self.steps}" if self.steps > 1 else "")
         if TensorIntrin.get(name, allow_missing=True) is None:
-            if self.source:
-                pair = bf16_dot.pair(self)
-            else:
-                pair = (_description(self), _implementation(self)) if self.steps == 1 else _by_lane(self)
-            TensorIntrin.register(name, *pair)
+            TensorIntrin.register(name, *self._pair())
         return name
+
+    def _pair(self) -> tuple[Any, Any]:
+        """What the tensor intrinsic computes, and how."""
+        if self.source:
+            return bf16_dot.pair(self)
+        return (_description(self), _implementation(self)) if self.steps == 1 else _by_lane(self)
 
 
 # vpdpbusd: 4 products u8 x s8 added to each int32 lane, no intermediate saturation (Intel SDM vol. 2, VPDPBUSD).

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-
 _UPDATES = ("anchor_update", "anchor_update_o")  # the second where an instruction stands for the block
 
 

@@ -242,7 +242,7 @@ def test_every_line_of_the_next_weights_is_fetched(rows: int, taps: int, depth: 
         tirx.For(variable, 0, extent, tirx.ForKind.SERIAL, tirx.Evaluate(0))
         for variable, extent in ((block, 200), (row, rows), (tap, taps), (step, depth))
     ]
-    found = prefetch.fetch(buffer, [block, tap, step, 0], 0, vectors, loops, 8)
+    found = prefetch.fetch(buffer, [block, tap, step, tirx.const(0, "int32")], 0, vectors, loops, 8)
     statements = list(found) if isinstance(found, tirx.SeqStmt) else [found]
     places = [statement.value.args[1].args[0].indices for statement in statements]
     assert all(int(rewrite.substitute([block], [place[0]], [3])[0]) == 3 + vectors for place in places)
