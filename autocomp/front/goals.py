@@ -16,6 +16,8 @@ from autocomp.front.pareto import knee, pareto_set
 from autocomp.records.evaluation import Evaluation
 from autocomp.records.run import Run, comparable, speedup
 
+_NOTHING = 1e-9  # of a metric, in its units
+
 
 class Held(NamedTuple):
     """One limit and what an evaluation comes to: ``subject`` is a metric or a profile, empty for a size; ``slack`` is what rounding may add."""
@@ -96,6 +98,14 @@ class Judge:
         if isinstance(limit, str):
             return there.memory / parse_factor(limit) if there and there.memory else None
         return limit
+
+    def that_allow_nothing(self) -> list[str]:
+        """The limits on drops that are shares of a metric of which the uncompressed model has nothing, each as it was stated."""
+        return [
+            f"max_drop {limit} of {metric}"
+            for metric, limit in self.goals.drops(self.objective).items()
+            if isinstance(limit, str) and parse_share(limit) > 0 and self.max_drops[metric] <= _NOTHING
+        ]
 
     def met_by_dense(self) -> list[str]:
         """The goals on latency, size and memory that the uncompressed model meets already: they steer nothing."""

@@ -151,6 +151,10 @@ class _Explorer:
             self.measurer.names = tuple(self.found.dense().metrics)
             for goal in self.judge.met_by_dense():
                 self.progress.warn(f"the uncompressed model meets the goal {goal} already: it asks for nothing")
+            for goal in self.judge.that_allow_nothing():
+                self.progress.warn(
+                    f"{goal} is nothing, since the uncompressed model's is 0: state what may be lost in points (0.5pt) or in its own units"
+                )
             if dense is None:
                 self.found.judge_again()
             todo = [e for e in baselines if e.state == "told" and e is not dense]

@@ -16,6 +16,7 @@ from autocomp.records.table import read_evaluations
 from autocomp.study.storage import JOURNAL, Recorded, masked, read_study
 
 CONFIG = "config.yaml"
+LOCK = ".lock"  # held by whatever writes to a run folder
 PROVENANCE = "provenance.json"
 STUDY = "study.journal"  # where no other storage is asked for
 OLD_STUDY = "study.db"  # where version 0.1 kept it

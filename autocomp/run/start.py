@@ -21,7 +21,7 @@ from autocomp.processes.chatter import LOG, caught
 from autocomp.progress import Progress
 from autocomp.recovery.recipe import load_recipe
 from autocomp.report.build import build_report
-from autocomp.run.folder import abandon_run_folder, as_begun, check_run_folder, open_run_folder, probe
+from autocomp.run.folder import LOCK, abandon_run_folder, as_begun, check_run_folder, open_run_folder, probe
 from autocomp.run.replay import choices
 from autocomp.run.result import SearchResult
 from autocomp.space.file import SpaceFile, load_space
@@ -86,7 +86,7 @@ def _locked(folder: Path, work: Callable[[], SearchResult], go_on: str) -> Searc
     """What ``work`` returns, nothing else being at work in a run's folder; stops and full disks are told with how to ``go_on``."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with interrupt.remembered(), FileLock(folder / ".lock", timeout=0):
+        with interrupt.remembered(), FileLock(folder / LOCK, timeout=0):
             return work()
     except Timeout as error:
         raise UsageError(f"another search is running in {folder}; wait for it, or choose another --out") from error
@@ -99,7 +99,7 @@ def _locked(folder: Path, work: Callable[[], SearchResult], go_on: str) -> Searc
         if reason is None:
             raise
         raise UsageError(
-            f"{_where(error, folder)} cannot be written: {reason}; what was told is kept, continue with --resume once there is room"
+            f"{_where(error, folder)} cannot be written: {reason}; what was told is kept: once there is room, {go_on}"
         ) from error
 
 

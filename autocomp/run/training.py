@@ -66,7 +66,7 @@ def train_points(
     stage = Stage(prepared, found, load_recipe(recipe), length, chosen)
     if stage.done:
         prepared.progress.warn(
-            "these points were trained so before: give another length, recipe or points to go on from there"
+            "these points were trained so before: they are written again, and no longer trained; for that, give another length, recipe or points"
         )
     stage.run()
 

@@ -7,11 +7,14 @@ uncompressed model's, on this machine. Each check ends in a verdict of its own, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from autocomp.config.files import read_json
 from autocomp.config.settings import Settings, read_settings
@@ -20,7 +23,7 @@ from autocomp.front.goals import Judge
 from autocomp.processes.alone import attempt_alone
 from autocomp.progress import Progress
 from autocomp.records.run import speedup
-from autocomp.run.folder import CONFIG
+from autocomp.run.folder import CONFIG, LOCK
 from autocomp.run.identity import identity_of, profiles_identity
 from autocomp.run.result import Point, SearchResult
 from autocomp.tasks.reading import NOTHING, otherwise
@@ -95,12 +98,35 @@ def judged_again(
 
     Time that was measured on another machine says nothing here as such; the ratio to the uncompressed model, timed in turn, does.
     """
-    found = SearchResult(run)
-    settings = read_settings(found.folder / CONFIG)
-    chosen = _chosen(found, settings, point)
-    wanted = _baseline(Path(baseline), chosen) if baseline is not None else _speedups(found, chosen)
-    checks = _Checks(found, settings, chosen, wanted, slower, progress or Progress())
-    return Gated(chosen.candidate.id, tuple(checks.all(task)))
+    with _alone_in(Path(run)):
+        found = SearchResult(run)
+        settings = read_settings(found.folder / CONFIG)
+        chosen = _chosen(found, settings, point)
+        wanted = _baseline(Path(baseline), chosen) if baseline is not None else _speedups(found, chosen)
+        checks = _Checks(found, settings, chosen, wanted, slower, progress or Progress())
+        return Gated(chosen.candidate.id, tuple(checks.all(task)))
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep searches and training out of a run folder while it is read, where one was ever at work; a read-only folder needs no keeping."""
+    lock = FileLock(folder / LOCK, timeout=0)
+    held = False
+    try:
+        if (folder / LOCK).is_file():
+            lock.acquire()
+            held = True
+    except Timeout:
+        raise UsageError(
+            f"a search or training is at work in {folder}, which would change what is checked: wait for it"
+        ) from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        if held:
+            lock.release()
 
 
 class _Checks:

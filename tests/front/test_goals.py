@@ -117,6 +117,14 @@ def test_goals_that_ask_for_nothing_are_named() -> None:
     assert not Judge(DENSE, Goals(max_latency="2x"), "accuracy").met_by_dense()
 
 
+def test_a_share_of_nothing_is_named() -> None:
+    dense = replace(DENSE, metrics={"accuracy": 0.9, "error": 0.0})
+    goals = Goals(max_drop={"accuracy": "1%", "error": "2%"})
+    assert Judge(dense, goals, "accuracy").that_allow_nothing() == ["max_drop 2% of error"]
+    assert not Judge(dense, Goals(max_drop={"error": 0.01}), "accuracy").that_allow_nothing()
+    assert not Judge(dense, Goals(max_drop={"error": "0%"}), "accuracy").that_allow_nothing()
+
+
 def test_a_family_has_the_most_accurate_of_each_speedup() -> None:
     found = family(Judge(DENSE, Goals(), "accuracy"), RUN, [2.0, 2.2, 9.0], ["x86-host"])
     assert {name: e and e.trial for name, e in found.items()} == {"2x": 1, "2.2x": 2, "9x": None}

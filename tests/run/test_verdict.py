@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import tiny_task
 import torch
+from filelock import FileLock
 
 import autocomp
 from autocomp.cli.main import main
 from autocomp.hardware.profile import Profile
 from autocomp.run import verdict as verdict_module
+from autocomp.run.folder import LOCK
 from autocomp.run.verdict import Gated, Verdict
 
 pytestmark = pytest.mark.usefixtures("short_tuning")
@@ -280,3 +282,14 @@ def test_a_latency_is_held_to_the_baseline_within_its_spread(
 def test_bad_input(arguments: list[str], words: str, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["gate", *(text.format(run=finished) for text in arguments)]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_run_that_is_at_work_is_not_checked(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / LOCK).touch()
+    with FileLock(run / LOCK):
+        assert main(["gate", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert "a search or training is at work" in said
+    assert len(said.splitlines()) <= 3
+    with FileLock(run / LOCK, timeout=0):  # let go
+        pass
