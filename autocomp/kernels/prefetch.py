@@ -3,7 +3,7 @@
 A network's weights rarely stay in the second-level cache from one inference to the next. A contraction reads them block after block, each for
 all rows; while the rows of a block are computed, the lines of the next are fetched, as many for each row of tiles: all at once, they would
 hold up the loads of the present one. Measured on AVX-512, weights out of the last-level cache: Winograd kernels of 9 to 17 MB take 0.5 to
-0.6 of the time, matrices of 2 to 9 MB 0.87 to 0.95; where the weights are near, nothing changes.
+0.6 of the time, matrices of 2 to 9 MB 0.82 to 0.93; where the weights are near, nothing changes.
 """
 
 from __future__ import annotations
