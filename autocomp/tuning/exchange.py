@@ -50,7 +50,8 @@ class StoreAtRest:
         if not isinstance(target, dict):
             return "unknown (target.json is damaged)"
         cores = target.get("num-cores", 1)
-        parts = [str(target.get("mcpu") or target.get("kind")), *target.get("mattr", ())]
+        added = (feature for feature in target.get("mattr", ()) if str(feature).startswith("+"))
+        parts = [str(target.get("mcpu") or target.get("kind")), *added]
         return f"{' '.join(parts)}, {cores} thread{'s' if cores != 1 else ''}"
 
 
