@@ -77,8 +77,8 @@ def fetch(
     lines = size * block * vectors // _LINE
     if not within or times * rows_at_once < _LEAST_ROWS or times * steps > _MOST_SHARED * lines:
         return None
-    if times == 1 and total < _FAR:  # if they are all read for each row, they are near from the second on
-        return None
+    if total < _FAR and any(int(loop.extent) > 1 and not rewrite.depends(at, loop) for loop in outer[: -len(inner)]):
+        return None  # they are all read again and again, and near from the second time on
     step = _flat([loop.loop_var - loop.min for loop in within], [int(loop.extent) for loop in within])
     at_once = -(-lines // (times * steps))  # lines of one step
     pause = 1 << max(times * steps // lines, 1).bit_length() - 1  # steps that share a line
