@@ -22,11 +22,12 @@ ZOO: dict[str, Callable[..., tuple[nn.Module, tuple[Tensor, ...]]]] = {
     "lstm": lstm,
     "gru": gru,
 }
-# The seven whose latency is compared with ONNX Runtime's, by the name they are shown under.
+# Those whose latency is compared with other runtimes', by the name they are shown under.
 BENCHMARKED = {
     "resnet18": "ResNet-18 @224",
     "resnet50": "ResNet-50 @224",
     "mobilenet_v2": "MobileNetV2 @224",
+    "efficientnet_b0": "EfficientNet-B0 @224",
     "vit_tiny": "ViT-Ti/16 @224",
     "bert_x4": "BERT-base layer x4, 128 tokens",
     "whisper_tiny": "Whisper-tiny encoder, 30 s",
