@@ -119,7 +119,7 @@ def test_on_arm_equals_float64_within_its_bound(case: dict) -> None:
 
 @pytest.mark.parametrize("outputs", winograd.SIZES)
 def test_weights_that_are_fetched_ahead_change_nothing(profile: Profile, outputs: int) -> None:
-    spec = ConvSpec.of((1, 7, 7, 96), (160, 96, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, profile.lanes)
+    spec = ConvSpec.of((1, 7, 7, 192), (256, 192, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, profile.lanes)
     function = forms.form(spec, outputs)
     anchor = templates.describe(function)
     assert "llvm.prefetch" in str(templates.apply(function, templates.tiles(anchor, profile)[0], anchor, profile))
