@@ -80,14 +80,9 @@ class DotProduct:
 
         name = f"autocomp_{self.name}" + (f"_{self.steps}" if self.steps > 1 else "")
         if TensorIntrin.get(name, allow_missing=True) is None:
-            TensorIntrin.register(name, *self._pair())
+            pair = (_description(self), _implementation(self)) if self.steps == 1 else _by_lane(self)
+            TensorIntrin.register(name, *pair)
         return name
-
-    def _pair(self) -> tuple[Any, Any]:
-        """What the tensor intrinsic computes, and how."""
-        if self.source:
-            return bf16_dot.pair(self)
-        return (_description(self), _implementation(self)) if self.steps == 1 else _by_lane(self)
 
 
 # vpdpbusd: 4 products u8 x s8 added to each int32 lane, no intermediate saturation (Intel SDM vol. 2, VPDPBUSD).
@@ -119,13 +114,13 @@ def _description(dot: DotProduct) -> Any:
     from tvm.script import tirx as T
 
     lanes, depth = dot.lanes, dot.depth
-    activation, weight = dot.activation, dot.weight
+    activation, weight, sums, widened = dot.activation, dot.weight, dot.sums, dot.widened
 
     @T.prim_func(s_tir=True)
     def description(
         A: T.Buffer((depth,), activation, offset_factor=1),
         B: T.Buffer((lanes, depth), weight, offset_factor=1),
-        C: T.Buffer((lanes,), "int32", offset_factor=1, scope="local"),
+        C: T.Buffer((lanes,), sums, offset_factor=1, scope="local"),
     ) -> None:
         with T.sblock("root"):
             T.reads(C[0:lanes], A[0:depth], B[0:lanes, 0:depth])
@@ -134,60 +129,42 @@ def _description(dot: DotProduct) -> Any:
                 for k in T.serial(0, depth):
                     with T.sblock("update"):
                         vi, vk = T.axis.remap("SR", [i, k])
-                        C[vi] = C[vi] + T.cast(A[vk], "int32") * T.cast(B[vi, vk], "int32")
+                        C[vi] = C[vi] + widened(A[vk]) * widened(B[vi, vk])
 
     return description
 
 
 def _implementation(dot: DotProduct) -> Any:
+    from tvm import tirx
     from tvm.script import tirx as T
 
     lanes, depth = dot.lanes, dot.depth
-    activation, weight, intrinsic = dot.activation, dot.weight, dot.intrinsic
-    accumulator = f"int32x{lanes}"
-    a_vector = f"{activation}x{depth}"
-    w_vector = f"{weight}x{lanes * depth}"
+    activation, weight, sums, intrinsic = dot.activation, dot.weight, dot.sums, dot.intrinsic
+    accumulator, w_vector = f"{sums}x{lanes}", f"{weight}x{lanes * depth}"
 
-    if dot.depth == 4:
-
-        @T.prim_func(s_tir=True)
-        def implementation(
-            A: T.Buffer((depth,), activation, offset_factor=1),
-            B: T.Buffer((lanes, depth), weight, offset_factor=1),
-            C: T.Buffer((lanes,), "int32", offset_factor=1, scope="local"),
-        ) -> None:
-            with T.sblock("root"):
-                T.reads(C[0:lanes], A[0:depth], B[0:lanes, 0:depth])
-                T.writes(C[0:lanes])
-                C[T.ramp(T.int32(0), 1, lanes)] = T.call_llvm_pure_intrin(
-                    T.llvm_lookup_intrinsic_id(intrinsic),
-                    C.vload([0], dtype=accumulator),
-                    T.reinterpret(
-                        T.broadcast(T.reinterpret(A.vload([0], a_vector), dtype="int32"), lanes), dtype=w_vector
-                    ),
-                    B.vload([0, 0], dtype=w_vector),
-                    dtype=accumulator,
-                )
-
-        return implementation
+    def added(A: Any, B: Any, C: Any) -> Any:
+        """The sums with the products of one group of inputs, which all lanes share."""
+        bits = tirx.reinterpret("int32", A.vload([0], f"{activation}x{depth}"))
+        value, inputs = C.vload([0], accumulator), tirx.reinterpret(w_vector, tirx.Broadcast(bits, lanes))
+        weights = B.vload([0, 0], w_vector)
+        if dot.source:
+            return tirx.call_extern(accumulator, intrinsic, value, inputs, weights)
+        if dot.name == _MADD256.name:  # which adds to nothing
+            return value + tirx.call_llvm_pure_intrin(accumulator, intrinsic, inputs, weights)
+        return tirx.call_llvm_pure_intrin(accumulator, intrinsic, value, inputs, weights)
 
     @T.prim_func(s_tir=True)
-    def widened(
+    def implementation(
         A: T.Buffer((depth,), activation, offset_factor=1),
         B: T.Buffer((lanes, depth), weight, offset_factor=1),
-        C: T.Buffer((lanes,), "int32", offset_factor=1, scope="local"),
+        C: T.Buffer((lanes,), sums, offset_factor=1, scope="local"),
     ) -> None:
         with T.sblock("root"):
             T.reads(C[0:lanes], A[0:depth], B[0:lanes, 0:depth])
             T.writes(C[0:lanes])
-            C[T.ramp(T.int32(0), 1, lanes)] = C.vload([0], dtype=accumulator) + T.call_llvm_pure_intrin(
-                T.llvm_lookup_intrinsic_id(intrinsic),
-                T.reinterpret(T.broadcast(T.reinterpret(A.vload([0], a_vector), dtype="int32"), lanes), dtype=w_vector),
-                B.vload([0, 0], dtype=w_vector),
-                dtype=accumulator,
-            )
+            C[T.ramp(T.int32(0), 1, lanes)] = added(A, B, C)
 
-    return widened
+    return implementation
 
 
 def _by_lane(dot: DotProduct) -> tuple[Any, Any]:

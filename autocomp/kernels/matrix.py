@@ -71,9 +71,7 @@ def _cost(tile: Tile, anchor: Anchor) -> float:
     """
     parts = parts_of(tile.rows) * tile.rows_up
     sums, steps = parts * tile.vectors, steps_of(anchor.reduction[-2])
-    count = anchor.reduction[-2] // steps
-    for extent in anchor.reduction[:-2]:
-        count *= extent
+    count = math.prod(anchor.reduction[:-1]) // steps
     cycles = count * max(16 * sums, 8 * (parts + tile.vectors)) + 16 * sums
     waiting = 1 + 0.25 / sums + 0.01 * (not tile.channels_outer)
     return waiting * cycles / (count * tile.rows * tile.rows_up * tile.vectors * steps)

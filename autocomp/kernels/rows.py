@@ -7,6 +7,8 @@ use the largest power of two that fits.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 from autocomp.kernels import vector_math
@@ -20,44 +22,27 @@ def _vectors(length: int, lanes: int) -> tuple[int, int, int]:
     return lanes, vectors, vectors * lanes - length
 
 
-def _folds(width: int) -> tuple[Any, Any]:
-    """Inline functions that bring (the sum, the maximum) of a vector's lanes to ``into[0]``, by halves; the vector is spent."""
+def _fold(width: int, combine: Callable[[Any, Any], Any]) -> Any:
+    """An inline function that combines a vector's lanes, by halves, to ``into[0]``; the vector is spent."""
     from tvm.script import tirx as T
 
-    # what is no name of the function's own is looked up where it is used: widths below a half are left out there
     @T.inline
-    def add_up(part, into):  # type: ignore[no-untyped-def]
+    def fold(part, into):  # type: ignore[no-untyped-def]
         if width >= 16:
             for lane in T.vectorized(8):
-                part[lane] = part[lane] + part[lane + 8]
+                part[lane] = combine(part[lane], part[lane + 8])
         if width >= 8:
             for lane in T.vectorized(4):
-                part[lane] = part[lane] + part[lane + 4]
+                part[lane] = combine(part[lane], part[lane + 4])
         if width >= 4:
             for lane in T.vectorized(2):
-                part[lane] = part[lane] + part[lane + 2]
+                part[lane] = combine(part[lane], part[lane + 2])
         if width >= 2:
-            into[0] = part[0] + part[1]
+            into[0] = combine(part[0], part[1])
         else:
             into[0] = part[0]
 
-    @T.inline
-    def find_most(part, into):  # type: ignore[no-untyped-def]
-        if width >= 16:
-            for lane in T.vectorized(8):
-                part[lane] = T.max(part[lane], part[lane + 8])
-        if width >= 8:
-            for lane in T.vectorized(4):
-                part[lane] = T.max(part[lane], part[lane + 4])
-        if width >= 4:
-            for lane in T.vectorized(2):
-                part[lane] = T.max(part[lane], part[lane + 2])
-        if width >= 2:
-            into[0] = T.max(part[0], part[1])
-        else:
-            into[0] = part[0]
-
-    return add_up, find_most
+    return fold
 
 
 def softmax(rows: int, length: int, lanes: int) -> Any:
@@ -69,7 +54,7 @@ def softmax(rows: int, length: int, lanes: int) -> Any:
     abreast = 4 if vectors >= 8 else 1  # maxima that do not wait for one another
     rounds = -(-vectors // abreast)
     exp = vector_math.exp_below_zero
-    add_up, find_most = _folds(width)
+    add_up, find_most = _fold(width, operator.add), _fold(width, T.max)
 
     @T.prim_func(s_tir=True)
     def function(X: T.Buffer((rows, length), "float32"), Y: T.Buffer((rows, length), "float32")) -> None:
@@ -126,7 +111,7 @@ def layer_norm(rows: int, length: int, epsilon: float, lanes: int) -> Any:
     width, vectors, overlap = _vectors(length, lanes)
     last = length - width
     share = 1.0 / length
-    add_up, _ = _folds(width)
+    add_up = _fold(width, operator.add)
 
     @T.prim_func(s_tir=True)
     def function(

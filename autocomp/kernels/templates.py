@@ -173,34 +173,37 @@ def apply(function: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:
     """Schedule a fused function with one tile; returns a PrimFunc marked as scheduled."""
     from tvm import s_tir
 
-    from autocomp.kernels import fp16, weight_only
-
     if _is_scheduled(function):
         return function
     # held while it is scheduled: TVM changes in place what nobody holds, and the function shares its loops
     short = _short_indices(function)
     schedule = s_tir.Schedule(short)
+    return _tiled(schedule, tile, anchor, profile).with_attr("tirx.is_scheduled", True)
+
+
+def _tiled(schedule: Any, tile: Tile, anchor: Anchor, profile: Profile) -> Any:
+    """The schedule's function, by the template of its anchor."""
+    from autocomp.kernels import fp16, weight_only
+
     if not tile.rows or (anchor.template == winograd.NAME and not tile.vectors):
-        return schedule.mod["main"].with_attr("tirx.is_scheduled", True)
+        return schedule.mod["main"]
+    if tile.matrix:
+        return matrix.tile_matrix(schedule, tile, anchor, profile)
     if not tile.vectors:
         schedule_rowwise(schedule, profile)
-        return schedule.mod["main"].with_attr("tirx.is_scheduled", True)
-    if tile.matrix:
-        return matrix.tile_matrix(schedule, tile, anchor, profile).with_attr("tirx.is_scheduled", True)
-    if anchor.template == winograd.NAME:
-        return winograd_tiles.tile_winograd(schedule, tile, profile).with_attr("tirx.is_scheduled", True)
-    if weight_only.is_weight_only(anchor):
+    elif anchor.template == winograd.NAME:
+        return winograd_tiles.tile_winograd(schedule, tile, profile)
+    elif weight_only.is_weight_only(anchor):
         weight_only.tile_weight_only(schedule, tile, anchor, profile)
-    elif arithmetic_of(anchor.template).runs and tile.vectors and len(reductions(schedule)) > 1:
+    elif arithmetic_of(anchor.template).runs and len(reductions(schedule)) > 1:
         fp16.tile_runs(schedule, tile, anchor, profile)
-    elif anchor.template in CONTRACTIONS and tile.vectors:
+    elif anchor.template in CONTRACTIONS:
         _tile_contraction(schedule, tile, anchor, profile)
         if anchor.template in _FETCHED and not neon.is_neon(profile):
-            function = prefetch_weights(schedule.mod["main"], 0, tile.vectors)
-            return function.with_attr("tirx.is_scheduled", True)
+            return prefetch_weights(schedule.mod["main"], 0, tile.vectors)
     else:
         schedule_rowwise(schedule, profile)
-    return schedule.mod["main"].with_attr("tirx.is_scheduled", True)
+    return schedule.mod["main"]
 
 
 def _short_indices(function: Any) -> Any:

@@ -39,7 +39,7 @@ DEEP = 4  # one in so many measurements looks for what is fast at whatever loss 
 FRONT_EVERY = 4  # one lot of measurements in so many is for the front around the goals
 FINER = 4  # times as many seeds are solved for where only those near the goals are taken
 BASELINES_TOGETHER = (
-    2  # times as many as of others, which nothing is learnt between: fewer kernels wait for others to be tuned
+    2  # times as many as of others: nothing is learnt between them, and kernels are tuned in fewer rounds
 )
 MEASURE_ROUNDS = 4  # the budget of measurements is spent in rounds, each choosing by all that is known then
 

@@ -111,11 +111,9 @@ def judged_again(
 def _alone_in(folder: Path) -> Iterator[None]:
     """Keep searches and training out of a run folder while it is read, where one was ever at work; a read-only folder needs no keeping."""
     lock = FileLock(folder / LOCK, timeout=0)
-    held = False
     try:
         if (folder / LOCK).is_file():
             lock.acquire()
-            held = True
     except Timeout:
         raise UsageError(
             f"a search or training is at work in {folder}, which would change what is checked: wait for it"
@@ -125,8 +123,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if held:
-            lock.release()
+        lock.release()  # nothing, where it is not held
 
 
 class _Checks:
