@@ -27,7 +27,7 @@ from autocomp.study.aims import Known, aims, choose, worth
 from autocomp.study.samplers import OURS
 from autocomp.study.solver import solve_front
 from autocomp.study.study import Asked
-from autocomp.study.useful import UNKNOWN, useful_divergence
+from autocomp.study.useful import MOST, UNKNOWN, of_use, useful_divergence
 
 # What steers a search. Where nothing else is said, chosen by hand, not measured.
 UNIFORM_KEEPS = (1.0, 0.75, 0.5, 0.25)  # the baselines: one ratio for every group, in fp32 and in int8
@@ -219,6 +219,7 @@ class _Explorer:
                 for candidate in self._seeds_again() if part < MEASURE_ROUNDS else ():
                     self.search.enqueue(candidate, "solver")
             self._measure_until(budget)
+            self._say_what_is_of_no_use()
             if self.budget.minutes is not None:
                 self._least(stage)
                 self._say_what_was_left()
@@ -255,7 +256,7 @@ class _Explorer:
         while (anyhow or not self.budget.late(self._lot_seconds)) and not self._met():
             searched = self._searched()
             spent = sum(e.state != "told" for e in searched)
-            waiting = [e for e in searched if e.state == "told" and e.kl is not None and np.isfinite(e.kl)]
+            waiting = [e for e in of_use(searched) if e.state == "told"]
             if spent >= count or not waiting:
                 return
             chosen = self._promising(waiting, count - spent)
@@ -345,6 +346,17 @@ class _Explorer:
             for _ in self.teller.tell(self.teller.ask(count, np.inf)):
                 stage.advance()
         self._measure_until(min(together, self.settings.measurements), anyhow=True)
+
+    def _say_what_is_of_no_use(self) -> None:
+        searched, wanted = self._searched(), self.settings.measurements
+        done = sum(e.state != "told" for e in searched)
+        near = of_use(searched)
+        far = [e for e in searched if e.state == "told" and e not in near]
+        if done < wanted and far and all(e.state != "told" for e in near):
+            self.progress.warn(
+                f"{done} of {wanted} measurements were made: the other {len(far)} candidates told are more than {MOST:g} nat from the "
+                f"uncompressed model, which is about chance"
+            )
 
     def _say_what_was_left(self) -> None:
         told, trials = len(self.search.told), self.settings.trials

@@ -32,6 +32,15 @@ def useful_divergence(measured: Sequence[Evaluation], judge: Judge) -> float:
     return min(MOST, max(LEAST, most / rate)) if rate > 0 and most > 0 else UNKNOWN
 
 
+def of_use(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Those that still know something of what the model knew: not farther from it than `MOST`, or all where none is so near.
+
+    Measuring another would put what answers by chance on the front, as the fastest of all.
+    """
+    known = [e for e in evaluations if e.kl is not None and np.isfinite(e.kl)]
+    return [e for e in known if e.kl is not None and e.kl <= MOST] or known
+
+
 def tolerated(judge: Judge) -> float:
     """The drop of the objective, in its units, up to which a front is of use."""
     allowed = judge.max_drops.get(judge.objective)

@@ -10,6 +10,7 @@ import pytest
 
 from autocomp.api import SearchResult
 from autocomp.records.evaluation import Evaluation
+from autocomp.records.expected import ExpectedPoint
 from autocomp.run import expect
 from autocomp.run.expect import expected_of
 
@@ -43,26 +44,25 @@ def test_what_was_measured_is_thought_of_as_it_was_before(
     small: Callable[..., SearchResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The latency model in use learns from what is measured; what was thought of a candidate at the start does not."""
-    front: list[str] = []
+    before: dict[str, ExpectedPoint] = {}
     real = expect.expected_front
 
-    def watched(*arguments: Any) -> list[Evaluation]:
-        found = real(*arguments)
-        front.extend(e.candidate.id for e in found)
-        return found
+    def watched(costs: Any, *arguments: Any) -> list[Evaluation]:
+        dense = expect.thought(costs, costs.space.dense())
+        for candidate in (costs.space.uniform(1.0, precision) for precision in ("fp32", "w8a8")):  # are always measured
+            before[candidate.id] = expect.expected_point(expect.thought(costs, candidate), dense)
+        return real(costs, *arguments)
 
     monkeypatch.setattr(expect, "expected_front", watched)
-    expected = small(trials=30, measurements=5).run.expected
-    assert expected is not None
-    both = [
-        (point, expected.candidates[i])
-        for i, point in zip(front, expected.points, strict=True)
-        if i in expected.candidates
-    ]
-    assert len(both) > 1, "or this says little"
-    for before, after in both:
-        assert after.speedup == pytest.approx(before.speedup)
-        assert (after.bytes, after.divergence) == (before.bytes, pytest.approx(before.divergence))
+    run = small(trials=30, measurements=5).run
+    assert run.expected is not None
+    after = run.expected.candidates
+    assert before.keys() <= after.keys()
+    assert len(after) > len(before), "others were measured too"
+    for candidate, point in before.items():
+        assert after[candidate].speedup == pytest.approx(point.speedup)
+        assert (after[candidate].bytes, after[candidate].divergence) == (point.bytes, pytest.approx(point.divergence))
+    assert len({point.bytes for point in before.values()}) == len(before), "or this says little"
 
 
 def test_seconds_of_trials_follow_those_of_candidates_looked_at(small: Callable[..., SearchResult]) -> None:

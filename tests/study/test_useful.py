@@ -10,7 +10,7 @@ from autocomp.config.settings import Goals
 from autocomp.front.goals import Judge
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation
-from autocomp.study.useful import LEAST, MOST, UNKNOWN, useful_divergence
+from autocomp.study.useful import LEAST, MOST, UNKNOWN, of_use, useful_divergence
 
 DENSE = Evaluation(0, Candidate({}, {}), "dense", "measured", 0.0, 100, kl=0.0, metrics={"score": 0.8})
 
@@ -54,3 +54,9 @@ def test_an_objective_that_is_perfect_leaves_something_to_look_at() -> None:
 def test_nothing_is_of_use_where_nothing_is_left_however_slowly_the_metric_fell() -> None:
     known = measured((0.1, 0.7999), (0.2, 0.7998))
     assert useful_divergence(known, Judge(DENSE, Goals(), "score")) == MOST
+
+
+def test_what_answers_by_chance_is_left_out_unless_all_do() -> None:
+    near, far, failed = (replace(DENSE, trial=n, kl=kl) for n, kl in enumerate((0.3, 2.5, None), 1))
+    assert of_use([far, near, failed]) == [near]
+    assert of_use([far, failed]) == [far]
