@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from autocomp.compiler.attention import fuse_attention
 from autocomp.compiler.convolve import channels_last, convolutions_of, convolve
 from autocomp.compiler.expressions import array_of, is_constant, shape_of
 from autocomp.hardware.profile import Profile
@@ -26,7 +27,7 @@ def lower(mod: Any, profile: Profile, target: Any, choose: Callable[[Sequence[Co
 
     constants = tvm.transform.Sequential([relax.transform.CanonicalizeBindings(), relax.transform.FoldConstant()])
     with target:
-        mod = constants(mod)
+        mod = fuse_attention(constants(mod), profile)
     anchors = _Anchors(profile, choose(convolutions_of(mod, profile.lanes)) if choose else {})
     passes = tvm.transform.Sequential(
         [

@@ -22,7 +22,7 @@ def _vectors(length: int, lanes: int) -> tuple[int, int, int]:
     return lanes, vectors, vectors * lanes - length
 
 
-def _fold(width: int, combine: Callable[[Any, Any], Any]) -> Any:
+def fold(width: int, combine: Callable[[Any, Any], Any]) -> Any:
     """An inline function that combines a vector's lanes, by halves, to ``into[0]``; the vector is spent."""
     from tvm.script import tirx as T
 
@@ -54,7 +54,7 @@ def softmax(rows: int, length: int, lanes: int) -> Any:
     abreast = 4 if vectors >= 8 else 1  # maxima that do not wait for one another
     rounds = -(-vectors // abreast)
     exp = vector_math.exp_below_zero
-    add_up, find_most = _fold(width, operator.add), _fold(width, T.max)
+    add_up, find_most = fold(width, operator.add), fold(width, T.max)
 
     @T.prim_func(s_tir=True)
     def function(X: T.Buffer((rows, length), "float32"), Y: T.Buffer((rows, length), "float32")) -> None:
@@ -111,7 +111,7 @@ def layer_norm(rows: int, length: int, epsilon: float, lanes: int) -> Any:
     width, vectors, overlap = _vectors(length, lanes)
     last = length - width
     share = 1.0 / length
-    add_up = _fold(width, operator.add)
+    add_up = fold(width, operator.add)
 
     @T.prim_func(s_tir=True)
     def function(
