@@ -19,9 +19,9 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
-# the built-in tasks trained to their end, and large models compiled
+# whole searches that are killed, resumed, replayed and trained; the built-in tasks trained to their end; large models compiled
 test-slow: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -n 2 --max-worker-restart 0 -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -m slow
 
 test-browser: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m browser

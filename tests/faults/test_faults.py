@@ -24,7 +24,7 @@ from autocomp.records.candidate import Candidate
 from autocomp.report import build
 from autocomp.run import finish, start
 
-pytestmark = pytest.mark.usefixtures("short_tuning")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_tuning")]
 
 
 def _quantised(net: nn.Module) -> bool:

@@ -229,6 +229,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory, spaces: dict[str, str], sho
     return out
 
 
+@pytest.mark.slow
 def test_data_that_changed_are_told_now_and_ever_after(
     judged: Path, spaces: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +274,7 @@ class Against:
             return {"distance": float((model(inputs) - tiny_task.model()(inputs)).square().mean())}
 
 
+@pytest.mark.slow
 def test_data_that_say_nothing_of_dense_are_asked_of_another_model(
     spaces: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,6 +291,7 @@ def test_data_that_say_nothing_of_dense_are_asked_of_another_model(
         assert any(f"{who} judges candidate" in text for text in again.run.warnings)
 
 
+@pytest.mark.slow
 def test_a_judge_that_ignores_its_model_is_doubted(
     spaces: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,6 +327,7 @@ def test_a_model_of_a_front_that_was_not_written_any_more_is_not_loaded(run: Pat
         point.load()
 
 
+@pytest.mark.slow
 def test_what_another_compiler_measured_is_measured_again(
     run: Path, resume: Callable[..., autocomp.SearchResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -481,6 +485,7 @@ def test_results_without_their_settings_are_not_written_over(run: Path, spaces: 
     assert contents(run) == before
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_name_share_a_database(tmp_path: Path, spaces: dict[str, str]) -> None:
     storage = f"sqlite:///{tmp_path / 'shared.db'}"
     found = [
@@ -588,6 +593,7 @@ def test_a_process_of_another_machine_counts_as_gone_after_a_while(tmp_path: Pat
     Claim(storage, study, url).release()
 
 
+@pytest.mark.slow
 def test_what_another_machine_measured_is_measured_again(run: Path, resume: Callable[..., Any]) -> None:
     url = f"journal:///{run / 'study.journal'}"
     storage = open_storage(url)
@@ -646,6 +652,7 @@ def test_a_layer_of_another_name_is_not_taken(run: Path, resume: Callable[..., a
     assert {p.candidate.id: dict(p.metrics) for p in again.front}.items() >= before.items()
 
 
+@pytest.mark.slow
 def test_an_evaluate_that_writes_to_its_own_data_is_told(tmp_path: Path, spaces: dict[str, str]) -> None:
     task = tiny_task.task()
     inputs, labels = tiny_task.data(64, 3)
@@ -660,6 +667,7 @@ def test_an_evaluate_that_writes_to_its_own_data_is_told(tmp_path: Path, spaces:
     assert any("judges the same model otherwise when it is asked again" in text for text in result.run.warnings)
 
 
+@pytest.mark.slow
 def test_a_task_may_change_the_working_folder(
     tmp_path: Path, spaces: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

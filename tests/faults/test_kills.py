@@ -20,6 +20,7 @@ from autocomp.api import SearchResult
 from autocomp.records.run import read_run
 from autocomp.records.table import read_evaluations
 
+pytestmark = pytest.mark.slow
 TESTS = Path(tiny_task.__file__).parent
 # What every process of a run does first: die when it is about to put its n-th file in place. Its children count for themselves.
 KILLED = """

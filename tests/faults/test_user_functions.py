@@ -74,6 +74,7 @@ def test_a_judge_that_never_works_is_refused_at_the_start(
     assert not (tmp_path / "run/config.yaml").exists(), "a corrected retry works"
 
 
+@pytest.mark.slow
 def test_a_judge_that_fails_on_some_costs_these(small: Callable[..., SearchResult], tmp_path: Path) -> None:
     """One that hangs, one that leaves, one that answers otherwise: failed trials with their reasons; the search goes on."""
     task, ends = tiny_task.task(), iter([hang, raising(Own("lost")), lambda _: {"other": 1.0}])
@@ -175,6 +176,7 @@ CALIBRATIONS: dict[str, Callable[[], list[tuple[Tensor, ...]]]] = {
 OUT_OF_RANGE: dict[str, Callable[[], list[tuple[Tensor, ...]]]] = {"all": lambda: scaled(1e30), "one": one_bad_sample}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALIBRATIONS)
 def test_odd_calibration_data_end_in_a_front(name: str, small: Callable[..., SearchResult]) -> None:
     result = small(replace(tiny_task.task(), calibration=CALIBRATIONS[name]()))

@@ -147,6 +147,7 @@ def test_points_whose_metric_was_not_read_are_told_of() -> None:
     assert unread(points[1:]) == []
 
 
+@pytest.mark.slow
 def test_a_run_reads_the_metric_from_its_libraries(tmp_path: Path, spaces: dict[str, str], short_tuning: None) -> None:
     result = autocomp.search(
         "tiny_task:task", out=tmp_path / "run", space=spaces["full"], trials=6, measurements=2, references=False

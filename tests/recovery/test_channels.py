@@ -162,6 +162,7 @@ def test_what_cannot_be_trained_so_is_refused(folder: Path) -> None:
         Recipe(format_version=1, stages=[{**STAGES[0], "rounding": True}, STAGES[1]])
 
 
+@pytest.mark.slow
 def test_a_search_trains_by_it(spaces: dict[str, str], tmp_path: Path, short_tuning: None) -> None:
     path = tmp_path / "three.yaml"
     text = Path(autocomp.config.shipped.shipped_files("recipes")["three-stage"]).read_text()

@@ -199,6 +199,7 @@ def test_a_dry_run_says_it_and_leaves_nothing(tmp_path: Path, capsys: pytest.Cap
     assert "unknown task 'nothing'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_tuning", "without_exports")
 def test_a_run_has_what_was_chosen_and_goes_on_with_it(
     small: Callable[..., SearchResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]

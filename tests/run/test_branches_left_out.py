@@ -76,6 +76,7 @@ def test_checking_a_task_shows_which_branches_may_go_and_why_others_may_not(
     assert any(r["option"] == "depth" and "no way around" in r["reason"] for r in found["refused"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["layers", "three-stage"])
 def test_it_is_trained_by_recipes_that_look_at_layers_and_choose_channels(
     searched: SearchResult,

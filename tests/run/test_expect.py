@@ -17,6 +17,7 @@ from autocomp.run.expect import expected_of
 pytestmark = pytest.mark.usefixtures("short_tuning", "without_exports")
 
 
+@pytest.mark.slow
 def test_it_is_thought_before_the_first_trial_and_stays(
     small: Callable[..., SearchResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,6 +66,7 @@ def test_what_was_measured_is_thought_of_as_it_was_before(
     assert len({point.bytes for point in before.values()}) == len(before), "or this says little"
 
 
+@pytest.mark.slow
 def test_seconds_of_trials_follow_those_of_candidates_looked_at(small: Callable[..., SearchResult]) -> None:
     expected = small(trials=96, measurements=1).run.expected
     assert expected is not None

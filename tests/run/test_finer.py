@@ -20,6 +20,7 @@ from autocomp.run.folder import STUDY
 from autocomp.run.found import OFFERED
 from autocomp.study.storage import JOURNAL, read_study
 
+pytestmark = pytest.mark.slow
 EVERY = tuple(range(64, 0, -4))
 
 

@@ -20,6 +20,7 @@ from autocomp.run.points import with_tail
 from autocomp.tasks.task import Task
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.slow
 MEASURED = Latency(1e-3, 0.02, "measured", "x86-host")
 
 

@@ -16,6 +16,7 @@ from autocomp.run.prepare_task import prepare_task
 from autocomp.space.file import load_space
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_tuning", "without_exports")
 def test_a_study_of_sensitivity_sees_the_model_that_a_search_compresses(
     small: Callable[..., SearchResult], spaces: dict[str, str]

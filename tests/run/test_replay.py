@@ -22,7 +22,7 @@ from autocomp.records.table import read_evaluations
 from autocomp.run.replay import Choice, only
 from autocomp.space.build import build_space
 
-pytestmark = pytest.mark.usefixtures("short_tuning")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_tuning")]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from autocomp.errors import UsageError
 from autocomp.records.table import read_evaluations
 from autocomp.run import explore, prepare_task, tell
 
-pytestmark = pytest.mark.usefixtures("short_tuning", "without_exports")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_tuning", "without_exports")]
 
 
 def told(out: Path) -> list[tuple[Any, ...]]:

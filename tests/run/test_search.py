@@ -277,6 +277,7 @@ def test_report_is_built_again_from_the_files(another: Path, capsys: pytest.Capt
 # --- goals, budgets ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_exports")
 def test_goals_nobody_meets(
     spaces: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -302,6 +303,7 @@ def test_goals_that_are_met(another: Path, capsys: pytest.CaptureFixture[str]) -
     assert told(another) == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_exports")
 def test_minutes_end_a_search_with_a_front(small: Callable[..., SearchResult]) -> None:
     result = small(trials=500, measurements=50, minutes=1e-3)
@@ -345,6 +347,7 @@ def test_mismatch_is_recorded_with_its_layer(
     assert not ids & set(failed["id"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_exports")
 def test_metric_that_is_no_number_fails_its_candidate(small: Callable[..., SearchResult]) -> None:
     task = tiny_task.task()

@@ -22,7 +22,7 @@ from autocomp.cli.main import main
 from autocomp.errors import UsageError
 
 TASK = "tiny_task:task"
-pytestmark = pytest.mark.usefixtures("short_tuning")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_tuning")]
 
 
 def _take_signals() -> None:

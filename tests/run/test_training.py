@@ -29,7 +29,7 @@ from autocomp.run.folder import CONFIG, STUDY
 from autocomp.run.found import Found
 from autocomp.study.storage import JOURNAL, read_study
 
-pytestmark = pytest.mark.usefixtures("short_tuning")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_tuning")]
 TESTS = Path(tiny_task.__file__).parent
 
 

@@ -21,7 +21,7 @@ from autocomp.run.jobs import after
 from autocomp.run.replay import with_replay
 from autocomp.study.samplers import GIVEN
 
-pytestmark = pytest.mark.usefixtures("short_tuning")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_tuning")]
 
 
 @pytest.fixture(scope="module")

@@ -204,6 +204,7 @@ def test_a_library_that_ends_its_process_does_not_end_the_gate(run: Path, monkey
     assert "SIGILL" in next(check.said for check in found.checks if check.name == "so on x86-host")
 
 
+@pytest.mark.slow
 def test_an_estimated_target_is_held_to_its_own_estimate(
     tmp_path: Path, spaces: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
