@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autocomp.hardware.profile import Profile
-from autocomp.kernels import neon, vector_math
+from autocomp.kernels import vector_math
 from autocomp.kernels.rows import fold
 
 TEMPLATE = "attention"
@@ -62,7 +62,7 @@ class AttentionSpec:
 
 def has_kernel(profile: Profile) -> bool:
     """Whether attention is one kernel on a target."""
-    return not neon.is_neon(profile) and profile.cores == 1
+    return profile.cores == 1
 
 
 @dataclass(frozen=True)
