@@ -15,7 +15,7 @@ import numpy as np
 
 from autocomp.compiler.expressions import array_of, is_constant, shape_of
 from autocomp.hardware.profile import Profile
-from autocomp.kernels.attention import TEMPLATE, AttentionSpec, attention, has_kernel
+from autocomp.kernels.attention import TEMPLATE, AttentionSpec, attention
 from autocomp.kernels.templates import stating
 
 _ABSORBS = -1e30  # to which any score may be added without a change
@@ -27,7 +27,7 @@ def fuse_attention(mod: Any, profile: Profile) -> Any:
     from tvm import relax
 
     function = mod["main"]
-    found = {} if not has_kernel(profile) else _Reader(function).attentions()
+    found = _Reader(function).attentions()
     if not found:
         return mod
 

@@ -19,9 +19,7 @@ from autocomp.kernels import vector_math
 from autocomp.kernels.rows import fold
 
 TEMPLATE = "attention"
-_NEAR = (
-    256 << 10
-)  # bytes of a block's scores, which stay in the second-level cache beside what they are multiplied with
+_NEAR = 256 << 10  # bytes of a block's scores, which stay in the second-level cache beside keys and values
 _MOST_ROWS = 64  # of a block
 
 
@@ -58,11 +56,6 @@ class AttentionSpec:
             inner = math.prod(self.lead[axis + 1 :])
             index = index * size + ((head // inner) % of if size > 1 else 0)
         return index
-
-
-def has_kernel(profile: Profile) -> bool:
-    """Whether attention is one kernel on a target."""
-    return profile.cores == 1
 
 
 @dataclass(frozen=True)
@@ -138,15 +131,21 @@ def attention(spec: AttentionSpec, profile: Profile) -> Any:
     key_shape = (heads, columns, depth) if spec.transposed else (heads, depth, columns)
     bias_shape = (math.prod(spec.bias_lead), spec.bias_rows, columns)
     bias_step = int(spec.bias_rows > 1)
+    each = T.parallel if profile.cores > 1 else T.serial
 
     @T.inline
     def pack(K, packed):  # type: ignore[no-untyped-def]
-        for head, vector, k in T.grid(heads, keys.count, depth):
-            for lane in T.vectorized(lanes):
-                if spec.transposed:
-                    packed[head, vector, k, lane] = K[head, keys.at(vector) + lane, k]
-                else:
-                    packed[head, vector, k, lane] = K[head, k, keys.at(vector) + lane]
+        for at in each(heads * keys.count):
+            for k in T.serial(depth):
+                for lane in T.vectorized(lanes):
+                    if spec.transposed:
+                        packed[at // keys.count, at % keys.count, k, lane] = K[
+                            at // keys.count, keys.at(at % keys.count) + lane, k
+                        ]
+                    else:
+                        packed[at // keys.count, at % keys.count, k, lane] = K[
+                            at // keys.count, k, keys.at(at % keys.count) + lane
+                        ]
 
     @T.inline
     def zero(sums, tall, wide, of):  # type: ignore[no-untyped-def]
@@ -222,7 +221,7 @@ def attention(spec: AttentionSpec, profile: Profile) -> Any:
         total = T.sblock_alloc_buffer((1,), "float32", scope="local")
         pack(K, packed)
         # LLVM takes loops of more than three levels for equally hot, and then keeps sums of the innermost in memory
-        for at in T.serial(heads * blocks.count):
+        for at in each(heads * blocks.count):
             for tile in T.serial(groups.count * tiles.count):
                 with T.sblock("score"):
                     T.reads()

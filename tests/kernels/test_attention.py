@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,6 +78,13 @@ def exactly(spec: AttentionSpec, arrays: list[np.ndarray]) -> np.ndarray:
 def test_equals_float64(profile: Profile, spec: AttentionSpec, masked: bool) -> None:
     arrays = operands(spec, masked)
     np.testing.assert_allclose(run(spec, arrays, profile), exactly(spec, arrays), rtol=1e-4, atol=1e-5)
+
+
+@settings(QUICK, max_examples=5)
+@given(spec=specs())
+def test_two_threads_compute_the_same(profile: Profile, spec: AttentionSpec) -> None:
+    arrays = operands(spec, masked=False)
+    np.testing.assert_array_equal(run(spec, arrays, replace(profile, cores=2)), run(spec, arrays, profile))
 
 
 @settings(QUICK, max_examples=4)
