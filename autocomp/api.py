@@ -344,13 +344,14 @@ def sensitivity(
     from autocomp.report.build import render_sensitivity
     from autocomp.run.prepare_task import compressed_layers, prepare_task
     from autocomp.tasks.training import one_thread
+    from autocomp.tasks.untouched import in_float32
 
     if settings.task is None:
         raise UsageError("no task: name one, such as `autocomp sensitivity digits`")
     profiles, rules = check_names(settings)
     progress = progress or Progress()
     task = load_task(settings.task, progress)
-    with one_thread(), tempfile.TemporaryDirectory() as folder, caught(None, progress.console):
+    with one_thread(), in_float32(), tempfile.TemporaryDirectory() as folder, caught(None, progress.console):
         prepared = prepare_task(task, rules, profiles, settings.calibration_samples, progress)
         task, graph = prepared.task, prepared.graph
         samples, seed = settings.calibration_samples, settings.seed

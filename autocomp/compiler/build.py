@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -55,12 +57,14 @@ class CompiledModel:
 
     @classmethod
     def load(cls, path: str | Path, profile: Profile) -> CompiledModel:
-        """Load what ``save`` wrote. UsageError if the file is no compiled module."""
+        """Load what ``save`` wrote, as it is now. UsageError if the file is no compiled module."""
         import tvm
 
         try:
-            with quiet_stderr():
-                return cls(tvm.runtime.load_module(str(path)), profile)
+            # a copy: of a name that it has loaded already, the system returns what that name was then, though the file is another by now
+            with tempfile.TemporaryDirectory() as place, quiet_stderr():
+                copy = shutil.copyfile(path, Path(place) / "model.so")
+                return cls(tvm.runtime.load_module(str(copy)), profile)
         except Exception as error:
             raise UsageError(f"{path} is not a compiled model: {str(error).splitlines()[-1]}") from error
 

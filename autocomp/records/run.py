@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from autocomp.records.recovery import (
 
 FORMAT_VERSION = 1
 FRONT = "front.json"
+_CHECKSUM = "checksum"
 OURS = "dense, tuned"  # how the reference begins that is our own dense module, called as the other runtimes are
 
 
@@ -234,9 +236,16 @@ def write_front(folder: Path, run: Run) -> Path:
         data["recovery"] = recovery_summary_to_json(run.recovery)
     if run.expected is not None:
         data["expected"] = expected_to_json(run.expected)
-    path = folder / FRONT
-    write_atomically(path, (json.dumps(finite(data), indent=1, allow_nan=False) + "\n").encode())
+    path, said = folder / FRONT, finite(data)
+    said[_CHECKSUM] = _checksum(said)
+    write_atomically(path, (json.dumps(said, indent=1, allow_nan=False) + "\n").encode())
     return path
+
+
+def _checksum(data: Mapping[str, Any]) -> str:
+    """Of everything that ``front.json`` says but this."""
+    text = json.dumps({name: value for name, value in data.items() if name != _CHECKSUM}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_run(folder: Path) -> Run:
@@ -253,7 +262,12 @@ def read_run(folder: Path) -> Run:
         ) from error
     except UsageError as error:
         raise CorruptError(f"{error}; write it again with `autocomp search --resume`") from error
-    data = current(data, path, FORMAT_VERSION)
+    written, data = data, current(data, path, FORMAT_VERSION)
+    checksum = _checksum(written)
+    if written.get(_CHECKSUM, checksum) != checksum:  # earlier versions wrote none
+        raise CorruptError(
+            f"{path} is not as autocomp wrote it: it was edited, or damaged. Put it back, or write it again with `autocomp search --resume`"
+        )
     try:
         return Run(
             task=TaskInfo(**data["task"]),

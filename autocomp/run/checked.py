@@ -22,6 +22,7 @@ def checked(settings: Settings, progress: Progress | None = None) -> dict[str, A
     from autocomp.graph.analyse import analyse
     from autocomp.space.build import build_space
     from autocomp.tasks.guess import describe
+    from autocomp.tasks.untouched import in_float32
 
     if settings.task is None:
         raise UsageError("no task: name one, such as `autocomp check digits`")
@@ -29,7 +30,7 @@ def checked(settings: Settings, progress: Progress | None = None) -> dict[str, A
     try:
         with interrupt.remembered(), interrupt.limited(CHECK_SECONDS):
             task = load_task(settings.task, progress)
-            with caught(None, progress.console if progress else None):
+            with in_float32(), caught(None, progress.console if progress else None):
                 graph = analyse(task.model, task.example_inputs)
                 refuse_unsupported(task, profiles[0])
                 space = build_space(graph, rules, profiles)

@@ -20,6 +20,8 @@ LOCK = ".lock"  # held by whatever writes to a run folder
 PROVENANCE = "provenance.json"
 STUDY = "study.journal"  # where no other storage is asked for
 OLD_STUDY = "study.db"  # where version 0.1 kept it
+PLACE = "folder"  # the attribute of a study in a database of the user's: the run folder that it is of
+LOST = "lost weights"  # the attribute with files of weights that were learnt, and were not there when the run went on
 _NAME = "run.json"
 _RESULTS = ("front.json", "report.html", "evaluations.csv")
 # Room asked for before any work starts: a small run's layers and models need about as much.
@@ -127,8 +129,25 @@ def _recorded(settings: Settings, folder: Path) -> dict[str, Any]:
             "back, or choose another --out for a new run"
         )
     if found is not None:
+        if settings.storage is not None:
+            _refuse_copy(found, folder)
         _refuse_older(found, folder)
     return found.attrs if found else {}
+
+
+def _refuse_copy(found: Recorded, folder: Path) -> None:
+    """UsageError if the study is of another folder that is there still: weights and files of two folders would go into one front."""
+    other = Path(str(found.attrs.get(PLACE, folder)))
+    try:
+        same = other.samefile(folder)
+        its = (other / _NAME).read_bytes() == (folder / _NAME).read_bytes()
+    except OSError:  # it was moved here
+        return
+    if its and not same:
+        raise UsageError(
+            f"{folder} is a copy: its study in the database is that of {cut(str(other))}, which is still there. Go on in that folder, or "
+            "begin a new run with another --out"
+        )
 
 
 def _refuse_older(found: Recorded, folder: Path) -> None:

@@ -13,11 +13,11 @@ from importlib.metadata import version
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from autocomp.errors import AutocompError, UsageError
+from autocomp.errors import AutocompError, UsageError, shown
 from autocomp.front.goals import Judge
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation, Source, as_searched, untrained
-from autocomp.run.folder import study_of
+from autocomp.run.folder import LOST, PLACE, study_of
 from autocomp.run.identity import FIRST, first_widths
 from autocomp.run.judged import ignores_its_model, judged_otherwise
 from autocomp.run.prepare import Prepared
@@ -70,8 +70,11 @@ class Found:
             },
             list(devices),
         )
-        self._said: list[str] = self.search.get_attr("warnings", [])  # by earlier starts of the run
+        said = self.search.get_attr("warnings", [])  # by earlier starts of the run
+        self._said: list[str] = [str(each) for each in said] if isinstance(said, list) else []
         self._spent: dict[str, float] = self.search.get_attr("seconds", {})
+        if settings.storage is not None:
+            self.search.set_attr(PLACE, str(prepared.folder.absolute()))
         prepared.measurer.stitch = self._stitch
         try:
             self._offer_again()
@@ -119,8 +122,15 @@ class Found:
         """What an earlier start of the run came to offer."""
         if offered := self.search.get_attr(OFFERED):
             space = self.prepared.space
-            widths = {name: tuple(chosen) for name, chosen in offered["widths"].items()}
-            self.offer(space.offering(widths, {name: space.every_method[name] for name in offered["ranks"]}))
+            try:
+                widths = {name: tuple(chosen) for name, chosen in offered["widths"].items()}
+                again = space.offering(widths, {name: space.every_method[name] for name in offered["ranks"]})
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise UsageError(
+                    f"the study's attribute {OFFERED!r} is not as autocomp writes it ({type(error).__name__}: {shown(error)}): put it back, "
+                    "or choose another --out"
+                ) from error
+            self.offer(again)
 
     def dense(self) -> Evaluation:
         """The evaluation of the untouched model. AutocompError if it was not measured."""
@@ -206,10 +216,12 @@ class Found:
         search, measurer = self.search, self.prepared.measurer
         for evaluation in search.told:  # what was learnt may be lost, or another's
             if evaluation.recovered is not None and not self._is_there(evaluation.recovered.weights):
-                self._warn(
-                    f"the weights that {evaluation.candidate.id} learnt are lost: it stands as it was before it was trained"
-                )
+                said = f"the weights that {evaluation.candidate.id} learnt are lost: it stands as it was before it was trained"
+                self._warn(said)
                 search.update(evaluation.trial, untrained(evaluation))
+                search.set_attr(LOST, [*search.get_attr(LOST, []), evaluation.recovered.weights])
+                if summary := search.get_attr("recovery"):
+                    search.set_attr("recovery", {**summary, "notes": [*summary.get("notes", []), said]})
         # times from the end of an earlier start are of another moment than all others
         for evaluation in search.told:
             if evaluation.earlier:

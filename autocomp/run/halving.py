@@ -26,6 +26,7 @@ from autocomp.records.recovery import (
 from autocomp.recovery.recipe import Recipe
 from autocomp.recovery.schedules import DRAWING, Span
 from autocomp.run.entrants import drafted, entrants, survivors, trainable
+from autocomp.run.folder import LOST
 from autocomp.run.jobs import FOLDER, Done, Job, renewed, trained
 from autocomp.run.predictor import ENOUGH, features, fitted, little, predictions
 from autocomp.tasks.task import evaluate_task
@@ -67,6 +68,8 @@ class Stage:
         """Train, and keep what is better; a run that is resumed goes on where it was."""
         if self.done:
             return
+        if self._lost():
+            self.before = 0.0
         try:
             self._run()
         finally:
@@ -74,8 +77,14 @@ class Stage:
 
     @property
     def done(self) -> bool:
-        """Whether it was, by an earlier start."""
-        return bool(self.found.search.get_attr(f"{self.key}:done"))
+        """Whether it was, by an earlier start, and what points that were named learnt is there still."""
+        return bool(self.found.search.get_attr(f"{self.key}:done")) and not (self.chosen is not None and self._lost())
+
+    def _lost(self) -> list[str]:
+        """Weights that are gone, of this stage or of the points that it was given: what it brought did not last."""
+        ids = {e.candidate.id for e in self.found.told if e.trial in (self.chosen or ())}
+        lost = self.found.search.get_attr(LOST, [])
+        return [name for name in lost if f"-{self.mark}-" in name or Path(name).name.partition("-")[0] in ids]
 
     def found_since(self) -> int:
         """How many candidates were told after it was done."""
@@ -112,6 +121,8 @@ class Stage:
             search.set_attr("recovery", recovery_summary_to_json(summary))
         else:  # what an earlier training brought stands, and so does what is said of it
             progress.warn("training made no point better than it was: all stand as they were")
+        lost = self._lost()
+        search.set_attr(LOST, [name for name in search.get_attr(LOST, []) if name not in lost])
         search.set_attr(f"{self.key}:told", len(self.found.told))
         search.set_attr(f"{self.key}:done", True)
 

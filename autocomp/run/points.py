@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from autocomp.cache import unwritable_reason
 from autocomp.export.files import ONNX, export_point, files_of, library_of
 from autocomp.export.onnx import onnx_runner
 from autocomp.hardware.timing import steady
@@ -42,6 +43,8 @@ def write_points(prepared: Prepared, evaluations: Sequence[Evaluation]) -> list[
         for first in range(0, len(evaluations), together):
             group = evaluations[first : first + together]
             for evaluation, (verified, failure) in zip(group, _written(prepared, group), strict=True):
+                if isinstance(verified, OSError):
+                    raise verified
                 checks = verified if verified is not None else {"so": Verified(False, note=failure)}
                 points.append(FrontPoint(evaluation, {}, checks, _files(prepared, evaluation)))
                 stage.advance()
@@ -162,10 +165,10 @@ def with_tail(latency: Latency, tail: Mapping[str, float]) -> Latency:
     return replace(latency, tail=tail, noisy=latency.noisy or ratio < 1 - APART)
 
 
-def _written(prepared: Prepared, evaluations: Sequence[Evaluation]) -> list[Outcome[dict[str, Verified]]]:
-    """What was found of each point's files, or None and why they could not be written."""
+def _written(prepared: Prepared, evaluations: Sequence[Evaluation]) -> list[Outcome[dict[str, Verified] | OSError]]:
+    """What was found of each point's files, or None and why they could not be written; the error of a place that cannot be written to."""
     if prepared.measurer.here:
-        found: list[Outcome[dict[str, Verified]]] = []
+        found: list[Outcome[dict[str, Verified] | OSError]] = []
         for evaluation in evaluations:
             try:
                 found.append(Outcome(_write(prepared, evaluation)))
@@ -173,14 +176,14 @@ def _written(prepared: Prepared, evaluations: Sequence[Evaluation]) -> list[Outc
                 found.append(Outcome(None, reason_of(error)))
         return found
 
-    def work(evaluation: Evaluation, _alone: Callable[[], None]) -> dict[str, Verified]:
+    def work(evaluation: Evaluation, _alone: Callable[[], None]) -> dict[str, Verified] | OSError:
         return _write(prepared, evaluation)
 
     tuners = {name: device.tuner for name, device in prepared.devices.items()}
     return side_by_side(evaluations, work, tuners, lambda: None)
 
 
-def _write(prepared: Prepared, evaluation: Evaluation) -> dict[str, Verified]:
+def _write(prepared: Prepared, evaluation: Evaluation) -> dict[str, Verified] | OSError:
     model = prepared.stitch(evaluation.candidate)
     compiled: dict[str, Compiled | Exception] = {}
     for name, device in prepared.devices.items():
@@ -189,7 +192,14 @@ def _write(prepared: Prepared, evaluation: Evaluation) -> dict[str, Verified]:
         except Exception as error:  # a board is gone, or worse: the point stands as measured, its file as failed
             compiled[name] = error
     folder = prepared.folder / "models" / evaluation.candidate.id
-    return export_point(evaluation, model, compiled, prepared.inputs, folder)
+    try:
+        return export_point(evaluation, model, compiled, prepared.inputs, folder)
+    except (
+        OSError
+    ) as error:  # as a value: the run ends with it, and what crosses processes as a failure is a line of text
+        if unwritable_reason(error) is None:
+            raise
+        return OSError(error.errno, error.strerror, error.filename)
 
 
 def _files(prepared: Prepared, evaluation: Evaluation) -> dict[str, str]:

@@ -25,29 +25,34 @@ def references(prepared: Prepared, found: Found) -> list[Reference]:
     if not prepared.settings.references:
         return []
     stored = found.search.get_attr("references")
-    if stored is None:
-        with prepared.progress.stage("measuring references"):
-            name, device = next(((n, d) for n, d in prepared.devices.items() if isinstance(d, LocalDevice)), ("", None))
-            if device is None:  # ONNX Runtime runs here: beside an estimate or a board it would compare nothing
-                return []
-            if prepared.budget.left() < 0:
-                prepared.progress.warn(
-                    "the minutes were over, so no reference was measured; --resume with more of them measures them"
-                )
-                return []
-            try:
-                compiled = prepared.measurer.dense_module(name)
-                assert isinstance(compiled, CompiledModel)
-                taken = measure_references(
-                    prepared.task, compiled, prepared.settings.calibration_samples, prepared.progress.warn
-                )
-                taken += _classic(prepared, device)
-            except Exception as error:
-                prepared.progress.warn(f"ONNX Runtime could not be measured as a reference: {reason_of(error)}")
-                return []
-        stored = [reference_to_json(reference) for reference in taken]
-        found.search.set_attr("references", stored)
-    return [reference_from_json(reference) for reference in stored]
+    if stored is not None:
+        try:
+            return [reference_from_json(reference) for reference in stored]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            prepared.progress.warn(
+                "the references in the study are not as autocomp writes them: they are measured anew"
+            )
+    with prepared.progress.stage("measuring references"):
+        name, device = next(((n, d) for n, d in prepared.devices.items() if isinstance(d, LocalDevice)), ("", None))
+        if device is None:  # ONNX Runtime runs here: beside an estimate or a board it would compare nothing
+            return []
+        if prepared.budget.left() < 0:
+            prepared.progress.warn(
+                "the minutes were over, so no reference was measured; --resume with more of them measures them"
+            )
+            return []
+        try:
+            compiled = prepared.measurer.dense_module(name)
+            assert isinstance(compiled, CompiledModel)
+            taken = measure_references(
+                prepared.task, compiled, prepared.settings.calibration_samples, prepared.progress.warn
+            )
+            taken += _classic(prepared, device)
+        except Exception as error:
+            prepared.progress.warn(f"ONNX Runtime could not be measured as a reference: {reason_of(error)}")
+            return []
+    found.search.set_attr("references", [reference_to_json(reference) for reference in taken])
+    return taken
 
 
 def _classic(prepared: Prepared, device: LocalDevice) -> list[Reference]:

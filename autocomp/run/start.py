@@ -6,6 +6,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ def searched(
     settings: Settings, task: Task | str | None, resume: bool, progress: Progress, sampler: BaseSampler | None
 ) -> SearchResult:
     """A search from what is refused at once to its report."""
-    folder = Path(settings.out).absolute()  # a task may change the working folder
+    folder = Path(settings.out).expanduser().absolute()  # a task may change the working folder
     if resume:
         settings = as_begun(settings, folder)
     check_run_folder(settings, resume, folder)
@@ -67,8 +68,9 @@ def searched(
     given, begun = task, time.monotonic()
     if settings.auto is True:
         from autocomp.run.automatic import chosen_lines, resolve
+        from autocomp.tasks.untouched import in_float32
 
-        with interrupt.remembered():
+        with interrupt.remembered(), in_float32():
             settings = resolve(settings, task, progress).settings
         progress.say(chosen_lines(settings))
     spent = time.monotonic() - begun
@@ -79,19 +81,29 @@ def searched(
         with caught(folder / LOG, progress.console):
             return _run(settings, given, folder, known, progress, sampler, spent=spent)
 
-    return _locked(folder, work, f"continue with --resume --out {folder}")
+    return _locked(folder, work, _GoOn(f"continue with --resume --out {folder}", "choose another --out"))
 
 
-def _locked(folder: Path, work: Callable[[], SearchResult], go_on: str) -> SearchResult:
+@dataclass(frozen=True)
+class _GoOn:
+    """How a run is gone on with once it was stopped, and what else can be done where it cannot be now."""
+
+    how: str
+    otherwise: str
+
+
+def _locked(folder: Path, work: Callable[[], SearchResult], go_on: _GoOn) -> SearchResult:
     """What ``work`` returns, nothing else being at work in a run's folder; stops and full disks are told with how to ``go_on``."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with interrupt.remembered(), FileLock(folder / LOCK, timeout=0):
             return work()
     except Timeout as error:
-        raise UsageError(f"another search is running in {folder}; wait for it, or choose another --out") from error
+        raise UsageError(
+            f"another search or training is running in {folder}; wait for it, or {go_on.otherwise}"
+        ) from error
     except KeyboardInterrupt as error:
-        stopped = Interrupted(f"stopped; every finished trial is kept: {go_on}")
+        stopped = Interrupted(f"stopped; every finished trial is kept: {go_on.how}")
         stopped.exit_code = getattr(error, "exit_code", stopped.exit_code)
         raise stopped from error
     except OSError as error:
@@ -99,7 +111,7 @@ def _locked(folder: Path, work: Callable[[], SearchResult], go_on: str) -> Searc
         if reason is None:
             raise
         raise UsageError(
-            f"{_where(error, folder)} cannot be written: {reason}; what was told is kept: once there is room, {go_on}"
+            f"{_where(error, folder)} cannot be written: {reason}; what was told is kept: once it can, {go_on.how}"
         ) from error
 
 
@@ -150,7 +162,7 @@ def trained_run(
         with caught(folder / LOG, progress.console):
             return _run(settings, given, folder, known, progress, None, train)
 
-    return _locked(folder, work, "the same command goes on")
+    return _locked(folder, work, _GoOn("the same command goes on", "name another run"))
 
 
 def _near(folder: Path) -> str:

@@ -52,7 +52,7 @@ def values_of(value: Any) -> Samples | None:
         value = value.detach().cpu().double().numpy()
     try:
         values = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return values if values.ndim == 1 and len(values) > 1 else None
 

@@ -285,7 +285,7 @@ def evaluate_task(
             if (values := values_of(value)) is not None:
                 samples[name], value = values, values.mean()
             number = float(value)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             raise UsageError(
                 f"{where} must return numbers, or values of samples of which the metric is the mean, but {name!r} is {_kind(value)}"
             ) from None

@@ -22,6 +22,7 @@ def process_kept() -> Iterator[None]:
     device, mixed = torch.get_default_device(), torch.is_autocast_enabled("cpu")
     products = torch.get_float32_matmul_precision()
     folder, streams = os.getcwd(), (sys.stdout, sys.stderr)
+    kept = {number: _copied(number) for number in (1, 2)}
     try:
         yield
     finally:
@@ -33,9 +34,28 @@ def process_kept() -> Iterator[None]:
         torch.set_autocast_enabled("cpu", mixed)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
-        sys.stdout, sys.stderr = streams
+        for number, copy in kept.items():
+            if copy is not None:
+                if _copied(number, probe=True) is None:  # it was closed
+                    os.dup2(copy, number)
+                os.close(copy)
+        sys.stdout, sys.stderr = (
+            os.fdopen(os.dup(number), "w") if stream is not None and stream.closed else stream
+            for number, stream in enumerate(streams, 1)
+        )
         with suppress(OSError):  # it was removed meanwhile: nobody can go back
             os.chdir(folder)
+
+
+def _copied(number: int, probe: bool = False) -> int | None:
+    """A copy of an open file by its number; None where there is none. ``probe``: only whether there is."""
+    try:
+        if probe:
+            os.fstat(number)
+            return number
+        return os.dup(number)
+    except OSError:
+        return None
 
 
 @contextmanager

@@ -129,3 +129,14 @@ def test_relative_error_of_shapes_and_values() -> None:
     assert relative_error(torch.tensor([1.0, 1.0, float("nan")]), one) == float("inf")
     assert relative_error(torch.tensor([1.0, 1.0, 1.5]), one) == pytest.approx(0.5)
     assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
+
+
+def test_a_library_that_was_written_again_is_the_one_that_is_loaded(device: LocalDevice, tmp_path: Path) -> None:
+    """A process that has loaded a file by its name gets the old code for that name from the system, as long as it holds it."""
+    x, loaded = torch.randn(2, 6), []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = nn.Linear(6, 5).eval()
+        compiled = build(model, (x,), device.profile, device.tuner)
+        loaded.append(compiled.reload(compiled.save(tmp_path / "model.so")))
+        torch.testing.assert_close(loaded[-1].run(x), model(x))

@@ -503,6 +503,18 @@ def test_two_runs_of_one_name_share_a_database(tmp_path: Path, spaces: dict[str,
         task=tiny_task.task(), out=tmp_path / "c" / "run", space=spaces["full"], storage=storage, resume=True, **OPTIONS
     )
     assert again.run.summary.told == 4
+    shutil.copytree(
+        tmp_path / "c", tmp_path / "d"
+    )  # a copy is not: it has files of its own, and one study with the other
+    with pytest.raises(UsageError, match=r"is a copy: its study .* still there\. Go on in that folder"):
+        autocomp.search(
+            task=tiny_task.task(),
+            out=tmp_path / "d" / "run",
+            space=spaces["full"],
+            storage=storage,
+            resume=True,
+            **OPTIONS,
+        )
     (tmp_path / "c" / "run" / "run.json").unlink()
     with pytest.raises(UsageError, match=r"run\.json"):
         autocomp.search(

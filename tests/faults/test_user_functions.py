@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -57,6 +59,8 @@ JUDGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "nothing in it": (lambda _: {}, "must return a mapping"),
     "a tensor of two axes": (lambda _: {"a": torch.ones(2, 2)}, "must return numbers"),
     "names that are numbers": (lambda _: {1: 2.0}, "must name its metrics by text"),
+    "beyond a float": (lambda _: {"a": 10**400}, "must return numbers"),
+    "beyond floats": (lambda _: {"a": [10**400, 1]}, "must return numbers"),
     "infinite": (lambda _: {"a": float("inf")}, "must return finite metrics"),
     "complex": (lambda _: {"a": 1j}, "must return numbers"),
 }
@@ -220,3 +224,19 @@ def test_check_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     with pytest.raises(UsageError, match="not done after 1 s"):
         autocomp.api.check(load_settings(None, {"task": "endless:task"}))
+
+
+def test_streams_that_a_judge_closes_are_opened_again() -> None:
+    code = """
+import os, sys
+from autocomp.tasks.untouched import process_kept
+for _ in range(2):
+    with process_kept():
+        sys.stdout.close()
+        sys.stderr.close()
+        os.close(1)
+    print("said", flush=True)
+    print("complained", file=sys.stderr, flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout.split(), done.stderr.split()) == (["said"] * 2, ["complained"] * 2)

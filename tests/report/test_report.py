@@ -115,7 +115,9 @@ def test_files_of_the_first_format_still_read(tmp_path: Path) -> None:
     assert [point.evaluation.candidate.id for point in run.front] == ["e13b14005a", "24392c2d1f"]
     assert run.front[0].verified["so"].ok
     write_front(tmp_path, run)
-    assert json.loads((tmp_path / "front.json").read_text()) == json.loads((GOLDEN / "run_v1/front.json").read_text())
+    again = json.loads((tmp_path / "front.json").read_text())
+    del again["checksum"]  # a later addition
+    assert again == json.loads((GOLDEN / "run_v1/front.json").read_text())
     evaluations = read_evaluations(GOLDEN / "run_v1")
     write_evaluations(tmp_path, evaluations)
     assert (tmp_path / "evaluations.csv").read_text() == (GOLDEN / "run_v1/evaluations.csv").read_text()

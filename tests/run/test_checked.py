@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny_task
 import torch
 from torch import Tensor, nn
 
@@ -24,3 +25,21 @@ def test_an_operation_is_named_with_its_module_and_line() -> None:
     )  # fmt: skip
     with pytest.raises(ExportError, match=r"histc.*module '1' \(test_checked\.py:\d+, `return torch\.histc"):
         refuse_unsupported(task, load_profile("x86-host"))
+
+
+def test_a_task_that_changes_torchs_default_type_is_offered_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from autocomp.config.settings import load_settings
+
+    def doubled() -> autocomp.Task:
+        task = tiny_task.task()
+        torch.set_default_dtype(torch.float64)
+        return task
+
+    monkeypatch.setattr(tiny_task, "doubled", doubled, raising=False)
+    before = torch.get_default_dtype()
+    try:
+        found = [autocomp.check(load_settings(overrides={"task": f"tiny_task:{name}"})) for name in ("task", "doubled")]
+    finally:
+        torch.set_default_dtype(before)
+    assert found[0]["candidates"] == found[1]["candidates"]
+    assert found[0]["layers"] == found[1]["layers"]

@@ -129,6 +129,18 @@ def test_weights_that_are_gone_are_trained_again(copied: Path, recipe: str) -> N
     assert isinstance(result, SearchResult)
 
 
+def test_weights_that_were_lost_after_it_are_trained_again(copied: Path, recipe: str) -> None:
+    point = next(iter(learnt(copied)))
+    autocomp.recover(copied, tiny_task.learning(), recipe, length="60steps", points=[point])
+    assert point in learnt(copied)
+    for path in (copied / "recovery").iterdir():
+        path.unlink()
+    again = autocomp.recover(copied, tiny_task.learning(), recipe, length="60steps", points=[point])
+    assert (copied / learnt(copied)[point][0].weights).exists()
+    assert any("learnt are lost" in warning for warning in again.run.warnings)
+    assert not any("trained so before" in warning for warning in again.run.warnings)
+
+
 def test_more_trials_than_were_trained_are_told_of(copied: Path) -> None:
     settings = read_settings(copied / CONFIG).model_copy(update={"out": str(copied), "trials": 14})
     again = autocomp.search(tiny_task.learning(), settings=settings, resume=True)
