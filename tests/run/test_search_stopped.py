@@ -82,7 +82,7 @@ def test_kill_and_resume_lose_and_double_nothing(
     assert main(["search", TASK, "--out", str(out)]) == 2
     assert "holds a run already" in capsys.readouterr().err
     assert main(["search", "--resume", "--out", str(out), "--trials", "99"]) == 2
-    assert f"another search is running in {out}" in capsys.readouterr().err
+    assert f"another search or training is running in {out}" in capsys.readouterr().err
     assert (out / "config.yaml").read_text() == config, "the refused search left the running one's settings alone"
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
