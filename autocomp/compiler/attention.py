@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from autocomp.compiler.expressions import array_of, is_constant, shape_of
+from autocomp.compiler.expressions import calls, dtype_of, number_of, shape_of, turns_matrices
 from autocomp.hardware.profile import Profile
 from autocomp.kernels.attention import TEMPLATE, AttentionSpec, attention
 from autocomp.kernels.templates import stating
@@ -142,12 +142,12 @@ class _Reader:
         return [(value, each) for value, each in found if each is not None]
 
     def _attention(self, call: Any) -> _Attention | None:
-        if not _is(call, "relax.matmul"):
+        if not calls(call, "relax.matmul"):
             return None
         weights = self._alone(call.args[0])
         if (
             weights is None
-            or not _is(weights, "relax.nn.softmax")
+            or not calls(weights, "relax.nn.softmax")
             or int(weights.attrs.axis) not in (-1, len(_shape(weights)) - 1)
         ):
             return None
@@ -163,11 +163,11 @@ class _Reader:
         call = self._alone(value)
         if call is None:
             return None
-        if _is(call, "relax.matmul"):
+        if calls(call, "relax.matmul"):
             return _Scores(call.args[0], call.args[1], outside)
-        if _is(call, "relax.multiply") and (factor := _number(call.args[1])) is not None:
+        if calls(call, "relax.multiply") and (factor := number_of(call.args[1])) is not None:
             return self._scores(call.args[0], outside * factor)
-        if _is(call, "relax.divide") and (factor := _number(call.args[1])):
+        if calls(call, "relax.divide") and (factor := number_of(call.args[1])):
             return self._scores(call.args[0], outside / factor)
         for main, added in _sums(call):
             if _shape(main) == _shape(call) and (found := self._scores(main, outside)) is not None:
@@ -179,7 +179,7 @@ class _Reader:
         shape = _shape(value)[-2:]
         while self.uses[value] == 1:
             call: Any = self.made.get(value)
-            if not any(_is(call, name) for name in _VIEWS):
+            if not any(calls(call, name) for name in _VIEWS):
                 return call if _shape(value)[-2:] == shape else None
             value = call.args[0]
         return None
@@ -187,33 +187,27 @@ class _Reader:
     def _turned(self, keys: Any) -> Any:
         """What ``keys`` are with the last two axes in the other order; None if they are not made so."""
         call: Any = self.made.get(keys)
-        if not _is(call, "relax.permute_dims"):
+        if not calls(call, "relax.permute_dims"):
             return None
         rank = len(_shape(keys))
         axes = [int(axis) for axis in call.attrs.axes] if call.attrs.axes else [*range(rank)][::-1]
-        return call.args[0] if axes == [*range(rank - 2), rank - 1, rank - 2] else None
+        return call.args[0] if turns_matrices(axes) else None
 
 
 def _sums(call: Any) -> list[tuple[Any, _Added]]:
     """(scores, what is added to them): of a sum both ways round, of a ``where`` that puts so low a number in the place of scores that adding
     it comes to the same."""
     shape = _shape(call)
-    if _is(call, "relax.add"):
+    if calls(call, "relax.add"):
         left, right = call.args
         return [(left, _Added(right, shape)), (right, _Added(left, shape))]
-    if _is(call, "relax.where"):
+    if calls(call, "relax.where"):
         mask, yes, no = call.args
-        if (lowest := _number(no)) is not None and lowest <= _ABSORBS:
+        if (lowest := number_of(no)) is not None and lowest <= _ABSORBS:
             return [(yes, _Added(mask, shape, masked=(0.0, lowest)))]
-        if (lowest := _number(yes)) is not None and lowest <= _ABSORBS:
+        if (lowest := number_of(yes)) is not None and lowest <= _ABSORBS:
             return [(no, _Added(mask, shape, masked=(lowest, 0.0)))]
     return []
-
-
-def _number(value: Any) -> float | None:
-    """The number that a constant of one element is."""
-    array = array_of(value) if is_constant(value) else None
-    return float(array.item()) if array is not None and array.size == 1 else None
 
 
 def _fits(found: _Attention, call: Any) -> bool:
@@ -222,7 +216,7 @@ def _fits(found: _Attention, call: Any) -> bool:
     operands = [scores.queries, scores.keys, found.values]
     queries, keys, values = map(_shape, operands)
     return (
-        all(_is_float32(each) for each in (*operands, *(one.value for one in added if one.masked is None)))
+        all(dtype_of(each) == "float32" for each in (*operands, *(one.value for one in added if one.masked is None)))
         and min(map(len, (queries, keys, values))) > 2
         and queries[:-2] == keys[:-2]
         and _shape(call.args[0])[:-2] == values[:-2]
@@ -232,16 +226,6 @@ def _fits(found: _Attention, call: Any) -> bool:
     )
 
 
-def _is_float32(value: Any) -> bool:
-    return str(value.ty.dtype).removeprefix("T.") == "float32"
-
-
 def _shape(value: Any) -> tuple[int, ...]:
     """The shape of a tensor; of anything else that of a scalar."""
     return shape_of(value) or ()
-
-
-def _is(value: Any, name: str) -> bool:
-    from tvm import ir, relax
-
-    return isinstance(value, relax.Call) and isinstance(value.op, ir.Op) and value.op.name == name

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from autocomp.compiler.expressions import calls
 from autocomp.compiler.importer import export_program, import_program, unsupported
 from autocomp.compiler.layout import to_channels_last
 from autocomp.compiler.lower import lower
@@ -217,12 +218,9 @@ def _peak_fraction(record: Any, tuner: Tuner) -> float | None:
 
 def _kernel_calls(mod: Any) -> list[str]:
     """Names of the fused functions that one inference calls, in order, repeated as often as they are called."""
-    from tvm import ir, relax
-
     names: list[str] = []
     for block in mod["main"].body.blocks:
         for binding in block.bindings:
-            value = binding.value
-            if isinstance(value, relax.Call) and isinstance(value.op, ir.Op) and value.op.name == "relax.call_tir":
-                names.append(value.args[0].name_hint)
+            if calls(binding.value, "relax.call_tir"):
+                names.append(binding.value.args[0].name_hint)
     return names

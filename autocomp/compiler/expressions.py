@@ -31,6 +31,30 @@ def array_of(constant: Any) -> np.ndarray:
     return result
 
 
+def number_of(expression: Any) -> float | None:
+    """The number that a constant of one element is; None for anything else."""
+    array = array_of(expression) if is_constant(expression) else None
+    return float(array.item()) if array is not None and array.size == 1 else None
+
+
+def dtype_of(expression: Any) -> str:
+    """The type of a tensor expression's elements."""
+    return str(expression.ty.dtype).removeprefix("T.")
+
+
+def calls(expression: Any, operation: str) -> bool:
+    """Whether an expression is a call of an operation, by its full name."""
+    from tvm import ir, relax
+
+    return isinstance(expression, relax.Call) and isinstance(expression.op, ir.Op) and expression.op.name == operation
+
+
+def turns_matrices(axes: Sequence[int] | None) -> bool:
+    """Whether a permutation of axes transposes the last two and leaves the others; None does not."""
+    rank = len(axes or ())
+    return rank > 1 and list(axes or ()) == [*range(rank - 2), rank - 1, rank - 2]
+
+
 def reshape_parts(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Split a reshape into the least parts that hold as many elements on both sides: positions in ``old`` and ``new`` of each."""
     parts: list[tuple[list[int], list[int]]] = []

@@ -9,7 +9,7 @@ from typing import Any
 
 from autocomp.compiler.attention import fuse_attention
 from autocomp.compiler.convolve import channels_last, convolutions_of, convolve
-from autocomp.compiler.expressions import array_of, is_constant, shape_of
+from autocomp.compiler.expressions import array_of, dtype_of, is_constant, number_of, shape_of, turns_matrices
 from autocomp.hardware.profile import Profile
 from autocomp.kernels import compute, packing, rows, vector_math, volumes
 from autocomp.kernels.specs import ConvSpec, DenseSpec
@@ -114,14 +114,11 @@ class _Anchors:
         if not isinstance(binding, relax.Call) or not isinstance(binding.args[0], relax.GlobalVar):
             return None
         axes = self._transposes.get(binding.args[0].name_hint)
-        rank = len(axes or ())
-        if rank < 2 or axes != [*range(rank - 2), rank - 1, rank - 2]:
-            return None
-        return binding.args[1].fields[0]
+        return binding.args[1].fields[0] if turns_matrices(axes) else None
 
     def softmax(self, builder: Any, call: Any) -> Any:
         shape = shape_of(call.args[0])
-        if shape is None or int(call.attrs.axis) not in (-1, len(shape) - 1) or _dtype(call) != "float32":
+        if shape is None or int(call.attrs.axis) not in (-1, len(shape) - 1) or dtype_of(call.args[0]) != "float32":
             return _default(builder, call)
         function = rows.softmax(math.prod(shape[:-1]), shape[-1], self.lanes)
         return _by_rows(builder, "softmax", function, [call.args[0]], shape)
@@ -130,7 +127,7 @@ class _Anchors:
         shape, attrs = shape_of(call.args[0]), call.attrs
         axes = [int(axis) for axis in attrs.axes]
         last = shape is not None and axes in ([-1], [len(shape) - 1])
-        if shape is None or not last or not (attrs.center and attrs.scale) or _dtype(call) != "float32":
+        if shape is None or not last or not (attrs.center and attrs.scale) or dtype_of(call.args[0]) != "float32":
             return _default(builder, call)
         function = rows.layer_norm(math.prod(shape[:-1]), shape[-1], float(attrs.epsilon), self.lanes)
         return _by_rows(builder, "layer_norm", function, list(call.args), shape)
@@ -152,7 +149,7 @@ def _vectorised(function: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
     from tvm import te
 
     def legalise(builder: Any, call: Any) -> Any:
-        if _dtype(call) != "float32":
+        if dtype_of(call.args[0]) != "float32":
             return _default(builder, call)
         name = call.op.name.rpartition(".")[2]
         return builder.call_te(
@@ -167,10 +164,14 @@ def _power(builder: Any, call: Any) -> Any:
     from tvm import te
 
     base, exponent = call.args
-    values = list(array_of(exponent).ravel()) if is_constant(exponent) else []
-    if len(values) != 1 or _dtype(call) != "float32" or len(shape_of(exponent) or ()) > len(shape_of(base) or ()):
+    value = number_of(exponent)
+    if (
+        value is None
+        or dtype_of(call.args[0]) != "float32"
+        or len(shape_of(exponent) or ()) > len(shape_of(base) or ())
+    ):
         return _default(builder, call)
-    if not vector_math.has_power(value := float(values[0])):
+    if not vector_math.has_power(value):
         return _default(builder, call)
     return builder.call_te(
         lambda x: te.compute(x.shape, lambda *i: vector_math.power(x[i], value), name="power"),
@@ -188,10 +189,6 @@ def _by_rows(builder: Any, name: str, function: Any, arguments: list[Any], shape
     called = builder.add_func(function.without_attr("global_symbol"), name)
     result = relax.call_tir(called, [first, *arguments[1:]], out_ty=relax.TensorType(flat, "float32"))
     return result if list(shape) == flat else relax.op.reshape(builder.emit(result), list(shape))
-
-
-def _dtype(call: Any) -> str:
-    return str(call.args[0].ty.dtype).removeprefix("T.")
 
 
 def _default(builder: Any, call: Any) -> Any:

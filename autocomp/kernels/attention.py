@@ -16,7 +16,8 @@ from typing import Any
 
 from autocomp.hardware.profile import Profile
 from autocomp.kernels import vector_math
-from autocomp.kernels.rows import fold
+from autocomp.kernels.compute import ravel, unravel
+from autocomp.kernels.rows import fold, most_of, vectors_of
 
 TEMPLATE = "attention"
 _NEAR = 256 << 10  # bytes of a block's scores, which stay in the second-level cache beside keys and values
@@ -47,15 +48,8 @@ class AttentionSpec:
 
     def bias_at(self, head: Any) -> Any:
         """Which of the bias's matrices a head reads."""
-        if math.prod(self.bias_lead) == 1:
-            return 0
-        if self.bias_lead == self.lead:
-            return head
-        index: Any = 0
-        for axis, (size, of) in enumerate(zip(self.bias_lead, self.lead, strict=True)):
-            inner = math.prod(self.lead[axis + 1 :])
-            index = index * size + ((head // inner) % of if size > 1 else 0)
-        return index
+        places = zip(unravel(head, self.lead), self.bias_lead, strict=True)
+        return ravel([at if size > 1 else 0 for at, size in places], self.bias_lead)
 
 
 @dataclass(frozen=True)
@@ -69,6 +63,11 @@ class _Parts:
     def count(self) -> int:
         return -(-self.size // self.part)
 
+    @property
+    def again(self) -> float:
+        """Times what there is, that all parts hold."""
+        return self.count * self.part / self.size
+
     def at(self, index: Any) -> Any:
         """Where a part begins."""
         from tvm import tirx
@@ -77,9 +76,7 @@ class _Parts:
 
 
 def _vectors(size: int, lanes: int) -> _Parts:
-    while lanes > size:
-        lanes //= 2
-    return _Parts(size, lanes)
+    return _Parts(size, vectors_of(size, lanes)[0])
 
 
 def _tile(rows: int, vectors: int, registers: int) -> tuple[int, int]:
@@ -87,15 +84,11 @@ def _tile(rows: int, vectors: int, registers: int) -> tuple[int, int]:
 
     def cost(tile: tuple[int, int]) -> float:
         up, across = tile
-        again = _again(rows, up) * _again(vectors, across)
+        again = _Parts(rows, up).again * _Parts(vectors, across).again
         return (1 + 1.9 / up + 0.7 / across + 9 / (up * across)) * again
 
     pairs = itertools.product(range(1, min(rows, 14) + 1), range(1, min(vectors, 8) + 1))
     return min((one for one in pairs if one[0] * one[1] + one[1] + 1 <= registers), key=cost)
-
-
-def _again(size: int, part: int) -> float:
-    return -(-size // part) * part / size
 
 
 def _block(spec: AttentionSpec, tiles: tuple[int, int]) -> int:
@@ -104,7 +97,7 @@ def _block(spec: AttentionSpec, tiles: tuple[int, int]) -> int:
     most = max(least, min(_MOST_ROWS, _NEAR // (4 * spec.columns), spec.rows))
 
     def cost(size: int) -> float:
-        return _again(spec.rows, size) * sum(_again(size, tile) for tile in tiles) * (1 + 6 / size)
+        return _Parts(spec.rows, size).again * sum(_Parts(size, tile).again for tile in tiles) * (1 + 6 / size)
 
     return min(range(least, most + 1), key=cost)
 
@@ -125,9 +118,8 @@ def attention(spec: AttentionSpec, profile: Profile) -> Any:
     blocks, tiles, out_tiles = _Parts(rows, block), _Parts(block, up), _Parts(block, out_up)
     groups, out_groups = _Parts(keys.count, across), _Parts(values.count, out_across)
     length = keys.count * lanes
-    abreast = math.gcd(keys.count, 4)  # maxima that do not wait for one another
-    add_up, find_most = fold(lanes, operator.add), fold(lanes, T.max)
-    exp, scale = vector_math.exp_below_zero, T.float32(spec.scale)
+    abreast, find_most = most_of(lanes, keys.count, length - lanes)
+    add_up, exp, scale = fold(lanes, operator.add), vector_math.exp_below_zero, T.float32(spec.scale)
     key_shape = (heads, columns, depth) if spec.transposed else (heads, depth, columns)
     bias_shape = (math.prod(spec.bias_lead), spec.bias_rows, columns)
     bias_step = int(spec.bias_rows > 1)
@@ -148,21 +140,24 @@ def attention(spec: AttentionSpec, profile: Profile) -> Any:
                         ]
 
     @T.inline
-    def zero(sums, tall, wide, of):  # type: ignore[no-untyped-def]
+    def multiply(sums, tall, wide, of, count, left, right):  # type: ignore[no-untyped-def]
         for i in T.unroll(tall):
             for j in T.unroll(wide):
                 for lane in T.vectorized(of):
                     sums[i, j, lane] = T.float32(0)
+        for k in T.serial(count):
+            for i in T.unroll(tall):
+                for j in T.unroll(wide):
+                    for lane in T.vectorized(of):
+                        sums[i, j, lane] = sums[i, j, lane] + left(i, k) * right(j, k, lane)
 
     @T.inline
     def score(Q, packed, S, bias, head, row, r, first):  # type: ignore[no-untyped-def]
         sums = T.sblock_alloc_buffer((up, across, lanes), "float32", scope="local")
-        zero(sums, up, across, lanes)
-        for k in T.serial(depth):
-            for i in T.unroll(up):
-                for j in T.unroll(across):
-                    for lane in T.vectorized(lanes):
-                        sums[i, j, lane] = sums[i, j, lane] + Q[head, row + r + i, k] * packed[head, first + j, k, lane]
+        multiply(
+            sums, up, across, lanes, depth,
+            lambda i, k: Q[head, row + r + i, k], lambda j, k, lane: packed[head, first + j, k, lane],
+        )  # fmt: skip
         for i in T.unroll(up):
             for j in T.unroll(across):
                 for lane in T.vectorized(lanes):
@@ -174,19 +169,7 @@ def attention(spec: AttentionSpec, profile: Profile) -> Any:
     def weigh(S, most, part, total, share, r):  # type: ignore[no-untyped-def]
         for lane in T.serial(length - columns):
             S[r, columns + lane] = T.float32("-inf")
-        for k in T.unroll(abreast):
-            for lane in T.vectorized(lanes):
-                most[k, lane] = S[r, k * lanes + lane]
-        for step in T.serial(keys.count // abreast - 1):
-            for k in T.unroll(abreast):
-                for lane in T.vectorized(lanes):
-                    most[k, lane] = T.max(most[k, lane], S[r, ((step + 1) * abreast + k) * lanes + lane])
-        for lane in T.vectorized(lanes):
-            part[lane] = most[0, lane]
-        for k in T.unroll(abreast - 1):
-            for lane in T.vectorized(lanes):
-                part[lane] = T.max(part[lane], most[k + 1, lane])
-        find_most(part, total)
+        find_most(S, r, most, part, total)
         for lane in T.vectorized(lanes):
             part[lane] = T.float32(0)
         for step in T.serial(keys.count):
@@ -200,12 +183,10 @@ def attention(spec: AttentionSpec, profile: Profile) -> Any:
     @T.inline
     def weighted(S, V, share, Y, head, row, r, first):  # type: ignore[no-untyped-def]
         sums = T.sblock_alloc_buffer((out_up, out_across, out_lanes), "float32", scope="local")
-        zero(sums, out_up, out_across, out_lanes)
-        for n in T.serial(columns):
-            for i in T.unroll(out_up):
-                for j in T.unroll(out_across):
-                    for lane in T.vectorized(out_lanes):
-                        sums[i, j, lane] = sums[i, j, lane] + S[r + i, n] * V[head, n, values.at(first + j) + lane]
+        multiply(
+            sums, out_up, out_across, out_lanes, columns,
+            lambda i, n: S[r + i, n], lambda j, n, lane: V[head, n, values.at(first + j) + lane],
+        )  # fmt: skip
         for i in T.unroll(out_up):
             for j in T.unroll(out_across):
                 for lane in T.vectorized(out_lanes):

@@ -171,7 +171,7 @@ def _rows_times_packed(
         name="anchor",
         attrs={TEMPLATE: f"dense_{dot.arithmetic}" if dot else "dense", FLOPS: 2 * rows * depth * out},
     )
-    return te.compute((*leading, out), lambda *i: anchor[_ravel(i[:-1], leading), i[-1]], name="crop")
+    return te.compute((*leading, out), lambda *i: anchor[ravel(i[:-1], leading), i[-1]], name="crop")
 
 
 def flat_rows(data: Any, leading: tuple[int, ...], depth: int, shape: tuple[int, int]) -> Callable[[Any, Any], Any]:
@@ -181,7 +181,7 @@ def flat_rows(data: Any, leading: tuple[int, ...], depth: int, shape: tuple[int,
     rows = math.prod(leading)
 
     def read(m: Any, k: Any) -> Any:
-        return data[(*_unravel(m, leading), k)]
+        return data[(*unravel(m, leading), k)]
 
     if shape == (rows, depth):
         return read
@@ -256,7 +256,7 @@ def _extend(sizes: list[int], rank: int) -> list[int]:
     return [1] * (rank - len(sizes)) + sizes
 
 
-def _unravel(index: Any, sizes: tuple[int, ...]) -> list[Any]:
+def unravel(index: Any, sizes: tuple[int, ...]) -> list[Any]:
     """Split a flat row index into the leading axes it runs over."""
     if not sizes:
         return []
@@ -268,7 +268,8 @@ def _unravel(index: Any, sizes: tuple[int, ...]) -> list[Any]:
     return parts
 
 
-def _ravel(index: Sequence[Any], sizes: tuple[int, ...]) -> Any:
+def ravel(index: Sequence[Any], sizes: tuple[int, ...]) -> Any:
+    """The flat index of leading axes."""
     flat: Any = 0
     for axis, size in zip(index, sizes, strict=True):
         flat = flat * size + axis

@@ -141,7 +141,7 @@ def _product(data: Any, weight: Any, leading: tuple[int, ...], depth: int, out: 
 
     shape = (rows_padded, round_up(out, lanes))
     sums = _in_runs(shape, (runs,) if runs > 1 else (), (run,), product, "dense_fp16", 2 * rows * depth * out)
-    return te.compute((*leading, out), lambda *i: sums[compute._ravel(i[:-1], leading), i[-1]], name="crop")
+    return te.compute((*leading, out), lambda *i: sums[compute.ravel(i[:-1], leading), i[-1]], name="crop")
 
 
 def _in_runs(

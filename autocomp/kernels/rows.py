@@ -14,7 +14,7 @@ from typing import Any
 from autocomp.kernels import vector_math
 
 
-def _vectors(length: int, lanes: int) -> tuple[int, int, int]:
+def vectors_of(length: int, lanes: int) -> tuple[int, int, int]:
     """(lanes used, vectors, elements of the last vector that are counted already)."""
     while lanes > length:
         lanes //= 2
@@ -45,16 +45,44 @@ def fold(width: int, combine: Callable[[Any, Any], Any]) -> Any:
     return fold
 
 
+def most_of(width: int, vectors: int, last: int) -> tuple[int, Any]:
+    """How many maxima are found side by side, and an inline function that leaves the most of a row's vectors in ``into[0]``.
+
+    No vector begins behind ``last``; ``side`` holds the maxima ``[side by side, width]``, and ``part`` a vector that is spent.
+    """
+    from tvm.script import tirx as T
+
+    abreast = 4 if vectors >= 8 else 1  # that do not wait for one another
+    rounds = -(-vectors // abreast)
+    find_most = fold(width, T.max)
+
+    @T.inline
+    def most(X, row, side, part, into):  # type: ignore[no-untyped-def]
+        for k in T.unroll(abreast):
+            for lane in T.vectorized(width):
+                side[k, lane] = X[row, T.min(k * width, last) + lane]
+        for step in T.serial(rounds - 1):
+            for k in T.unroll(abreast):
+                for lane in T.vectorized(width):
+                    side[k, lane] = T.max(side[k, lane], X[row, T.min(((step + 1) * abreast + k) * width, last) + lane])
+        for lane in T.vectorized(width):
+            part[lane] = side[0, lane]
+        for k in T.unroll(abreast - 1):
+            for lane in T.vectorized(width):
+                part[lane] = T.max(part[lane], side[k + 1, lane])
+        find_most(part, into)
+
+    return abreast, most
+
+
 def softmax(rows: int, length: int, lanes: int) -> Any:
     """PrimFunc ``x [rows, length] → softmax along the last axis``, float32, scheduled."""
     from tvm.script import tirx as T
 
-    width, vectors, overlap = _vectors(length, lanes)
+    width, vectors, overlap = vectors_of(length, lanes)
     last = length - width
-    abreast = 4 if vectors >= 8 else 1  # maxima that do not wait for one another
-    rounds = -(-vectors // abreast)
-    exp = vector_math.exp_below_zero
-    add_up, find_most = fold(width, operator.add), fold(width, T.max)
+    exp, add_up = vector_math.exp_below_zero, fold(width, operator.add)
+    abreast, find_most = most_of(width, vectors, last)
 
     @T.prim_func(s_tir=True)
     def function(X: T.Buffer((rows, length), "float32"), Y: T.Buffer((rows, length), "float32")) -> None:
@@ -66,21 +94,7 @@ def softmax(rows: int, length: int, lanes: int) -> Any:
             part = T.sblock_alloc_buffer((width,), "float32", scope="local")
             total = T.sblock_alloc_buffer((1,), "float32", scope="local")
             for row in T.serial(rows):
-                for k in T.unroll(abreast):
-                    for lane in T.vectorized(width):
-                        most[k, lane] = X[row, T.min(k * width, last) + lane]
-                for step in T.serial(rounds - 1):
-                    for k in T.unroll(abreast):
-                        for lane in T.vectorized(width):
-                            most[k, lane] = T.max(
-                                most[k, lane], X[row, T.min(((step + 1) * abreast + k) * width, last) + lane]
-                            )
-                for lane in T.vectorized(width):
-                    part[lane] = most[0, lane]
-                for k in T.unroll(abreast - 1):
-                    for lane in T.vectorized(width):
-                        part[lane] = T.max(part[lane], most[k + 1, lane])
-                find_most(part, total)
+                find_most(X, row, most, part, total)
                 for lane in T.vectorized(width):
                     Y[row, last + lane] = exp(X[row, last + lane] - total[0])
                 for lane in T.vectorized(width):
@@ -108,7 +122,7 @@ def layer_norm(rows: int, length: int, epsilon: float, lanes: int) -> Any:
     """
     from tvm.script import tirx as T
 
-    width, vectors, overlap = _vectors(length, lanes)
+    width, vectors, overlap = vectors_of(length, lanes)
     last = length - width
     share = 1.0 / length
     add_up = fold(width, operator.add)

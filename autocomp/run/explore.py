@@ -350,11 +350,10 @@ class _Explorer:
     def _say_what_is_of_no_use(self) -> None:
         searched, wanted = self._searched(), self.settings.measurements
         done = sum(e.state != "told" for e in searched)
-        near = of_use(searched)
-        far = [e for e in searched if e.state == "told" and e not in near]
-        if done < wanted and far and all(e.state != "told" for e in near):
+        far = sum(e.state == "told" for e in searched)
+        if done < wanted and far and all(e.state != "told" for e in of_use(searched)):
             self.progress.warn(
-                f"{done} of {wanted} measurements were made: the other {len(far)} candidates told are more than {MOST:g} nat from the "
+                f"{done} of {wanted} measurements were made: the other {far} candidates told are more than {MOST:g} nat from the "
                 f"uncompressed model, which is about chance"
             )
 

@@ -194,9 +194,8 @@ def _write(prepared: Prepared, evaluation: Evaluation) -> dict[str, Verified] | 
     folder = prepared.folder / "models" / evaluation.candidate.id
     try:
         return export_point(evaluation, model, compiled, prepared.inputs, folder)
-    except (
-        OSError
-    ) as error:  # as a value: the run ends with it, and what crosses processes as a failure is a line of text
+    except OSError as error:
+        # a full disk ends the run: handed over as a value, for of a failure only a line of text crosses processes
         if unwritable_reason(error) is None:
             raise
         return OSError(error.errno, error.strerror, error.filename)

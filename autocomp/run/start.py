@@ -6,7 +6,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,29 +80,20 @@ def searched(
         with caught(folder / LOG, progress.console):
             return _run(settings, given, folder, known, progress, sampler, spent=spent)
 
-    return _locked(folder, work, _GoOn(f"continue with --resume --out {folder}", "choose another --out"))
+    return _locked(folder, work, f"continue with --resume --out {folder}", "choose another --out")
 
 
-@dataclass(frozen=True)
-class _GoOn:
-    """How a run is gone on with once it was stopped, and what else can be done where it cannot be now."""
-
-    how: str
-    otherwise: str
-
-
-def _locked(folder: Path, work: Callable[[], SearchResult], go_on: _GoOn) -> SearchResult:
-    """What ``work`` returns, nothing else being at work in a run's folder; stops and full disks are told with how to ``go_on``."""
+def _locked(folder: Path, work: Callable[[], SearchResult], go_on: str, otherwise: str) -> SearchResult:
+    """What ``work`` returns, nothing else being at work in a run's folder; stops and full disks are told with how to ``go_on``, a
+    folder that is held with what to do ``otherwise``."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with interrupt.remembered(), FileLock(folder / LOCK, timeout=0):
             return work()
     except Timeout as error:
-        raise UsageError(
-            f"another search or training is running in {folder}; wait for it, or {go_on.otherwise}"
-        ) from error
+        raise UsageError(f"another search or training is running in {folder}; wait for it, or {otherwise}") from error
     except KeyboardInterrupt as error:
-        stopped = Interrupted(f"stopped; every finished trial is kept: {go_on.how}")
+        stopped = Interrupted(f"stopped; every finished trial is kept: {go_on}")
         stopped.exit_code = getattr(error, "exit_code", stopped.exit_code)
         raise stopped from error
     except OSError as error:
@@ -111,7 +101,7 @@ def _locked(folder: Path, work: Callable[[], SearchResult], go_on: _GoOn) -> Sea
         if reason is None:
             raise
         raise UsageError(
-            f"{_where(error, folder)} cannot be written: {reason}; what was told is kept: once it can, {go_on.how}"
+            f"{_where(error, folder)} cannot be written: {reason}; what was told is kept: once it can, {go_on}"
         ) from error
 
 
@@ -162,7 +152,7 @@ def trained_run(
         with caught(folder / LOG, progress.console):
             return _run(settings, given, folder, known, progress, None, train)
 
-    return _locked(folder, work, _GoOn("the same command goes on", "name another run"))
+    return _locked(folder, work, "the same command goes on", "name another run")
 
 
 def _near(folder: Path) -> str:

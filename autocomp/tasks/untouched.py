@@ -7,7 +7,7 @@ import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ def process_kept() -> Iterator[None]:
     device, mixed = torch.get_default_device(), torch.is_autocast_enabled("cpu")
     products = torch.get_float32_matmul_precision()
     folder, streams = os.getcwd(), (sys.stdout, sys.stderr)
-    kept = {number: _copied(number) for number in (1, 2)}
+    files = [_copy_of(number) for number in (1, 2)]
     try:
         yield
     finally:
@@ -34,28 +34,33 @@ def process_kept() -> Iterator[None]:
         torch.set_autocast_enabled("cpu", mixed)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
-        for number, copy in kept.items():
-            if copy is not None:
-                if _copied(number, probe=True) is None:  # it was closed
-                    os.dup2(copy, number)
-                os.close(copy)
         sys.stdout, sys.stderr = (
-            os.fdopen(os.dup(number), "w") if stream is not None and stream.closed else stream
-            for number, stream in enumerate(streams, 1)
+            _opened(number, *kept) for number, kept in enumerate(zip(streams, files, strict=True), 1)
         )
         with suppress(OSError):  # it was removed meanwhile: nobody can go back
             os.chdir(folder)
 
 
-def _copied(number: int, probe: bool = False) -> int | None:
-    """A copy of an open file by its number; None where there is none. ``probe``: only whether there is."""
+def _copy_of(number: int) -> int | None:
+    """A copy of an open file, by its number; None where there is none."""
     try:
-        if probe:
-            os.fstat(number)
-            return number
         return os.dup(number)
     except OSError:
         return None
+
+
+def _opened(number: int, stream: TextIO, file: int | None) -> TextIO:
+    """A standard stream, and the file below it, opened again where they were closed; ``file`` is a copy of that, which is spent."""
+    if file is None:
+        return stream
+    try:
+        os.fstat(number)
+    except OSError:
+        os.dup2(file, number)
+    if stream is None or not stream.closed:
+        os.close(file)
+        return stream
+    return os.fdopen(file, "w")
 
 
 @contextmanager

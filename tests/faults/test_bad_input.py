@@ -651,25 +651,18 @@ def test_files_of_exported_models(refused: Refused, tmp_path: Path, content: byt
     assert "model.pt2 is not a torch.export file" in refused("measure", "model.pt2")
 
 
-def changed(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    """A fake run whose ``front.json`` was changed."""
+def changed(change: Callable[[dict[str, Any]], object], *, meant: bool = True) -> Callable[[Path], None]:
+    """A fake run whose ``front.json`` was changed; where that is ``meant``, as an earlier version wrote it, which knew no checksum."""
 
     def make(run: Path) -> None:
         path = run / "front.json"
         data = json.loads(path.read_text())
-        del data["checksum"]  # as of an earlier version, or of one who means it
+        if meant:
+            del data["checksum"]
         change(data)
         path.write_text(json.dumps(data))
 
     return make
-
-
-def edited(run: Path) -> None:
-    """A point of the front taken out by hand."""
-    path = run / "front.json"
-    data = json.loads(path.read_text())
-    data["front"].pop()
-    path.write_text(json.dumps(data, indent=1))
 
 
 def with_text(name: str, text: str | bytes) -> Callable[[Path], None]:
@@ -693,7 +686,7 @@ def folder(name: str) -> Callable[[Path], None]:
 
 
 RUN: dict[str, tuple[Callable[[Path], None], int, str]] = {
-    "front edited": (edited, 1, "is not as autocomp wrote it"),
+    "front edited": (changed(lambda d: d["front"].pop(), meant=False), 1, "is not as autocomp wrote it"),
     "front empty": (with_text("front.json", ""), 1, "does not read as JSON"),
     "front cut": (with_text("front.json", '{"format_version": 1, "task"'), 1, "does not read as JSON"),
     "front no json": (with_text("front.json", "hello"), 1, "does not read as JSON"),

@@ -488,43 +488,27 @@ def test_results_without_their_settings_are_not_written_over(run: Path, spaces: 
 @pytest.mark.slow
 def test_two_runs_of_one_name_share_a_database(tmp_path: Path, spaces: dict[str, str]) -> None:
     storage = f"sqlite:///{tmp_path / 'shared.db'}"
-    found = [
-        autocomp.search(
-            task=tiny_task.task(), out=tmp_path / folder / "run", space=spaces["full"], storage=storage, **OPTIONS
+
+    def search(folder: str, resume: bool = False) -> autocomp.SearchResult:
+        out = tmp_path / folder / "run"
+        return autocomp.search(
+            task=tiny_task.task(), out=out, space=spaces["full"], storage=storage, resume=resume, **OPTIONS
         )
-        for folder in ("a", "b")
-    ]
+
+    found = [search(folder) for folder in ("a", "b")]
     names = {study.study_name for study in open_storage(storage).get_all_studies()}
     assert len(names) == 2
     assert all(name.startswith("run-") for name in names)
     assert [result.run.summary.told for result in found] == [4, 4]
     shutil.move(tmp_path / "a", tmp_path / "c")  # a folder that moved is the same run
-    again = autocomp.search(
-        task=tiny_task.task(), out=tmp_path / "c" / "run", space=spaces["full"], storage=storage, resume=True, **OPTIONS
-    )
-    assert again.run.summary.told == 4
-    shutil.copytree(
-        tmp_path / "c", tmp_path / "d"
-    )  # a copy is not: it has files of its own, and one study with the other
+    assert search("c", resume=True).run.summary.told == 4
+    # a copy is not: it has files of its own, and one study with the other
+    shutil.copytree(tmp_path / "c", tmp_path / "d")
     with pytest.raises(UsageError, match=r"is a copy: its study .* still there\. Go on in that folder"):
-        autocomp.search(
-            task=tiny_task.task(),
-            out=tmp_path / "d" / "run",
-            space=spaces["full"],
-            storage=storage,
-            resume=True,
-            **OPTIONS,
-        )
+        search("d", resume=True)
     (tmp_path / "c" / "run" / "run.json").unlink()
     with pytest.raises(UsageError, match=r"run\.json"):
-        autocomp.search(
-            task=tiny_task.task(),
-            out=tmp_path / "c" / "run",
-            space=spaces["full"],
-            storage=storage,
-            resume=True,
-            **OPTIONS,
-        )
+        search("c", resume=True)
 
 
 @pytest.fixture

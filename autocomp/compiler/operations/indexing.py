@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from autocomp.compiler.expressions import shape_of
+from autocomp.compiler.expressions import dtype_of, shape_of
 from autocomp.kernels import scans
 
 
@@ -122,7 +122,7 @@ def index_put(node: Any, importer: Any) -> Any:
     x, given, values = importer.env[node.args[0]], list(node.args[1]), importer.env[node.args[2]]
     accumulate = bool(node.args[3]) if len(node.args) > 3 else False
     shape = shape_of(x) or ()
-    if _dtype(importer.env[next(item for item in given if item is not None)]) == "bool":
+    if dtype_of(importer.env[next(item for item in given if item is not None)]) == "bool":
         mask = importer.env[given[0]]
         mask = builder.emit(_reshape(mask, [*(shape_of(mask) or ()), *[1] * (len(shape) - len(shape_of(mask) or ()))]))
         value = builder.emit(relax.op.add(x, values)) if accumulate else values
@@ -158,7 +158,7 @@ def scatter(reduce: str) -> Any:
                     relax.op.strided_slice(values, list(range(len(target))), [0] * len(target), list(target))
                 )
         else:
-            values = builder.emit(relax.op.full(target, relax.const(source, _dtype(x)), _dtype(x)))
+            values = builder.emit(relax.op.full(target, relax.const(source, dtype_of(x)), dtype_of(x)))
         wrapped = _wrapped(builder, indices, shape[axis])
         return _write(builder, x, values, [wrapped], lambda at, i: [*at[:axis], i[0][tuple(at)], *at[axis + 1 :]], how)
 
@@ -169,11 +169,11 @@ def _write(builder: Any, x: Any, values: Any, indices: Sequence[Any], position: 
     """Copy ``x``, then take in every element of ``values`` at its position, in order."""
     from tvm import relax, te
 
-    shape, source, kind = shape_of(x) or (), shape_of(values) or (), _dtype(x)
+    shape, source, kind = shape_of(x) or (), shape_of(values) or (), dtype_of(x)
     elements, size = math.prod(shape), math.prod(source)
     if not size or not elements:
         return x
-    kind = "int8" if _dtype(x) == "bool" else kind  # which is written a byte at a time
+    kind = "int8" if dtype_of(x) == "bool" else kind  # which is written a byte at a time
     data = builder.emit(_reshape(builder.emit(relax.op.astype(x, kind)), [elements]))
     new = builder.emit(_reshape(builder.emit(relax.op.astype(values, kind)), [size]))
 
@@ -185,7 +185,7 @@ def _write(builder: Any, x: Any, values: Any, indices: Sequence[Any], position: 
     at = builder.emit_te(places, *indices, primfunc_name_hint="places")
     function = builder.add_func(scans.write(elements, size, kind, how).without_attr("global_symbol"), "write")
     written = builder.emit(relax.call_tir(function, [data, new, at], out_ty=relax.TensorType([elements], kind)))
-    return builder.emit(relax.op.astype(builder.emit(_reshape(written, shape)), _dtype(x)))
+    return builder.emit(relax.op.astype(builder.emit(_reshape(written, shape)), dtype_of(x)))
 
 
 def _ravel(at: Sequence[Any], shape: Sequence[int]) -> Any:
@@ -259,7 +259,3 @@ def _reshape(x: Any, shape: Sequence[int]) -> Any:
     from tvm import relax
 
     return relax.op.reshape(x, list(shape))
-
-
-def _dtype(value: Any) -> str:
-    return str(value.ty.dtype).removeprefix("T.")

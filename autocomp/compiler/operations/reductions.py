@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from autocomp.compiler.expressions import shape_of
+from autocomp.compiler.expressions import dtype_of, shape_of
 from autocomp.kernels import scans
 
 
@@ -71,7 +71,7 @@ def along(builder: Any, x: Any, axis: int, how: str) -> Any:
     if not shape or 0 in shape:
         return x
     axis %= len(shape)
-    kind = str(x.ty.dtype).removeprefix("T.")
+    kind = dtype_of(x)
     three = [math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])]
     flat = builder.emit(relax.op.reshape(x, three))
     function = builder.add_func(
@@ -141,7 +141,7 @@ def elementwise(node: Any, importer: Any, function: Any, name: str) -> Any:
 
     target = tuple(int(size) for size in node.meta["val"].shape)
     tensors = [importer.env[argument] for argument in node.args[:2] if hasattr(argument, "meta")]
-    kind = str(tensors[0].ty.dtype).removeprefix("T.")
+    kind = dtype_of(tensors[0])
     operands = [importer.env[a] if hasattr(a, "meta") else relax.const(a, kind) for a in node.args[:2]]
     return importer.block_builder.emit_te(
         lambda a, b: te.compute(
@@ -157,4 +157,4 @@ def product(node: Any, importer: Any) -> Any:
     from tvm import relax
 
     a, b = (importer.env[argument] for argument in node.args[:2])
-    return importer.block_builder.emit(relax.op.matmul(a, b, out_dtype=str(a.ty.dtype).removeprefix("T.")))
+    return importer.block_builder.emit(relax.op.matmul(a, b, out_dtype=dtype_of(a)))
