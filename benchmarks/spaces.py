@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from common import earlier, mean_and_spread, publish
 from prepared import TASKS
-from search import CAP, Bench, Told, feasible, searched, volume
+from search import CAP, TaskBench, Told, feasible, searched, volume
 from threadpoolctl import threadpool_limits
 
 from autocomp.hardware.profile import load_profile
@@ -50,7 +50,7 @@ def spaces() -> dict[str, SpaceFile]:
     }
 
 
-def searched_in_rounds(bench: Bench, trials: int, seed: int) -> list[Told]:
+def searched_in_rounds(bench: TaskBench, trials: int, seed: int) -> list[Told]:
     """The engine's trials; finer widths are offered on the way where the space has some."""
     costs, space = bench.costs, bench.prepared.space
     database = bench.prepared.database
@@ -77,7 +77,7 @@ def compared(task: str, trials: int, seeds: int) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, space in spaces().items():
         start = time.perf_counter()
-        bench = Bench(task, space)
+        bench = TaskBench(task, space)
         before = time.perf_counter() - start
         runs = list(map_in_processes(partial(searched_in_rounds, bench, trials), list(range(seeds)), 2))
         told[name] = [[one._replace(at=one.at + before) for one in trials_of] for trials_of in runs]

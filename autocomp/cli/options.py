@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from autocomp.config.limits import ALL, one_drop, one_latency, one_size
+from autocomp.config.limits import ALL, one_drop, one_energy, one_latency, one_size
 from autocomp.config.settings import Settings, load_settings
 from autocomp.errors import UsageError, shown, suggest
 from autocomp.progress import Progress
@@ -118,6 +118,13 @@ def goal_options(command: F) -> F:
             help="Largest latency, such as 0.5ms, or how many times faster, such as 2x; PROFILE=LIMIT for one profile.",
         ),
         click.option(
+            "--max-energy",
+            multiple=True,
+            type=LimitType("energy", one_energy),
+            help="Most energy of one inference, such as 5mJ, or how many times less, such as 2x; PROFILE=LIMIT for one profile. Known where "
+            "profiles state their power.",
+        ),
+        click.option(
             "--max-size",
             type=Quantity("size", one_size),
             help="Largest size, such as 500KB, or how many times smaller, such as 5x.",
@@ -135,7 +142,7 @@ def goal_options(command: F) -> F:
 
 def goals_together(options: dict[str, Any]) -> dict[str, Any]:
     """The options with limits that may be repeated as one setting each."""
-    return options | {name: together(options[name]) for name in ("max_drop", "max_latency")}
+    return options | {name: together(options[name]) for name in ("max_drop", "max_latency", "max_energy")}
 
 
 def resolve(task_name: str | None, task_option: str | None, config: Path | None, options: dict[str, Any]) -> Settings:

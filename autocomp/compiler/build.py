@@ -137,9 +137,13 @@ def time_in_turn(
     latencies = []
     for model, taken in zip(models, found, strict=True):
         middle, spread = median_and_spread(taken)
-        device = describe_device(model.profile)
-        name, samples = model.profile.name, tuple(taken)
-        latencies.append(Latency(middle, spread, "measured", name, device, samples, model.kernels, memory=model.memory))
+        profile, samples = model.profile, tuple(taken)
+        latencies.append(
+            Latency(
+                middle, spread, "measured", profile.name, describe_device(profile), samples, model.kernels,
+                memory=model.memory, watts=profile.watts,
+            )
+        )  # fmt: skip
     return latencies
 
 

@@ -1,4 +1,4 @@
-"""What a candidate must meet: limits on what it loses, on its time, its size and its memory."""
+"""What a candidate must meet: limits on what it loses, on its time, its energy, its size and its memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from autocomp.config.limits import ALL, read_drops, read_latencies, read_size
+from autocomp.config.limits import ALL, read_drops, read_energies, read_latencies, read_size
 
 LONGEST = 2000  # characters of a name, a path or an address
 
@@ -41,6 +41,11 @@ class Goals(BaseModel):
         description="seconds, text with a unit (0.5ms), or how many times faster than the uncompressed model (2x): on every profile, or by "
         "profile",
     )
+    max_energy: Annotated[Limits | None, BeforeValidator(read_energies)] = Field(
+        default=None,
+        description="joules of one inference, text with a unit (5mJ), or how many times less than the uncompressed model (2x): on every "
+        "profile, or by profile; known where a profile states power.idle and power.load",
+    )
     max_size: Annotated[int | str | None, BeforeValidator(read_size)] = Field(
         default=None, description="bytes of stored weights, text with a unit (500KB), or how many times smaller (5x)"
     )
@@ -55,6 +60,10 @@ class Goals(BaseModel):
         """The limit on a profile's latency."""
         return _of(self.max_latency, profile)
 
+    def energy(self, profile: str) -> Limit | None:
+        """The limit on the energy of one inference on a profile."""
+        return _of(self.max_energy, profile)
+
     def drops(self, objective: str) -> dict[str, Limit]:
         """The limits on what metrics may lose, by metric."""
         if not isinstance(self.max_drop, dict):
@@ -62,14 +71,20 @@ class Goals(BaseModel):
         others = {objective: self.max_drop[ALL]} if ALL in self.max_drop else {}
         return others | {name: limit for name, limit in self.max_drop.items() if name != ALL}  # a name wins over ``*``
 
+    def profiles_named(self) -> list[tuple[str, str]]:
+        """Each profile that a limit names, with the name of the limit before it."""
+        limits = {"max_latency": self.max_latency, "max_energy": self.max_energy}
+        return [
+            (goal, name) for goal, given in limits.items() if isinstance(given, dict) for name in given if name != ALL
+        ]
+
     @property
     def any(self) -> bool:
         """Whether there is a goal at all."""
-        return any(value is not None for value in (self.max_drop, self.max_latency, self.max_size, self.max_memory))
+        return any(value is not None for value in dict(self).values())
 
     def __str__(self) -> str:
-        named = {name: getattr(self, name) for name in ("max_drop", "max_latency", "max_size", "max_memory")}
-        return ", ".join(f"{name} {_goal_text(value)}" for name, value in named.items() if value is not None) or "none"
+        return ", ".join(f"{name} {_goal_text(value)}" for name, value in self if value is not None) or "none"
 
 
 def _of(limits: Limits | None, name: str) -> Limit | None:

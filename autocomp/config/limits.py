@@ -7,7 +7,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from autocomp.config.files import is_number
-from autocomp.config.quantities import LARGEST, parse_bytes, parse_factor, parse_points, parse_seconds, parse_share
+from autocomp.config.quantities import (
+    LARGEST,
+    parse_bytes,
+    parse_factor,
+    parse_joules,
+    parse_points,
+    parse_seconds,
+    parse_share,
+)
 from autocomp.errors import shown
 
 ALL = "*"  # names what no other name does: the objective, every profile
@@ -21,6 +29,11 @@ def read_drops(value: Any) -> Any:
 def read_latencies(value: Any) -> Any:
     """Limits on latencies: seconds, ``0.5ms``, ``2x``."""
     return _by_name(value, _latency)
+
+
+def read_energies(value: Any) -> Any:
+    """Limits on energies: joules, ``5mJ``, ``2x``."""
+    return _by_name(value, _energy)
 
 
 def read_size(value: Any) -> Any:
@@ -55,6 +68,11 @@ def one_latency(text: str) -> float | str:
     return _factor(text) if _is_factor(text) else parse_seconds(text)
 
 
+def one_energy(text: str) -> float | str:
+    """An energy as it stands on a command line, always with a unit."""
+    return _factor(text) if _is_factor(text) else parse_joules(text)
+
+
 def one_size(text: str) -> int | str:
     """A size as it stands on a command line, always with a unit."""
     return _factor(text) if _is_factor(text) else parse_bytes(text)
@@ -78,10 +96,18 @@ def _drop(value: Any) -> Any:
 
 
 def _latency(value: Any) -> Any:
+    return _with_unit(value, one_latency, "0.5ms")
+
+
+def _energy(value: Any) -> Any:
+    return _with_unit(value, one_energy, "5mJ")
+
+
+def _with_unit(value: Any, read: Callable[[str], float | str], such: str) -> Any:
     if isinstance(value, str):
         if is_number(value):
-            raise ValueError(f"must be a number, or a text with a unit such as 0.5ms; got the text {shown(value)}")
-        value = one_latency(value)
+            raise ValueError(f"must be a number, or a text with a unit such as {such}; got the text {shown(value)}")
+        value = read(value)
     return value if isinstance(value, str) else _within(value, above=0)
 
 

@@ -8,12 +8,13 @@ import re
 from autocomp.errors import shown
 
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+JOULES = {"j": 1.0, "mj": 1e-3, "uj": 1e-6, "µj": 1e-6}
 TRAINING = {
     "s": (1.0, "seconds"), "min": (60.0, "seconds"), "h": (3600.0, "seconds"),
     "step": (1.0, "steps"), "steps": (1.0, "steps"), "epoch": (1.0, "epochs"), "epochs": (1.0, "epochs"),
 }  # fmt: skip
 BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-LARGEST = 1e18  # seconds or bytes: past all that there is, and whole numbers up to here are exact enough
+LARGEST = 1e18  # seconds, joules or bytes: past all that there is, and whole numbers up to here are exact enough
 LEAST_FACTOR = 1.0  # times: a goal of less would ask for a slower or larger model
 _LONGEST = 64  # characters
 _NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?)\s*([a-zµ%]*)\s*", re.IGNORECASE)
@@ -40,6 +41,15 @@ def parse_bytes(text: str) -> int:
         (500000, 1572864)
     """
     return math.floor(_parse(text, BYTES, "a size with its unit, such as 500KB or 1.5MiB"))
+
+
+def parse_joules(text: str) -> float:
+    """Read an energy with its unit (``J``, ``mJ``, ``uJ``) in joules; ValueError says what is wrong.
+
+    >>> parse_joules("5mJ")
+    0.005
+    """
+    return _parse(text, JOULES, "an energy with its unit, such as 5mJ")
 
 
 def parse_factor(text: str) -> float:
@@ -121,3 +131,13 @@ def format_milliseconds(seconds: float) -> str:
         '0.284 ms'
     """
     return f"{seconds * 1e3:.3g} ms"
+
+
+def format_joules(joules: float) -> str:
+    """Write an energy in millijoules for people, three digits.
+
+    Examples:
+        >>> format_joules(0.0123)
+        '12.3 mJ'
+    """
+    return f"{joules * 1e3:.3g} mJ"

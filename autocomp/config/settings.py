@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from autocomp.config.files import is_number, read_mapping, validated
 from autocomp.config.goals import Goals as Goals
 from autocomp.config.goals import Text
-from autocomp.config.limits import ALL, read_family
+from autocomp.config.limits import read_family
 from autocomp.config.quantities import LARGEST, parse_factor, parse_seconds, parse_training
 from autocomp.config.versions import KEY, current_by_hand
 from autocomp.errors import UsageError, cut, shown, suggest
@@ -193,11 +193,11 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _known_profiles(self) -> Settings:
-        """A latency by profile is of one that is searched for; a search that stops when goals are met has some."""
-        for name in self.goals.max_latency if isinstance(self.goals.max_latency, dict) else ():
-            if name != ALL and name not in self.profiles:
+        """A latency or energy by profile is of one that is searched for; a search that stops when goals are met has some."""
+        for goal, name in self.goals.profiles_named():
+            if name not in self.profiles:
                 raise ValueError(
-                    f"goals.max_latency names profile {shown(name)}, which is not searched for{suggest(name, self.profiles)}"
+                    f"goals.{goal} names profile {shown(name)}, which is not searched for{suggest(name, self.profiles)}"
                 )
         if self.stop_when_met and not (self.goals.any or self.family):
             raise ValueError("stop_when_met needs something to be met: set a goal, or a family")

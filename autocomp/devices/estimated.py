@@ -110,8 +110,9 @@ class EstimatedModel:
         seconds = sum(kernel.seconds + _CALL_SECONDS for kernel in self.kernels)
         device = describe_estimate(self.profile) + self._unknown()
         return Latency(
-            seconds, 0.0, "estimated", self.profile.name, device, (), self.kernels, ERROR, memory=self.memory
-        )
+            seconds, 0.0, "estimated", self.profile.name, device, (), self.kernels, ERROR,
+            memory=self.memory, watts=self.profile.watts,
+        )  # fmt: skip
 
     def tail(self, *inputs: torch.Tensor) -> dict[str, float]:
         """None: an estimate is the same every time."""

@@ -209,10 +209,13 @@ def time_in_turn(models: Sequence[RemoteModel], inputs: tuple[torch.Tensor, ...]
     for model, timed in zip(models, first._on_a_board(job), strict=True):
         middle, spread = median_and_spread(list(timed.samples))
         device = _describe(model.profile, timed)
-        name = model.profile.name
+        profile = model.profile
         latencies.append(
-            Latency(middle, spread, "measured", name, device, timed.samples, model.kernels, memory=model.memory)
-        )
+            Latency(
+                middle, spread, "measured", profile.name, device, timed.samples, model.kernels,
+                memory=model.memory, watts=profile.watts,
+            )
+        )  # fmt: skip
     return latencies
 
 

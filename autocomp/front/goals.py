@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from autocomp.config.quantities import format_bytes, format_milliseconds, parse_factor, parse_share
+from autocomp.config.quantities import format_bytes, format_joules, format_milliseconds, parse_factor, parse_share
 from autocomp.config.settings import Goals
 from autocomp.errors import InfeasibleError, UsageError, shown, suggest
 from autocomp.front.pareto import knee, pareto_set
@@ -22,7 +22,7 @@ _NOTHING = 1e-9  # of a metric, in its units
 class Held(NamedTuple):
     """One limit and what an evaluation comes to: ``subject`` is a metric or a profile, empty for a size; ``slack`` is what rounding may add."""
 
-    goal: Literal["max_drop", "max_latency", "max_size", "max_memory"]
+    goal: Literal["max_drop", "max_latency", "max_energy", "max_size", "max_memory"]
     subject: str
     limit: float
     value: float
@@ -43,6 +43,9 @@ class Held(NamedTuple):
         if self.goal == "max_latency":
             value, limit = format_milliseconds(self.value), format_milliseconds(self.limit)
             return f"{value} on {self.subject}, more than max_latency {limit}"
+        if self.goal == "max_energy":
+            value, limit = format_joules(self.value), format_joules(self.limit)
+            return f"{value} on {self.subject}, more than max_energy {limit}"
         where = f" of memory on {self.subject}" if self.goal == "max_memory" else ""
         return f"{format_bytes(self.value)}{where}, more than {self.goal} {format_bytes(self.limit)}"
 
@@ -92,6 +95,19 @@ class Judge:
             return there.seconds / parse_factor(limit) if there else None
         return limit
 
+    def max_energy(self, profile: str) -> float | None:
+        """The limit on a profile, in joules as the uncompressed model was timed; None where its energy is not known."""
+        limit, there = self.goals.energy(profile), self.dense.latency.get(profile)
+        if isinstance(limit, str):
+            return there.energy / parse_factor(limit) if there and there.energy else None
+        return limit
+
+    def max_seconds(self, profile: str) -> float | None:
+        """What both limits leave of time on a profile: energy follows it."""
+        there, energy = self.dense.latency.get(profile), self.max_energy(profile)
+        enough = energy / there.watts if energy is not None and there and there.watts else None
+        return min((limit for limit in (self.max_latency(profile), enough) if limit is not None), default=None)
+
     def max_memory(self, profile: str) -> float | None:
         """The limit on a profile, in bytes; None where there is none, or the uncompressed model's memory is not known."""
         limit, there = self.goals.max_memory, self.dense.latency.get(profile)
@@ -108,12 +124,15 @@ class Judge:
         ]
 
     def met_by_dense(self) -> list[str]:
-        """The goals on latency, size and memory that the uncompressed model meets already: they steer nothing."""
+        """The goals on latency, energy, size and memory that the uncompressed model meets already: they steer nothing."""
         met = [
             f"max_latency ({format_milliseconds(latency.seconds)} on {profile})"
             for profile, latency in self.dense.latency.items()
             if (limit := self.max_latency(profile)) is not None and latency.seconds <= limit
         ]
+        for profile, latency in self.dense.latency.items():
+            if (most := self.max_energy(profile)) is not None and latency.energy and latency.energy <= most:
+                met.append(f"max_energy ({format_joules(latency.energy)} on {profile})")
         if self.max_size is not None and self.dense.bytes <= self.max_size:
             met.append(f"max_size ({format_bytes(self.dense.bytes)})")
         for profile, latency in self.dense.latency.items():
@@ -144,6 +163,10 @@ class Judge:
             if (most := self.max_latency(profile)) is not None:
                 seconds = comparable(evaluation, self.dense, profile)
                 found.append(Held("max_latency", profile, most, seconds, most * 1e-9))
+        for profile, latency in evaluation.latency.items():
+            if (most := self.max_energy(profile)) is not None and latency.watts is not None:
+                joules = latency.watts * comparable(evaluation, self.dense, profile)
+                found.append(Held("max_energy", profile, most, joules, most * 1e-9))
         if self.max_size is not None:
             found.append(Held("max_size", "", self.max_size, evaluation.bytes))
         for profile, latency in evaluation.latency.items():
@@ -159,6 +182,8 @@ class Judge:
         found += [Miss(str(held), held.excess) for held in self.held(evaluation) if not held.met]
         if self.goals.max_latency is not None and not evaluation.latency:
             found.append(Miss("its latency was not measured", float("inf")))
+        if self.goals.max_energy is not None and not any(latency.watts for latency in evaluation.latency.values()):
+            found.append(Miss("its energy is not known: no profile states its power", float("inf")))
         if self.goals.max_memory is not None and not any(latency.memory for latency in evaluation.latency.values()):
             found.append(Miss("its memory is not known", float("inf")))
         return found

@@ -56,7 +56,8 @@ class Profile:
     ``target`` is TVM's target as a dict; ``lanes`` the float32 lanes of a vector register; ``precisions`` those with
     kernels; ``int8`` the byte dot-product instruction (``none``: widened products, slower); ``cores`` the threads a run
     uses; ``caches`` bytes and ``cache_ways`` the associativity by level; ``memory_bandwidth`` bytes a second that one core
-    reads or copies; ``power`` watts of the whole board; ``device`` the processor's name where the machine itself tells it.
+    reads or copies; ``power`` watts of the whole board, idle and with so many ``cores`` busy; ``device`` the processor's name where the machine
+    itself tells it.
     ``core`` names the core model of an estimate, ``rpc`` says where a board is lent.
     """
 
@@ -84,6 +85,17 @@ class Profile:
     def matrix(self) -> bool:
         """Whether the target states that it multiplies bytes in matrix registers (`kernels.matrix`)."""
         return {f"+{host.FEATURES[flag]}" for flag in host.MATRIX} <= set(self.target.get("mattr", ()))
+
+    @property
+    def watts(self) -> float | None:
+        """What one inference draws above the idle board, its cores' share of what all draw when busy; None where ``power`` does not say.
+
+        At a fixed clock energy follows time: what is computed makes little difference beside that.
+        """
+        if not {"idle", "load"} <= {*self.power}:
+            return None
+        busy = max(self.power.get("cores", 1), self.cores)
+        return max(self.power["load"] - self.power["idle"], 0.0) * self.cores / busy
 
     @property
     def fingerprint(self) -> str:
@@ -149,7 +161,8 @@ class PowerFile(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     idle: float | None = Field(None, gt=0, le=1000, description="watts with nothing to do")
-    load: float | None = Field(None, gt=0, le=1000, description="watts with every core busy")
+    load: float | None = Field(None, gt=0, le=1000, description="watts with so many cores busy")
+    cores: int | None = Field(None, ge=1, le=1024, description="how many that was; one unless given")
 
 
 class BandwidthFile(BaseModel):
@@ -181,7 +194,7 @@ class ProfileFile(BaseModel):
     cache_ways: dict[CacheLevel, int] = Field(default_factory=dict, description="associativity by level")
     memory_bytes: int | None = Field(None, gt=0, le=2**50, description="main memory, in bytes")
     memory_bandwidth: BandwidthFile | None = Field(None, description="bytes a second of one core: read, copy")
-    power: PowerFile | None = Field(None, description="watts of the whole board: idle, load")
+    power: PowerFile | None = Field(None, description="watts of the whole board: idle, load; cores")
     core: str | None = Field(None, min_length=1, description="core model of an estimate")
     rpc: RpcFile | None = Field(None, description="tracker and key of the boards")
     source: str = Field("", description="where the figures come from")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from autocomp.config.quantities import format_bytes, format_milliseconds
+from autocomp.config.quantities import format_bytes, format_joules, format_milliseconds
 from autocomp.front.goals import Held, Judge, family
 from autocomp.records.evaluation import Evaluation
 from autocomp.records.run import comparable, speedup
@@ -28,6 +28,8 @@ def _told(held: Held, metric: Metric) -> tuple[str, Callable[[float], str]]:
     """What a limit is called, and how its values are written."""
     if held.goal == "max_latency":
         return f"latency on {held.subject}", format_milliseconds
+    if held.goal == "max_energy":
+        return f"energy of one inference on {held.subject}, estimated", format_joules
     if held.goal == "max_size":
         return "size of the weights", format_bytes
     if held.goal == "max_memory":

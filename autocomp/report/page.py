@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from autocomp.config.files import read_json
 from autocomp.config.quantities import format_bytes
 from autocomp.config.settings import Goals
-from autocomp.errors import InfeasibleError
+from autocomp.errors import InfeasibleError, UsageError
 from autocomp.front.goals import Judge
 from autocomp.records.evaluation import Evaluation, Reference
-from autocomp.records.run import OURS, Deployed, FrontPoint, Run, comparable, comparable_reference, speedup
+from autocomp.records.run import OURS, Deployed, FrontPoint, Run, Verified, comparable, comparable_reference, speedup
 from autocomp.report import figures
 from autocomp.report.figures import Metric, milliseconds, plain
 from autocomp.report.targets import knee_of
 
+_STOPPED = "it is of the point as it was trained since: the run was stopped at its end, go on with --resume"
 MAX_KERNELS = 14  # rows of a kernel table; the rest is summed in one more
 
 
@@ -222,9 +224,11 @@ class Page:
 
     def _files(self, point: FrontPoint) -> list[dict[str, Any]]:
         """Kinds of files with their check, where one was made, and their path, where it is there to be opened."""
-        found = []
+        found, others = [], self._of_other_weights(point)
         for kind in dict.fromkeys([*point.verified, *point.files]):
             path, check = self._link(point.files.get(kind)), point.verified.get(kind)
+            if others:
+                path, check = None, Verified(False, note=_STOPPED)
             said = []
             if check is not None:
                 said.append("verified" if check.ok else "verification failed" if path else "not there")
@@ -234,6 +238,18 @@ class Page:
             if path or check:
                 found.append({"kind": kind, "path": path, "check": check, "title": ", ".join(said)})
         return found
+
+    def _of_other_weights(self, point: FrontPoint) -> bool:
+        """Whether the files are of the point as it was trained since: a run that is stopped while it writes them has yet to write its front."""
+        path = point.files.get("manifest")
+        if self.folder is None or self._link(path) is None:
+            return False
+        try:
+            manifest = read_json(self.folder / str(path))
+        except UsageError:
+            return False
+        said = manifest.get("metrics") if isinstance(manifest, dict) else None
+        return said is not None and said != dict(point.evaluation.metrics)
 
     def _link(self, path: str | None) -> str | None:
         """The address of a file of the run folder; None for what is not there, or leads out of it."""

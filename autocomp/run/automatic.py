@@ -231,7 +231,12 @@ class _Chooser:
         goals = self.settings.goals
         if self.settings.training[0]:
             return TRAINED, "candidates are trained afterwards"
-        if goals.max_size is not None and goals.max_latency is None and not self.settings.family:
+        if (
+            goals.max_size is not None
+            and goals.max_latency is None
+            and goals.max_energy is None
+            and not self.settings.family
+        ):
             return "size", "a goal on the size, none on the latency"
         return "default", "neither training nor a goal on the size alone asks for another"
 

@@ -45,7 +45,10 @@ def expected_front(costs: Costs, count: int = POINTS) -> list[Evaluation]:
 def thought(costs: Costs, candidate: Candidate) -> Evaluation:
     """What is thought of a candidate: seconds by profile, bytes, divergence in nats by the layer tables."""
     cost, predicted = costs.problem().cost(candidate), costs.predict(candidate)
-    latency = {name: Latency(seconds, 0.0, "estimated", name) for name, seconds in predicted.items()}
+    latency = {
+        name: Latency(seconds, 0.0, "estimated", name, watts=costs.devices[name].profile.watts)
+        for name, seconds in predicted.items()
+    }
     return Evaluation(0, candidate, "solver", "told", cost.error, cost.bytes, predicted, latency=latency)
 
 

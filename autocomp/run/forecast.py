@@ -161,9 +161,11 @@ def _notes(settings: Settings, points: Sequence[PlannedPoint], errors: Mapping[s
             else "by peak rates alone, since no kernel is tuned yet"
         )
         notes.append(f"seconds on {name} are estimated, {known}")
-    limits = (settings.goals.max_latency, settings.goals.max_size)
+    limits = (settings.goals.max_latency, settings.goals.max_energy, settings.goals.max_size)
     if any(limit is not None for limit in limits) and not any(point.meets for point in points):
-        notes.append("no point of the predicted front meets the goals on latency and size: expect none to be found")
+        notes.append(
+            "no point of the predicted front meets the goals on latency, energy and size: expect none to be found"
+        )
     if settings.goals.max_memory is not None:
         notes.append("the memory of a module is known once it is compiled: max_memory is not planned for")
     if settings.goals.max_drop is not None:

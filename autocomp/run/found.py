@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from autocomp.errors import AutocompError, UsageError, shown
 from autocomp.front.goals import Judge
+from autocomp.measurement.measurer import reason_of
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation, Source, as_searched, untrained
 from autocomp.run.folder import LOST, PLACE, study_of
@@ -182,8 +183,8 @@ class Found:
         return {name: before.get(name, 0.0) + now.get(name, 0.0) for name in dict.fromkeys([*before, *now])}
 
     def judge_again(self, later: bool = False, refuse: bool = False) -> None:
-        """Read metrics anew where a run goes on, or at its end (``later``). UsageError if they have other names; a warning if they differ, or
-        UsageError (``refuse``)."""
+        """Read metrics anew where a run goes on, or at its end (``later``), when what fails is only said. UsageError if they have other names; a
+        warning if they differ, or UsageError (``refuse``)."""
         measurer, task = self.prepared.measurer, self.prepared.task
         rehearsed = measurer.rehearsed
 
@@ -195,7 +196,16 @@ class Found:
                 measurer.dense_metrics = known
             return known
 
-        if said := judged_otherwise(self.told, self.dense(), lambda e: e.metrics or None, now):
+        try:
+            said = judged_otherwise(self.told, self.dense(), lambda e: e.metrics or None, now)
+        except Exception as error:
+            if refuse or not later:
+                raise
+            self._warn(
+                f"Task.evaluate failed when it was read again: {reason_of(error)}; whether it judges as it did is not known"
+            )
+            return
+        if said:
             why = f"Task.evaluate judges {said} than before: it draws at random, keeps what it said of another model, or its data changed"
             if refuse:
                 raise UsageError(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocomp.config.files import validated
-from autocomp.config.limits import ALL
 from autocomp.config.quantities import parse_factor
 from autocomp.config.settings import Goals
 from autocomp.errors import UsageError, shown, suggest
@@ -124,6 +123,8 @@ class SearchResult:
             for profile, latency in point.latency.items():
                 row[f"seconds:{profile}"] = latency.seconds
                 row[f"how:{profile}"] = latency.how
+                if latency.energy is not None:
+                    row[f"joules:{profile}"] = latency.energy
                 row[f"speedup:{profile}"] = speedup(point.record.evaluation, self.run.dense.evaluation, profile)
             row["bytes"] = point.bytes
             row["drop"] = Judge.of(self.run, Goals()).drop(point.record.evaluation)
@@ -137,19 +138,28 @@ class SearchResult:
         max_latency: float | str | Mapping[str, float | str] | None = None,
         max_size: int | str | None = None,
         max_memory: int | str | None = None,
+        max_energy: float | str | Mapping[str, float | str] | None = None,
     ) -> Point:
         """The point to take: the fastest within ``max_drop``, else the most accurate within the other limits.
 
         ``max_drop`` in units of the objective, or text (``1%`` of the uncompressed model's value, ``0.5pt``), or by metric; ``max_latency`` in
         seconds, or text (``0.5ms``, ``2x`` as fast), or by profile; ``max_size`` of stored weights, or text (``500KB``, ``5x`` smaller);
-        ``max_memory`` that the compiled module needs, likewise.
+        ``max_memory`` that the compiled module needs, likewise; ``max_energy`` of one inference in joules, or text (``5mJ``, ``2x`` less), or by
+        profile, where profiles state their power.
         Without any, the knee of the front. A point whose latency is noisy is taken only where all are.
 
         Raises:
             InfeasibleError: No point meets the limits; it says what the nearest one misses.
         """
-        given = {"max_drop": max_drop, "max_latency": max_latency, "max_size": max_size, "max_memory": max_memory}
-        return self._point(self._judge(validated(Goals, given, "")).best(self._evaluations()))
+        given = {
+            "max_drop": max_drop, "max_latency": max_latency, "max_size": max_size, "max_memory": max_memory,
+            "max_energy": max_energy,
+        }  # fmt: skip
+        return self.best_of(validated(Goals, given, ""))
+
+    def best_of(self, goals: Goals) -> Point:
+        """The point to take for these goals, as `best`."""
+        return self._point(self._judge(goals).best(self._evaluations()))
 
     def family(
         self, *speedups: str, max_drop: float | str | Mapping[str, float | str] | None = None
@@ -171,12 +181,12 @@ class SearchResult:
 
     def _judge(self, goals: Goals) -> Judge:
         """What points are held against. UsageError if a limit is of a metric or profile that the run does not have."""
-        run, limits = self.run, goals.max_latency
+        run = self.run
         check_drops(goals, run.task.objective, run.dense.evaluation.metrics, "the run has")
-        for name in limits if isinstance(limits, dict) else ():
-            if name != ALL and name not in run.profiles:
+        for goal, name in goals.profiles_named():
+            if name not in run.profiles:
                 raise UsageError(
-                    f"max_latency names {shown(name)}; the run has {', '.join(run.profiles)}.{suggest(name, run.profiles)}"
+                    f"{goal} names {shown(name)}; the run has {', '.join(run.profiles)}.{suggest(name, run.profiles)}"
                 )
         return Judge.of(run, goals)
 

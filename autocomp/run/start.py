@@ -165,7 +165,14 @@ def check_names(settings: Settings) -> tuple[list[Profile], SpaceFile]:
     """Load the profiles, the search space and the recipe, so that a wrong name is refused before a task is trained or a folder made."""
     if settings.training[0]:
         load_recipe(settings.recipe)
-    return [load_profile(name) for name in settings.profiles], load_space(settings.space)
+    profiles = [load_profile(name) for name in settings.profiles]
+    for name, profile in zip(settings.profiles, profiles, strict=True):
+        if settings.goals.energy(name) is not None and profile.watts is None:
+            raise UsageError(
+                f"max_energy: the profile {shown(name)} does not state what its board draws, so the energy of an inference is not known: add "
+                "power: {idle: …, load: …, cores: …} to a profile file of yours"
+            )
+    return profiles, load_space(settings.space)
 
 
 def _run(

@@ -356,10 +356,7 @@ def _check(name: str, verdict: Verdict, said: str, **numbers: float) -> Check:
 
 def _chosen(found: SearchResult, settings: Settings, point: str | None) -> Point:
     if point is None:
-        if not settings.goals.any:
-            return found.best()
-        goals = settings.goals
-        return found.best(goals.max_drop, goals.max_latency, goals.max_size, goals.max_memory)
+        return found.best_of(settings.goals)
     for known in (*found.front, found.dense):
         if known.candidate.id == point:
             return known

@@ -71,7 +71,7 @@ def worth(
     chance = _within_drops(judge, waiting.divergence, measured, known.divergence)
     if judge.max_size is not None:
         chance = chance * (waiting.bytes <= judge.max_size)
-    limits = {profile: judge.max_latency(profile) for profile in waiting.seconds}
+    limits = {profile: judge.max_seconds(profile) for profile in waiting.seconds}
     bounds = {p: float(np.log(most / judge.dense.latency[p].seconds)) for p, most in limits.items() if most is not None}
     if aim.factor is not None:
         bounds[aim.profile] = min(bounds.get(aim.profile, 0.0), -float(np.log(aim.factor)))
@@ -119,9 +119,13 @@ def thought_misses(evaluation: Evaluation, judge: Judge, measured: Sequence[Eval
     """
     found: dict[str, float] = {}
     for profile, seconds in evaluation.predicted.items():
-        dense, limit = judge.dense.predicted.get(profile), judge.max_latency(profile)
-        if dense and limit is not None and profile in judge.dense.latency:
-            found[f"max_latency {profile}"] = seconds / dense * judge.dense.latency[profile].seconds / limit - 1
+        dense, there = judge.dense.predicted.get(profile), judge.dense.latency.get(profile)
+        if not dense or there is None:
+            continue
+        if (limit := judge.max_latency(profile)) is not None:
+            found[f"max_latency {profile}"] = seconds / dense * there.seconds / limit - 1
+        if (limit := judge.max_energy(profile)) is not None and there.energy:
+            found[f"max_energy {profile}"] = seconds / dense * there.energy / limit - 1
     if judge.max_size is not None:
         found["max_size"] = evaluation.bytes / judge.max_size - 1
     for metric, allowed in judge.max_drops.items():

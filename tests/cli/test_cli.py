@@ -121,6 +121,7 @@ def test_search_passes_settings_and_shows_the_front(run: Run, api: ModuleType) -
         "max_latency": 0.0003,
         "max_size": 500_000,
         "max_memory": None,
+        "max_energy": None,
     }
     assert seen["resume"] is False
     dense, best, *_ = out.splitlines()[1:]

@@ -100,6 +100,19 @@ def test_a_judge_that_fails_on_some_costs_these(small: Callable[..., SearchResul
     assert len(result.front) > 0
 
 
+@pytest.mark.slow
+def test_a_judge_that_fails_when_all_is_done_costs_nothing(
+    small: Callable[..., SearchResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object, **__: object) -> None:
+        raise UsageError("Task.evaluate raised OSError: gone")
+
+    monkeypatch.setattr("autocomp.run.found.evaluate_task", gone)
+    result = small(tiny_task.task(), trials=6, measurements=2)
+    assert len(result.front) > 0
+    assert any("failed when it was read again" in text and "gone" in text for text in result.run.warnings)
+
+
 MODULE = """
 import torch, sys, time
 from torch import nn

@@ -150,6 +150,23 @@ def test_a_name_wins_over_the_rest() -> None:
         assert Goals(max_drop=goals).drops("accuracy") == {"accuracy": 0.05}
 
 
+def test_energy_is_a_goal_where_a_profile_states_its_power() -> None:
+    def drawing(e: Evaluation, watts: float) -> Evaluation:
+        return replace(e, latency={name: replace(latency, watts=watts) for name, latency in e.latency.items()})
+
+    dense, small, slow = (drawing(e, 2.0) for e in (DENSE, evaluation(1, 0.97, 0.25), evaluation(2, 0.975, 0.9)))
+    seconds = dense.latency["x86-host"].seconds
+    for limit in (seconds, "2x", {"x86-host": "2x"}):  # half of what dense takes: 2 W for its seconds
+        judge = Judge(dense, Goals(max_energy=limit), "accuracy")
+        assert judge.max_seconds("x86-host") == pytest.approx(seconds / 2)
+        assert judge.best([dense, small, slow]) == small
+        (missed,) = judge.violations(slow)
+        assert f"on x86-host, more than max_energy {seconds * 1e3:.3g} mJ" in missed
+    assert Judge(dense, Goals(max_energy="2x", max_latency="4x"), "accuracy").max_seconds("x86-host") == seconds / 4
+    assert "its energy is not known" in Judge(DENSE, Goals(max_energy="2x"), "accuracy").violations(DENSE)[0]
+    assert Judge(dense, Goals(max_energy=1.0), "accuracy").met_by_dense()
+
+
 def test_memory_is_a_goal_on_every_profile() -> None:
     def with_memory(e: Evaluation, memory: int) -> Evaluation:
         return replace(e, latency={name: replace(latency, memory=memory) for name, latency in e.latency.items()})

@@ -126,6 +126,18 @@ def test_own_file(tmp_path: Path) -> None:
     assert faster.fingerprint != profile.fingerprint, "an estimate depends on the clock"
 
 
+def test_what_an_inference_draws(tmp_path: Path) -> None:
+    def watts(text: str) -> float | None:
+        return load_profile(write(tmp_path, STATED + text)).watts
+
+    assert watts("") is None
+    assert watts("power: {load: 8.5}\n") is None
+    assert watts("power: {idle: 2.5, load: 8.5}\n") == 6.0
+    assert watts("power: {idle: 2.5, load: 8.5, cores: 4}\n") == 1.5
+    assert watts("power: {idle: 9.0, load: 8.5}\n") == 0.0
+    assert load_profile("cortex-a76").watts == pytest.approx(6.1 / 4)
+
+
 def test_boards(tmp_path: Path) -> None:
     text = STATED.replace("reach: estimate", 'reach: rpc\nrpc: {tracker: "10.0.0.2:9190", key: pi5}')
     profile = load_profile(write(tmp_path, text + "memory_bandwidth: {copy: 5.27e+9}\npower: {load: 8.5}\n"))

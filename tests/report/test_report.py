@@ -186,6 +186,20 @@ def test_page_loads_nothing_and_links_only_what_exists(folder: Path) -> None:
             assert (folder / link).exists(), link
 
 
+def test_files_of_a_point_as_it_was_trained_since_are_not_linked(tmp_path: Path) -> None:
+    folder = write_fake_run(tmp_path)
+    point = next(p for p in read_run(folder).front if "manifest" in p.files)
+    place = folder / point.files["manifest"]
+    manifest = {"metrics": dict(point.evaluation.metrics)}
+    place.write_text(json.dumps(manifest))
+    assert point.files["manifest"] in Page(build_report(folder).read_text(encoding="utf-8")).links
+    name, value = next(iter(manifest["metrics"].items()))
+    place.write_text(json.dumps({"metrics": {**manifest["metrics"], name: value + 0.01}}))
+    page = Page(build_report(folder).read_text(encoding="utf-8"))
+    assert not any(point.evaluation.candidate.id in link for link in page.links if not link.startswith("#"))
+    assert "as it was trained since" in page.text
+
+
 def test_page_says_what_was_found(folder: Path) -> None:
     text = Page(build_report(folder).read_text(encoding="utf-8")).text
     run = read_run(folder)
