@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from cost import MODELS, random_task
+from cost import random_task
 from prepared import draw
 
 from autocomp.devices.open import open_device
@@ -33,6 +33,7 @@ from autocomp.study.costs import Costs
 from autocomp.study.parameters import Choices
 from autocomp.study.solver import Factor, Problem, make_problem
 
+TABLES = ("resnet18", "mobilenet_v2", "vit_tiny", "conformer_s")
 FOLDER = Path(__file__).parent / "tables"
 SAMPLES = 32  # calibration samples at most
 
@@ -128,7 +129,7 @@ def made(name: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--model", nargs="+", choices=list(TABLES), default=list(TABLES))
     for name in parser.parse_args().model:
         path = made(name)
         print(f"{path}: {len(load(name).choices.options)} parameters, {path.stat().st_size >> 10} KiB", flush=True)

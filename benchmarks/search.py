@@ -25,7 +25,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 import saved_tables
 from common import earlier, mean_and_spread, publish
-from cost import MODELS
+from cost import CASES
 from prepared import TASKS, Prepared, draw, prepare
 from threadpoolctl import threadpool_limits
 
@@ -254,7 +254,7 @@ def _mean(values: list[float] | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [*TASKS, *MODELS]
+    names = [*TASKS, *saved_tables.TABLES]
     parser.add_argument("--task", nargs="+", choices=names, default=names)
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=5)
@@ -279,7 +279,7 @@ def main() -> None:
     ]
     rows = [
         [
-            MODELS[task][2] if task in MODELS else task,
+            CASES[task].shown if task in CASES else task,
             sampler,
             *(shown(by.get(measure)) for shown, measure in columns),
         ]

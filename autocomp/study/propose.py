@@ -117,7 +117,7 @@ def _with_log(
     """Append the log of the estimate to the features; what is far below the rest (dense: 0) is held near it."""
     floor = max(1e-3 * float(np.median(known)), 1e-30)
     log_known, log_thought = np.log(known + floor), np.log(thought + floor)
-    low = np.quantile(log_known, 0.05) - 2
+    low = np.sort(log_known)[len(log_known) // 20] - 2
     # Scaled up, so that the penalty hardly touches this one feature.
     known_column, thought_column = (30 * np.maximum(x, low)[:, None] for x in (log_known, log_thought))
     return np.concatenate([told, known_column], axis=1), target, np.concatenate([new, thought_column], axis=1)

@@ -43,12 +43,14 @@ class Rows:
 
     def create(self, candidate: Candidate, source: Source, running: bool) -> tuple[int, int]:
         """A new row, running or waiting; its id and number."""
-        from optuna.trial import TrialState, create_trial
+        from optuna.trial import TrialState
 
-        template = create_trial(
-            state=TrialState.RUNNING if running else TrialState.WAITING,
-            params=self._parameters.params(candidate),
-            distributions=self._parameters.distributions,
+        from autocomp.study.trials import HandedOver
+
+        template = HandedOver(
+            TrialState.RUNNING if running else TrialState.WAITING,
+            self._parameters.params(candidate),
+            self._parameters.distributions,
             user_attrs={"source": source, "candidate": candidate.id},
         )
         with self._writing():

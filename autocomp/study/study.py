@@ -350,7 +350,9 @@ class Search:
         return {f"{_CONSTRAINT}{key}": value for key, value in self.engine.constraints(evaluation).items()}
 
     def _mirror_told(self, evaluation: Evaluation, attrs: Mapping[str, Any], trial: Trial | None = None) -> None:
-        from optuna.trial import create_trial
+        from optuna.trial import TrialState
+
+        from autocomp.study.trials import HandedOver
 
         values = self._values[evaluation.trial]
         whole = values if np.isfinite(values).all() else None
@@ -361,8 +363,7 @@ class Search:
             self._tell_mirror(trial, whole)
         elif whole is not None:
             params, distributions = self._parameters.params(evaluation.candidate), self._parameters.distributions
-            told = create_trial(params=params, distributions=distributions, values=whole, system_attrs=dict(attrs))
-            self._mirror.add_trial(told)
+            self._mirror.add_trial(HandedOver(TrialState.COMPLETE, params, distributions, whole, system_attrs=attrs))
 
     def _tell_mirror(self, trial: Trial, values: Sequence[float] | None) -> None:
         from optuna.trial import TrialState
