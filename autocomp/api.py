@@ -5,14 +5,16 @@ from __future__ import annotations
 import tempfile
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocomp.config.settings import Settings, load_settings
-from autocomp.errors import ModelWarning, UsageError
+from autocomp.errors import ModelWarning, UsageError, shown
 from autocomp.hardware.profile import Profile, load_profile
 from autocomp.processes.chatter import caught
+from autocomp.processes.one import at_work, is_at_work
 from autocomp.progress import Progress
 from autocomp.records.evaluation import Sensitivity
 from autocomp.records.latency import Latency
@@ -36,7 +38,18 @@ if TYPE_CHECKING:
     from autocomp.run.verdict import Gated
 
 
-_SEARCHING = threading.Lock()
+@contextmanager
+def _alone(limit: float | None = None) -> Iterator[None]:
+    """Hold what one thread at a time may have; one that compiles is waited for.
+
+    UsageError where another has it for long, or where a ``limit`` on a user's function cannot be kept.
+    """
+    if limit is not None and threading.current_thread() is not threading.main_thread():
+        raise UsageError(
+            "evaluate_timeout works in the main thread alone: work there, or in a process of its own, or leave it out"
+        )
+    with at_work(long=True):
+        yield
 
 
 def search(
@@ -93,19 +106,12 @@ def search(
         raise UsageError(
             "sampler: the run was made with a sampler of the caller's own: give it again, autocomp.search(sampler=…)"
         )
-    if settings.evaluate_timeout is not None and threading.current_thread() is not threading.main_thread():
+    if is_at_work():
         raise UsageError(
-            "evaluate_timeout works in the main thread alone: search there, or in a process of its own, or leave it out"
+            "a search from within autocomp's work, such as from Task.evaluate, is none: search one after the other"
         )
-    if not _SEARCHING.acquire(blocking=False):
-        raise UsageError(
-            "another search is running in this process: torch, TVM and their settings belong to the whole process. Search one after the other, "
-            "or in processes of their own"
-        )
-    try:
+    with _alone(settings.evaluate_timeout):
         return searched(settings, task, resume, progress, given)
-    finally:
-        _SEARCHING.release()
 
 
 def recover(
@@ -147,13 +153,14 @@ def recover(
     read = load_recipe(recipe)
     if isinstance(what, SearchResult | str | Path):
         folder = what.folder if isinstance(what, SearchResult) else Path(what)
-        return trained_run(folder.absolute(), task, str(recipe), amount, points, progress)
+        with _alone(_limit_of(folder)):
+            return trained_run(folder.absolute(), task, str(recipe), amount, points, progress)
     if points:
         raise UsageError("points are of a run: give its folder, or the point alone")
     if task is None:
         raise UsageError("a model is trained with the data of its task: autocomp.recover(model, task=…)")
     found = task if isinstance(task, Task) else load_task(task, progress)
-    with one_thread(), in_float32(), caught(None, progress.console), progress.stage("training"):
+    with _alone(), one_thread(), in_float32(), caught(None, progress.console), progress.stage("training"):
         model = what.load() if isinstance(what, Point) else what
         if amount[1] == "epochs":
             return recovered(model, found, read, Span(steps=None), epochs=int(amount[0]))
@@ -197,7 +204,10 @@ def gate(
     from autocomp.tasks.training import one_thread
     from autocomp.tasks.untouched import in_float32
 
-    with one_thread(), in_float32(), caught(None, progress.console if progress else None):
+    if not 0 <= slower < 1:
+        raise UsageError(f"slower must be a share of the speed-up, from 0 to below 1; got {shown(slower)}")
+    limit = _limit_of(Path(run))
+    with _alone(limit), one_thread(), in_float32(), caught(None, progress.console if progress else None):
         return judged_again(run, point, baseline, slower, task, progress)
 
 
@@ -227,7 +237,7 @@ def measure(
         ('measured', 2)
     """
     device, compiled = _compiled(model, example_inputs, profile)
-    with caught(None):
+    with at_work(), caught(None):
         latency: Latency = device.time(compiled, example_inputs)
     return latency
 
@@ -270,7 +280,8 @@ def check(settings: Settings, progress: Progress | None = None) -> dict[str, Any
     """
     from autocomp.run.checked import checked
 
-    return checked(settings, progress)
+    with _alone():
+        return checked(settings, progress)
 
 
 def resolve(settings: Settings, task: Task | None = None, progress: Progress | None = None) -> Resolved:
@@ -295,7 +306,9 @@ def resolve(settings: Settings, task: Task | None = None, progress: Progress | N
         raise UsageError("no task: name one, such as `autocomp search digits --dry-run`")
     check_names(settings)
     progress = progress or Progress()
-    return chosen(settings, task or load_task(settings.task or "", progress), progress)
+    task = task or load_task(settings.task or "", progress)
+    with _alone():
+        return chosen(settings, task, progress)
 
 
 def plan(settings: Settings, progress: Progress | None = None) -> Plan:
@@ -317,7 +330,7 @@ def plan(settings: Settings, progress: Progress | None = None) -> Plan:
     progress = progress or Progress()
     task = load_task(settings.task, progress)
     settings = resolve(settings, task, progress).settings if settings.auto is True else settings
-    with one_thread(), in_float32(), caught(None, progress.console):
+    with _alone(), one_thread(), in_float32(), caught(None, progress.console):
         return forecast(settings, task, progress)
 
 
@@ -351,7 +364,13 @@ def sensitivity(
     profiles, rules = check_names(settings)
     progress = progress or Progress()
     task = load_task(settings.task, progress)
-    with one_thread(), in_float32(), tempfile.TemporaryDirectory() as folder, caught(None, progress.console):
+    with (
+        _alone(),
+        one_thread(),
+        in_float32(),
+        tempfile.TemporaryDirectory() as folder,
+        caught(None, progress.console),
+    ):
         prepared = prepare_task(task, rules, profiles, settings.calibration_samples, progress)
         task, graph = prepared.task, prepared.graph
         samples, seed = settings.calibration_samples, settings.seed
@@ -369,6 +388,14 @@ def sensitivity(
         except OSError as error:
             raise UsageError(f"--out: {out} cannot be written: {error.strerror or error}") from error
     return task.name, rows
+
+
+def _limit_of(run: Path) -> float | None:
+    """The limit on the task's functions that a run was made with; None where there is none, or no run."""
+    from autocomp.config.settings import read_settings
+    from autocomp.run.folder import CONFIG
+
+    return read_settings(run / CONFIG).evaluate_timeout if (run / CONFIG).exists() else None
 
 
 def _refuse_both(task: Task | str | None, others: Mapping[str, Any]) -> None:
@@ -407,7 +434,7 @@ def _compiled(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...], 
 
     found = profile if isinstance(profile, Profile) else load_profile(profile)
     model, given, _ = plain(model, checked_batch(example_inputs, "example_inputs"), "the model", "example_inputs")
-    with caught(None), in_float32():
+    with at_work(), caught(None), in_float32():
         device = open_device(found)
         inputs = checked_inputs(model.eval(), given)
         said = describe_outputs(model, inputs)

@@ -222,8 +222,8 @@ def write_fake_run(folder: Path, seed: int = 0, profiles: tuple[str, ...] = (PRO
     """Write all the files of a run that a report is made from."""
     run, told = make_run(seed, profiles=profiles)
     folder.mkdir(parents=True, exist_ok=True)
-    write_front(folder, run)
     write_evaluations(folder, told)
+    write_front(folder, run)
     (folder / "config.yaml").write_text(
         "format_version: 1\ntask: digits\nprofiles: [x86-host]\nspace: default\ntrials: 300\nmeasure: 24\nseed: 0\n"
         "goals:\n  max_drop: 0.01\n  max_latency: null\n  max_size: null\nfamily: [1.5x, 3x, 99x]\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from autocomp.cli import tables as terminal
-from autocomp.cli.options import Commands, common_options
+from autocomp.cli.options import Commands, common_options, print_json
 from autocomp.errors import UsageError, shown
 from autocomp.hardware.profile import Profile, is_address, is_board_key, load_profile
 from autocomp.records.precisions import ARITHMETICS
@@ -43,7 +43,7 @@ def list_boards(tracker: str | None, profile: str | None, as_json: bool) -> None
     if as_json:
         keys = sorted({board.key for board in boards})
         free = {key: {"free": known.free.get(key, 0), "waiting": known.waiting.get(key, 0)} for key in keys}
-        click.echo(json.dumps({"tracker": address, "boards": [asdict(board) for board in boards], "keys": free}))
+        print_json(json.dumps({"tracker": address, "boards": [asdict(board) for board in boards], "keys": free}))
     elif not boards:
         what = f"no board of key {stated.key!r}" if stated else "no board"
         click.echo(f"{what} is registered at {address}: `autocomp device setup` prints the commands that register one")
@@ -72,7 +72,7 @@ def probe(profile: str, tracker: str | None, key: str | None, as_json: bool) -> 
     if as_json:
         data = asdict(found)
         data["facts"]["features"] = None if facts.features is None else sorted(facts.features)
-        click.echo(json.dumps(data))
+        print_json(json.dumps(data))
         return
     rows = [["board", " ".join(filter(None, [facts.model, f"at {facts.address}"]))]]
     if facts.clock_hz and facts.full_clock_hz:
@@ -100,7 +100,7 @@ def setup(tracker: str | None, key: str, as_json: bool) -> None:
     """Print the commands that set up a board, a tracker, and a profile that uses them."""
     steps = setup_steps(_address(tracker or f"{socket.gethostname()}:{PORT}"), _key(key))
     if as_json:
-        click.echo(json.dumps(steps))
+        print_json(json.dumps(steps))
         return
     for title, lines in steps.items():
         click.echo(f"# {title}")

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from autocomp.cli import tables as terminal
-from autocomp.cli.options import Commands, common_options
+from autocomp.cli.options import Commands, common_options, print_json
 from autocomp.errors import CorruptError, UsageError
 from autocomp.hardware.profile import load_profile
 from autocomp.tuning import exchange
@@ -42,7 +42,7 @@ def list_kernels(profile: str | None, as_json: bool) -> None:
         return
     stores = exchange.list_stores()
     if as_json:
-        click.echo(json.dumps([_summary(store) for store in stores]))
+        print_json(json.dumps([_summary(store) for store in stores]))
     elif not stores:
         click.echo(f"no kernel stores in {stores_folder()}: `autocomp measure` or `autocomp search` fills one")
     else:
@@ -70,7 +70,7 @@ def export(file: Path, profile: str, as_json: bool) -> None:
     store = _open(profile)
     count = exchange.export_store(store, file)
     if as_json:
-        click.echo(json.dumps({"file": str(file), "records": count}))
+        print_json(json.dumps({"file": str(file), "records": count}))
     else:
         click.echo(f"{file}: {_count(count, 'record')}")
 
@@ -89,7 +89,7 @@ def merge(files: tuple[Path, ...], profile: str, as_json: bool) -> None:
     store = KernelStore.open(found)
     merged = {path: store.merge(exported.records) for path, exported in exports.items()}
     if as_json:
-        click.echo(json.dumps([{"file": str(path), **asdict(counts)} for path, counts in merged.items()]))
+        print_json(json.dumps([{"file": str(path), **asdict(counts)} for path, counts in merged.items()]))
         return
     for path, counts in merged.items():
         click.echo(f"{path}: {counts.new} new, {counts.faster} faster than before, {counts.left_out} left out")
@@ -102,7 +102,7 @@ def verify(profile: str | None, as_json: bool) -> None:
     """Read stores again and check every line; exit code 1 if one is damaged. Nothing is rebuilt or changed."""
     stores = exchange.list_stores() if profile is None else [exchange.read_store(_existing(profile))]
     if as_json:
-        click.echo(json.dumps([_summary(store) for store in stores]))
+        print_json(json.dumps([_summary(store) for store in stores]))
     else:
         for store in stores:
             lines, name = store.lines, store.folder.name
@@ -126,7 +126,7 @@ def compact(profile: str, as_json: bool) -> None:
     before = _open(profile).compact()
     counts = {"kept": len(before.latest), "damaged": len(before.damaged), "superseded": before.superseded}
     if as_json:
-        click.echo(json.dumps(counts))
+        print_json(json.dumps(counts))
     else:
         click.echo(
             f"{_count(counts['kept'], 'record')} kept; dropped: {counts['damaged']} damaged, {counts['superseded']} superseded"
@@ -138,7 +138,7 @@ def _list_records(name: str, as_json: bool) -> None:
     folder = _folder(name)
     if not (folder / "target.json").exists():
         if as_json:
-            click.echo(json.dumps({"store": folder.name, "roofline": limits.Roofline().to_json(), "kernels": []}))
+            print_json(json.dumps({"store": folder.name, "roofline": limits.Roofline().to_json(), "kernels": []}))
         else:
             click.echo(f"no kernels are tuned for {name} yet: `autocomp measure` or `autocomp search` does")
         return
@@ -152,7 +152,7 @@ def _list_records(name: str, as_json: bool) -> None:
     )
     if as_json:
         rows = [{**asdict(record), **asdict(limits.position(record, ceiling))} for record in records]
-        click.echo(json.dumps({"store": folder.name, "roofline": ceiling.to_json(), "kernels": rows}))
+        print_json(json.dumps({"store": folder.name, "roofline": ceiling.to_json(), "kernels": rows}))
         return
     terminal.output().print(_ceiling_line(ceiling), markup=False)
     headings = ["operator", "loops", "tile", ">µs", ">Gop/s", ">of peak", ">op/byte", "bound by"]

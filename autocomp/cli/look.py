@@ -12,7 +12,15 @@ from typing import Any
 import click
 
 from autocomp.cli import tables as terminal
-from autocomp.cli.options import common_options, goal_options, goals_together, progress_shown, resolve, settings_options
+from autocomp.cli.options import (
+    common_options,
+    goal_options,
+    goals_together,
+    print_json,
+    progress_shown,
+    resolve,
+    settings_options,
+)
 from autocomp.config.files import read_mapping
 from autocomp.config.settings import settings_schema
 from autocomp.config.shipped import shipped_files
@@ -45,7 +53,7 @@ def measure(model: str, profiles: tuple[str, ...], kernels: int, as_json: bool) 
     for text in dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, ModelWarning)):
         click.echo(f"warning: {text}", err=True)
     if as_json:
-        click.echo(json.dumps({name: latency_to_json(latency) for name, latency in latencies.items()}))
+        print_json(json.dumps({name: latency_to_json(latency) for name, latency in latencies.items()}))
         return
     for latency in latencies.values():
         terminal.show_latency(latency, kernels)
@@ -57,7 +65,7 @@ def profiles(as_json: bool) -> None:
     """List the hardware profiles, resolved on this machine."""
     described = terminal.describe_profiles()
     if as_json:
-        click.echo(json.dumps(described))
+        print_json(json.dumps(described))
     else:
         terminal.show_profiles(described)
 
@@ -71,7 +79,7 @@ def spaces(as_json: bool) -> None:
         for name, path in shipped_files("search_spaces").items()
     ]
     if as_json:
-        click.echo(json.dumps(described))
+        print_json(json.dumps(described))
     else:
         rows = [[space["name"], space["description"], space["path"]] for space in described]
         terminal.show_table(["space", "description", "file"], rows)
@@ -88,7 +96,7 @@ def check(task_name: str | None, config: Path | None, task_option: str | None, a
 
     found = api.check(settings, progress_shown())
     if as_json:
-        click.echo(json.dumps(found))
+        print_json(json.dumps(found))
     else:
         terminal.show_check(found)
 
@@ -106,7 +114,7 @@ def plan(task_name: str | None, config: Path | None, task_option: str | None, as
 
     found = api.plan(settings, progress_shown())
     if as_json:
-        click.echo(json.dumps(found.to_json()))
+        print_json(json.dumps(found.to_json()))
     else:
         terminal.show_plan(found)
 
@@ -135,7 +143,7 @@ def sensitivity(
     page = out or Path(f"sensitivity-{(settings.task or 'task').replace(':', '-')}.html")
     name, rows = api.sensitivity(settings, page, progress_shown(), masked)
     if as_json:
-        click.echo(json.dumps({"task": name, "page": str(page), "rows": [asdict(row) for row in rows]}))
+        print_json(json.dumps({"task": name, "page": str(page), "rows": [asdict(row) for row in rows]}))
     else:
         terminal.show_sensitivity(rows)
         click.echo(f"\npage: {page}")
@@ -155,7 +163,7 @@ def schema(kind: str, as_json: bool) -> None:
         "recipe": Recipe.model_json_schema,
         "space": SpaceFile.model_json_schema,
     }
-    click.echo(json.dumps(schemas[kind](), indent=None if as_json else 2))
+    print_json(json.dumps(schemas[kind](), indent=None if as_json else 2))
 
 
 def _load_model(name: str) -> tuple[Any, tuple[Any, ...]]:

@@ -24,6 +24,7 @@ from autocomp.cli.options import (
     common_options,
     goal_options,
     goals_together,
+    print_json,
     progress_shown,
     resolve,
     settings_options,
@@ -118,14 +119,14 @@ def search(
     if dry_run:
         found = api.resolve(settings, progress=progress_shown())
         if as_json:
-            click.echo(json.dumps(found.to_json()))
+            print_json(json.dumps(found.to_json()))
         else:
             terminal.show_resolved(found, settings)
         return
     result = api.search(settings=settings, task=None, resume=resume, progress=progress_shown())
     place = folder if (folder / FRONT).exists() else result.folder  # a task may have changed the working folder
     if as_json:
-        click.echo((place / FRONT).read_text(encoding="utf-8"), nl=False)
+        print_json((place / FRONT).read_text(encoding="utf-8"))
     else:
         terminal.show_front(result.run)
         if settings.family:
@@ -143,7 +144,10 @@ def report(run: Path, as_json: bool) -> None:
     from autocomp import api
 
     page = api.rebuild_report(run)
-    click.echo(json.dumps({"report": str(page)}) if as_json else f"report: {page}")
+    if as_json:
+        print_json(json.dumps({"report": str(page)}))
+    else:
+        click.echo(f"report: {page}")
 
 
 for command in (measure, profiles, spaces, check, plan, sensitivity, schema):

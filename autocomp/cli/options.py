@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +15,7 @@ import click
 from autocomp.config.limits import ALL, one_drop, one_energy, one_latency, one_size
 from autocomp.config.settings import Settings, load_settings
 from autocomp.errors import UsageError, shown, suggest
+from autocomp.processes.chatter import said_aside, said_plainly
 from autocomp.progress import Progress
 from autocomp.run.replay import with_replay
 
@@ -36,12 +40,35 @@ def common_options(command: F) -> F:
     debug = click.option(
         "--debug", is_flag=True, expose_value=False, callback=_remember_debug, help="Show the traceback of an error."
     )
-    return as_json(debug(command))
+
+    @functools.wraps(command)
+    def quiet(**options: Any) -> Any:
+        # whatever a task prints goes to standard error, where standard output is for the JSON
+        with said_aside() if options["as_json"] else nullcontext():
+            return command(**options)
+
+    return as_json(debug(quiet))  # type: ignore[return-value]
+
+
+def print_json(text: str) -> None:
+    """Print a command's JSON on standard output, and nothing else."""
+    with said_plainly():
+        click.echo(text, nl=not text.endswith("\n"))
 
 
 def _remember_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
     if value:
         ctx.find_root().ensure_object(dict)["debug"] = True
+
+
+class Finite(click.FloatRange):
+    """A number within a range, which not-a-number is not, though it is neither above nor below one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if math.isnan(found):
+            self.fail(f"{value} is no number.", param, ctx)
+        return found
 
 
 class LimitType(click.ParamType):  # type: ignore[type-arg] # generic in click 8.3 alone

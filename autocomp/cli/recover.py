@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from autocomp.cli import tables as terminal
-from autocomp.cli.options import common_options
+from autocomp.cli.options import Finite, common_options, print_json
 from autocomp.config.shipped import shipped_files
 from autocomp.errors import UsageError, cut
 from autocomp.progress import Progress
@@ -24,7 +24,7 @@ from autocomp.records.run import FRONT
     multiple=True,
     help="Id of a measured candidate; may be repeated. The whole front unless given.",
 )
-@click.option("--minutes", type=click.FloatRange(min=0.0, min_open=True), help="How long; 10 unless given.")
+@click.option("--minutes", type=Finite(min=0.0, min_open=True), help="How long; 10 unless given.")
 @click.option("--length", help="The same of each point in steps or epochs, such as 500steps or 5epochs.")
 @click.option(
     "--recipe", default="default", show_default=True, help="A recipe or its YAML file: see `autocomp recipes`."
@@ -49,7 +49,7 @@ def recover(
     )
     assert isinstance(result, api.SearchResult)
     if as_json:
-        click.echo((result.folder / FRONT).read_text(encoding="utf-8"), nl=False)
+        print_json((result.folder / FRONT).read_text(encoding="utf-8"))
     else:
         terminal.show_front(result.run)
         click.echo(f"\nreport: {result.report}")
@@ -63,7 +63,7 @@ def recipes(as_json: bool) -> None:
 
     read = {name: load_recipe(name) for name in shipped_files(FOLDER)}
     if as_json:
-        click.echo(json.dumps([recipe.model_dump() for recipe in read.values()]))
+        print_json(json.dumps([recipe.model_dump() for recipe in read.values()]))
         return
     rows = [
         [name, recipe.description, ", ".join(f"{stage.name} {stage.share:.0%}" for stage in recipe.stages)]

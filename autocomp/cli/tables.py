@@ -237,7 +237,7 @@ def format_latency(latency: Latency) -> str:
 def _around(latency: Latency) -> str:
     seconds = format_milliseconds(latency.seconds)
     if latency.how == "measured":
-        return f"{seconds} ± {latency.spread:.1%}" + (" (noisy)" if latency.noisy else "")
+        return f"{seconds} ± {latency.spread / 2:.1%}" + (" (noisy)" if latency.noisy else "")
     return seconds if latency.error is None else f"{seconds} ± {latency.error:.0%}"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from autocomp.cli import tables as terminal
-from autocomp.cli.options import common_options
+from autocomp.cli.options import Finite, common_options, print_json
 from autocomp.errors import UsageError, cut
 from autocomp.progress import Progress
 from autocomp.run.verdict import SLOWER
@@ -21,7 +21,7 @@ from autocomp.run.verdict import SLOWER
 @click.option("--baseline", type=click.Path(path_type=Path), help="JSON of an earlier gate, to hold speed-ups to.")
 @click.option(
     "--slower",
-    type=click.FloatRange(0.0, 1.0, max_open=True),
+    type=Finite(0.0, 1.0, max_open=True),
     default=SLOWER,
     show_default=True,
     help="Share of the speed-up that may be lost.",
@@ -40,7 +40,7 @@ def gate(run: Path, point: str | None, baseline: Path | None, slower: float, as_
 
     found = api.gate(run, point, baseline, slower, progress=Progress(Console(stderr=True)))
     if as_json:
-        click.echo(json.dumps(found.to_json(), indent=2))
+        print_json(json.dumps(found.to_json(), indent=2))
     else:
         terminal.show_table(
             ["check", "verdict", "what was seen"], [(c.name, c.verdict.value, c.said) for c in found.checks]

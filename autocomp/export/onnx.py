@@ -73,10 +73,13 @@ def _cause(error: BaseException) -> str:
     return last_line(error)
 
 
-def onnx_session(path: Path, threads: int = 1, profile_to: Path | None = None, exact: bool = False) -> Any:
+def onnx_session(
+    path: Path, threads: int = 1, profile_to: Path | None = None, exact: bool = False, everywhere: bool = False
+) -> Any:
     """Open an ONNX Runtime session on the CPU with a fixed number of threads; ``profile_to`` starts its profiler's file name.
 
-    ``exact`` asks for 8-bit products that do not saturate (`EXACT`), on a processor where ONNX Runtime's own choice does.
+    ``exact`` asks for 8-bit products that do not saturate (`EXACT`), on a processor where ONNX Runtime's own choice does, or, with
+    ``everywhere``, on any.
     """
     import onnxruntime
 
@@ -88,7 +91,7 @@ def onnx_session(path: Path, threads: int = 1, profile_to: Path | None = None, e
     options.log_severity_level = 3
     if profile_to is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile_to)
-    if exact and this_cpu().int8 == "none":  # elsewhere it would only be slower
+    if exact and (everywhere or this_cpu().int8 == "none"):  # elsewhere it would only be slower
         for key, value in EXACT.items():
             options.add_session_config_entry(key, value)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -111,20 +114,38 @@ def run_session(session: Any, *inputs: torch.Tensor) -> torch.Tensor | tuple[tor
 
 
 def _write_zero_points(model: Any) -> None:
-    """Give every 8-bit weight's DequantizeLinear the zeros it means, each its own: a runtime that is asked for `EXACT` changes them in place."""
+    """Give every 8-bit weight's DequantizeLinear the zeros it means, each its own: a runtime that is asked for `EXACT` makes unsigned numbers of
+    weight and zeros, in place. A weight with several readers it would make such of twice, and fail: that one is unsigned from the start."""
     from onnxscript import ir
 
     graph = model.graph
-    for index, node in enumerate(list(graph)):
+    readers: dict[Any, list[Any]] = {}  # of each weight: what decodes it
+    for node in graph:
         weight = node.inputs[0] if node.op_type == "DequantizeLinear" and len(node.inputs) == 2 else None
         if weight is not None and weight.is_initializer() and weight.dtype == ir.DataType.INT8:
-            zeros = ir.tensor(np.zeros(weight.shape[0], dtype=np.int8), name=f"{weight.name}_zero_{index}")
-            value = ir.Value(
-                name=zeros.name, const_value=zeros, shape=zeros.shape, type=ir.TensorType(ir.DataType.INT8)
-            )
-            graph.register_initializer(value)
+            readers.setdefault(weight, []).append(node)
+    for weight, nodes in readers.items():
+        decoded, zero = weight, np.int8(0)
+        if len(nodes) > 1 or len(list(nodes[0].outputs[0].uses())) > 1:
+            values = (weight.const_value.numpy().astype(np.int16) + 128).astype(np.uint8)
+            decoded, zero = _initializer(graph, f"{weight.name}_unsigned", values), np.uint8(128)  # type: ignore[assignment]
+        for index, node in enumerate(nodes):
+            zeros = np.full(weight.shape[0], zero, dtype=zero.dtype)
             node.resize_inputs(3)
-            node.replace_input_with(2, value)
+            node.replace_input_with(0, decoded)
+            node.replace_input_with(2, _initializer(graph, f"{weight.name}_zero_{index}", zeros))
+        if decoded is not weight:
+            graph.initializers.pop(weight.name)
+
+
+def _initializer(graph: Any, name: str, values: np.ndarray) -> Any:
+    """A constant of a graph."""
+    from onnxscript import ir
+
+    tensor = ir.tensor(values, name=name)
+    value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+    graph.register_initializer(value)
+    return value
 
 
 def _translations() -> dict[Any, Any]:

@@ -18,7 +18,50 @@ if TYPE_CHECKING:
 
 LOG = "log.txt"
 SHOW = "AUTOCOMP_CHATTER"  # an environment variable: set to anything, all of it is shown
-_STDERR = 2
+_STDOUT, _STDERR = 1, 2
+
+
+_aside: list[tuple[IO[str], int]] = []  # standard output as it was before it was turned to standard error, and its file
+
+
+@contextmanager
+def said_aside() -> Iterator[None]:
+    """Turn standard output to standard error meanwhile, what C++ and child processes print too; `said_plainly` is the way out."""
+    before = sys.stdout
+    _flush(before)
+    kept = os.dup(_STDOUT)
+    os.dup2(_STDERR, _STDOUT)
+    if not _writes_to(before, _STDOUT):  # a notebook's, or a test's own
+        sys.stdout = sys.stderr
+    _aside.append((before, kept))
+    try:
+        yield
+    finally:
+        _aside.pop()
+        _flush(sys.stdout)
+        os.dup2(kept, _STDOUT)
+        os.close(kept)
+        sys.stdout = before
+
+
+@contextmanager
+def said_plainly() -> Iterator[None]:
+    """Inside `said_aside`, turn standard output back meanwhile."""
+    if not _aside:
+        yield
+        return
+    (stream, kept), now, turned = _aside[-1], sys.stdout, os.dup(_STDOUT)
+    _flush(now)
+    os.dup2(kept, _STDOUT)
+    sys.stdout = stream
+    try:
+        yield
+        stream.flush()  # a reader that has left, a full disk: for the command to tell
+    finally:
+        _flush(stream)
+        os.dup2(turned, _STDOUT)
+        os.close(turned)
+        sys.stdout = now
 
 
 @contextmanager

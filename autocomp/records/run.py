@@ -33,6 +33,7 @@ from autocomp.records.recovery import (
 
 FORMAT_VERSION = 1
 FRONT = "front.json"
+EVALUATIONS = "evaluations.csv"
 _CHECKSUM = "checksum"
 OURS = "dense, tuned"  # how the reference begins that is our own dense module, called as the other runtimes are
 
@@ -150,7 +151,8 @@ class Run:
     ``dense`` and ``baselines`` (uniform compression) are measured like the ``front``; ``references`` come from other runtimes
     and carry validation metrics too. ``hypervolume`` has a value in [0, 1] for every told trial. ``identity`` has digests of what the numbers
     belong to, by what a message calls them: the model's weights, the calibration data, each profile. ``recovery`` is there where
-    candidates were trained, ``expected`` where the run kept what was expected of it.
+    candidates were trained, ``expected`` where the run kept what was expected of it. ``goals`` and ``family`` are the settings of these names;
+    None where a version wrote it that left them to the config.
     """
 
     task: TaskInfo
@@ -169,6 +171,8 @@ class Run:
     kept: tuple[Kept, ...] = ()
     recovery: RecoverySummary | None = None
     expected: Expected | None = None
+    goals: Mapping[str, Any] | None = None
+    family: tuple[str, ...] = ()
 
 
 def speedup(evaluation: Evaluation, dense: Evaluation, profile: str) -> float:
@@ -236,6 +240,10 @@ def write_front(folder: Path, run: Run) -> Path:
         data["recovery"] = recovery_summary_to_json(run.recovery)
     if run.expected is not None:
         data["expected"] = expected_to_json(run.expected)
+    if run.goals is not None:
+        data |= {"goals": dict(run.goals), "family": list(run.family)}
+    if (table := folder / EVALUATIONS).exists():
+        data["table"] = _digest(table)
     path, said = folder / FRONT, finite(data)
     said[_CHECKSUM] = _checksum(said)
     write_atomically(path, (json.dumps(said, indent=1, allow_nan=False) + "\n").encode())
@@ -246,6 +254,20 @@ def _checksum(data: Mapping[str, Any]) -> str:
     """Of everything that ``front.json`` says but this."""
     text = json.dumps({name: value for name, value in data.items() if name != _CHECKSUM}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def refuse_other_table(folder: Path) -> None:
+    """CorruptError if the table of evaluations in a run folder is not the one that ``front.json`` was written with."""
+    said, table = read_json(folder / FRONT).get("table"), folder / EVALUATIONS
+    if said is not None and table.exists() and _digest(table) != said:
+        raise CorruptError(
+            f"{table} is not the table that {FRONT} was written with: it was edited, or is another run's. Put it back, or write both again with "
+            "`autocomp search --resume`"
+        )
 
 
 def read_run(folder: Path) -> Run:
@@ -286,6 +308,8 @@ def read_run(folder: Path) -> Run:
             kept=tuple(Kept(**row) for row in data.get("kept", ())),
             recovery=recovery_summary_from_json(data["recovery"]) if data.get("recovery") else None,
             expected=expected_from_json(data["expected"]) if data.get("expected") else None,
+            goals=data.get("goals"),
+            family=tuple(str(member) for member in data.get("family", ())),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptError(

@@ -17,8 +17,7 @@ from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import FORMAT_VERSION, Evaluation
 from autocomp.records.latency import Latency
 from autocomp.records.recovery import recovery_from_json, recovery_to_json
-
-EVALUATIONS = "evaluations.csv"
+from autocomp.records.run import EVALUATIONS
 
 
 def write_evaluations(folder: Path, evaluations: Sequence[Evaluation]) -> Path:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,7 @@ from autocomp.processes import interrupt
 from autocomp.tasks.divergence import Comparison, compare
 from autocomp.tasks.guess import describe
 from autocomp.tasks.task import checked_batch
+from autocomp.tasks.untouched import checksums
 
 if TYPE_CHECKING:
     from autocomp.tasks.task import Task
@@ -85,15 +87,24 @@ class Lessons:
         self.labelled = task.train is not None and task.loss is not None
         self.source: Iterable[Any] = task.train if task.train is not None else _Unlabelled(task)
         self.where = "Task.train" if task.train is not None else "Task.calibration"
+        self.calibration = task.calibration
         self.pool: list[Lesson] = []
         self.passes = 0  # whole ones that the pool holds
+        self.still = False  # whether a second pass was as the first: nothing is drawn at random
         self.seconds = 0.0  # that a lesson took to draw, on average
 
     def draw(self, seconds: float = float("inf"), most: int = 1 << 30) -> None:
         """Fill the pool, for so many seconds and lessons at most. It stays empty where not even one pass fits.
 
-        UsageError if there is no batch, or one that cannot be used.
+        UsageError if there is no batch, or one that cannot be used, or the task's other data were written to meanwhile.
         """
+        before = checksums(self.example, self.calibration)
+        self._fill(seconds, most)
+        for name, found in checksums(self.example, self.calibration).items():
+            if found != before[name]:
+                raise UsageError(f"{self.where} changed {name} in place: let it work on copies (tensor.clone())")
+
+    def _fill(self, seconds: float, most: int) -> None:
         start, size, complete = time.monotonic(), 0, 0
         for passes in range(PASSES):
             before = len(self.pool)
@@ -108,7 +119,7 @@ class Lessons:
                 if self.passes > 1 and _same(
                     self.pool[0], self.pool[before]
                 ):  # nothing is augmented: one pass says all
-                    complete, self.passes = before, 1
+                    complete, self.passes, self.still = before, 1, True
                     break
                 continue
             break
@@ -186,7 +197,8 @@ class Lessons:
         return inputs, item[1]
 
     def _lesson(self, inputs: Batch, target: Any) -> Lesson:
-        samples = count(inputs, self.axes)
+        """One lesson, of memory of its own: a loader may fill the same tensors again and again."""
+        samples, inputs, target = count(inputs, self.axes), owned(inputs), owned(target)
         with torch.no_grad():
             rows = [row.clone() for row in self.comparison.rows(self.teacher(*inputs), samples)]
         return Lesson(inputs, target if self.labelled else None, rows, samples)
@@ -201,7 +213,18 @@ class _Unlabelled:
     def __iter__(self) -> Iterator[tuple[Batch, None]]:
         for batch in self.batches:
             for piece in split(batch, BATCH, self.axes):
-                yield (piece if self.augment is None else tuple(self.augment(piece))), None
+                yield (piece if self.augment is None else tuple(self.augment(owned(piece)))), None
+
+
+def owned(value: Any) -> Any:
+    """The same value in memory of its own, whatever tensors and arrays are in it: what others do to theirs, or to this, concerns nobody."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {key: owned(item) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(owned(item) for item in value)
+    return copy.deepcopy(value)
 
 
 def _bytes(lesson: Lesson) -> int:

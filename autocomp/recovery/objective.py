@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autocomp.recovery.attention import Maps, attention_loss
-from autocomp.recovery.lessons import Lesson, Teaching
+from autocomp.recovery.lessons import Lesson, Teaching, owned
 from autocomp.recovery.losses import Features, distillation_loss, labels_loss, sureness
 from autocomp.recovery.recipe import Phase
 from autocomp.recovery.schedules import temperature
@@ -45,7 +45,7 @@ def batch_loss(
         found = [row.float() if row.is_floating_point() else row for row in rows]
         loss = loss + stage.logits * distillation_loss(comparison, lesson.rows, found, at)
     if stage.labels and teaching.loss is not None:
-        loss = loss + stage.labels * labels_loss(teaching.loss, actual.answer, lesson.target)
+        loss = loss + stage.labels * labels_loss(teaching.loss, actual.answer, owned(lesson.target))
     if any(look):
         with torch.no_grad():
             expected = _seen(teaching.teacher, lesson, features, look)

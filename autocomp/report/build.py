@@ -22,6 +22,7 @@ from autocomp.records.run import (
     Run,
     finite,
     read_run,
+    refuse_other_table,
 )
 from autocomp.records.table import read_evaluations
 from autocomp.report import figures, recovery
@@ -41,6 +42,7 @@ def build_report(folder: Path) -> Path:
     Returns its path. UsageError and CorruptError as ``read_run``; a missing config or provenance is left out.
     """
     run, evaluations = read_run(folder), read_evaluations(folder)
+    refuse_other_table(folder)
     config = _read(folder / "config.yaml", read_yaml)
     provenance = _read(folder / "provenance.json", read_json)
     path = folder / REPORT
@@ -68,7 +70,9 @@ def render(
 
     here = Path(__file__).parent
     environment = Environment(loader=FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = Page(run, _goals((config or {}).get("goals")), folder)
+    # what a run was asked for stands in its front; of earlier versions, in the config alone
+    asked = {"goals": run.goals, "family": list(run.family)} if run.goals is not None else dict(config or {})
+    page = Page(run, _goals(asked.get("goals")), folder)
     drawn = _figures(run, evaluations, page)
     return environment.get_template("template.html.j2").render(
         page=page,
@@ -79,7 +83,7 @@ def render(
         family=family_rows(
             page.judge,
             [p.evaluation for p in run.front],
-            _speedups((config or {}).get("family")),
+            _speedups(asked.get("family")),
             page.profiles,
             page.metric,
         ),
@@ -95,7 +99,7 @@ def render(
         failed=[e for e in evaluations if e.state == "failed"],
         stages=page.stages(),
         provenance=_flat({key: value for key, value in (provenance or {}).items() if key != "format_version"}),
-        config=_flat(_settings(config or {})),
+        config=_flat(_settings({**(config or {}), **(asked if run.goals is not None else {})})),
         created=str((provenance or {}).get("written", ""))[:16].replace("T", " "),
         style=(here / "report.css").read_text(encoding="utf-8"),
         script=(here / "report.js").read_text(encoding="utf-8"),

@@ -36,6 +36,7 @@ SEEDS_AGAIN = 12  # at most, after each round of measurement
 FITTED = 64  # candidates stitched to fit tier 0 before the solver is first asked, where the budget of trials is four times that
 FITTING = 0.1  # of the time to search at most for that fit, where minutes are set
 DEEP = 4  # one in so many measurements looks for what is fast at whatever loss within `UNKNOWN`; the others at what is of use
+SHARE = 1.5  # error rates may be a little above 1
 FRONT_EVERY = 4  # one lot of measurements in so many is for the front around the goals
 FINER = 4  # times as many seeds are solved for where only those near the goals are taken
 BASELINES_TOGETHER = (
@@ -149,6 +150,7 @@ class _Explorer:
             if dense is not None:  # a failure here is the run's
                 self.search.update(dense.trial, self.measurer.measure_dense(dense))
             self.measurer.names = tuple(self.found.dense().metrics)
+            self._doubt_unit()
             for goal in self.judge.met_by_dense():
                 self.progress.warn(f"the uncompressed model meets the goal {goal} already: it asks for nothing")
             for goal in self.judge.that_allow_nothing():
@@ -163,6 +165,15 @@ class _Explorer:
             self._measure(todo, stage, until, BASELINES_TOGETHER * self.measurer.together)
         self.found.doubt_metrics()
         self.costs.fit(self.search.told)
+
+    def _doubt_unit(self) -> None:
+        """Warn of an objective that is in percent where a share is due: what goals allow would be a hundredth of what is meant."""
+        task, value = self.prepared.task, self.found.dense().metrics[self.judge.objective]
+        if task.unit == "%" and abs(value) > SHARE:
+            self.progress.warn(
+                f"{self.judge.objective} of the uncompressed model is {value:.6g}, but Task.unit '%' says that it is a share between 0 and 1: "
+                "return shares (0.97), or give another unit (points); goals in pt or % are read as shares too"
+            )
 
     def _trained_elsewhere(self) -> None:
         """Measure here what was trained, and measured, on another machine: its weights are as good as they were."""

@@ -14,7 +14,7 @@ from autocomp.config.settings import Settings
 from autocomp.errors import AutocompError, InfeasibleError
 from autocomp.export.files import renew_manifest
 from autocomp.front.agreement import spearman
-from autocomp.front.goals import Judge, delivered
+from autocomp.front.goals import Judge, delivered, family
 from autocomp.measurement.boards import remeasured
 from autocomp.records.evaluation import Evaluation, as_searched, untrained
 from autocomp.records.run import FrontPoint, LayerInfo, Run, Summary, TaskInfo, write_front
@@ -102,6 +102,8 @@ def _make_run(prepared: Prepared, found: Found) -> Run:
         identity={**prepared.identity, **profiles_identity({name: d.profile for name, d in prepared.devices.items()})},
         recovery=summary_of(found),
         expected=expected_of(found),
+        goals=prepared.settings.goals.model_dump(exclude_none=True),
+        family=tuple(prepared.settings.family or ()),
     )
 
 
@@ -192,6 +194,10 @@ def _warnings(found: Found, points: Sequence[FrontPoint]) -> list[str]:
     from autocomp.hardware.timing import UNSTABLE
 
     warnings = found.warnings()
+    settings, judge = found.prepared.settings, found.judge()
+    members = family(judge, [p.evaluation for p in points], settings.speedups, list(found.prepared.devices))
+    if unreached := [name for name, member in members.items() if member is None]:
+        warnings.append(f"no measured candidate is a member of the family for {', '.join(unreached)}")
     steady = any(not point.evaluation.noisy for point in points)
     instead = (
         "A steadier point is recommended in its place" if steady else "No point of the front is steadier: run it again"

@@ -51,7 +51,7 @@ def values_of(value: Any) -> Samples | None:
     if hasattr(value, "detach"):
         value = value.detach().cpu().double().numpy()
     try:
-        values = np.asarray(value, dtype=np.float64)
+        values = np.array(value, dtype=np.float64)  # a copy: the next model may be read into the same array
     except (TypeError, ValueError, OverflowError):
         return None
     return values if values.ndim == 1 and len(values) > 1 else None

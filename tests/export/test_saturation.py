@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from wholes import quantise_all
 
-from autocomp.export.onnx import EXACT, export_onnx
+from autocomp.export.onnx import EXACT, export_onnx, onnx_session, run_session
 
 RUN = """
 import json, sys
@@ -50,6 +50,31 @@ def test_each_8_bit_weight_has_zero_points_of_its_own(tmp_path: Path) -> None:
     ]
     assert len(decoded) == 3
     assert len({inputs[2] for inputs in decoded}) == 3
+
+
+class Twice(nn.Module):
+    """One convolution that is called twice, as in Siamese networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(torch.relu(self.conv(x))))
+
+
+def test_a_shared_8_bit_weight_opens_with_the_options_of_the_manifest(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 8, 8, 8)
+    with torch.no_grad():
+        model = quantise_all(Twice().eval(), x)
+        expected = model(x)
+    path = export_onnx(model, (x,), tmp_path / "model.onnx")
+    for everywhere in (False, True):
+        answer = run_session(onnx_session(path, exact=True, everywhere=everywhere), x)
+        assert float((answer - expected).norm() / expected.norm()) < 1e-3
+    weights = [value for value in onnx.load(path).graph.initializer if "weight" in value.name and len(value.dims) == 4]
+    assert len(weights) == 2, "it is stored once"
 
 
 @pytest.mark.board

@@ -200,6 +200,28 @@ def test_files_of_a_point_as_it_was_trained_since_are_not_linked(tmp_path: Path)
     assert "as it was trained since" in page.text
 
 
+def test_a_table_of_another_run_is_refused(tmp_path: Path) -> None:
+    folder = write_fake_run(tmp_path)
+    assert build_report(folder)
+    table = folder / "evaluations.csv"
+    table.write_text("\n".join(table.read_text().splitlines()[:-2]) + "\n")
+    with pytest.raises(CorruptError, match="is not the table that front"):
+        build_report(folder)
+
+
+def test_goals_are_those_of_the_front_not_of_an_edited_config(tmp_path: Path) -> None:
+    folder = write_fake_run(tmp_path)
+    run, told = read_run(folder), read_evaluations(folder)
+    write_evaluations(folder, told)
+    write_front(folder, replace(run, goals={"max_size": "1.5x"}, family=("2x",)))
+    assert read_run(folder).goals == {"max_size": "1.5x"}
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("max_size: null", "max_size: 100x").replace("99x", "77x"))
+    text = " ".join(Page(build_report(folder).read_text(encoding="utf-8")).text.split())
+    assert "77x" not in text
+    assert "size of the weights" in text
+
+
 def test_page_says_what_was_found(folder: Path) -> None:
     text = Page(build_report(folder).read_text(encoding="utf-8")).text
     run = read_run(folder)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,9 @@ from filelock import FileLock
 
 import autocomp
 from autocomp.cli.main import main
+from autocomp.errors import UsageError
 from autocomp.hardware.profile import Profile
+from autocomp.processes.one import at_work
 from autocomp.run import verdict as verdict_module
 from autocomp.run.folder import LOCK
 from autocomp.run.verdict import Gated, Verdict
@@ -281,11 +284,66 @@ def test_a_latency_is_held_to_the_baseline_within_its_spread(
         (["{run}", "--baseline", "none.json"], "there is no file"),
         (["{run}", "--baseline", "{run}/front.json"], "is not what `autocomp gate --json` prints"),
         (["{run}", "--slower", "1"], "--slower"),
+        (["{run}", "--slower", "nan"], "nan is no number"),
     ],
 )
 def test_bad_input(arguments: list[str], words: str, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["gate", *(text.format(run=finished) for text in arguments)]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_what_a_task_prints_is_not_in_the_json(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "talks.py").write_text(
+        "import os, tiny_task\nprint('imported')\n\n\ndef task():\n    made = tiny_task.task()\n    judge = made.evaluate\n\n"
+        "    def evaluate(model):\n        print('judging')\n        os.write(1, b'below')\n        return judge(model)\n\n"
+        "    made.evaluate = evaluate\n    return made\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("tiny_task:task", "talks:task"))
+    main(["gate", str(run), "--slower", str(LOOSE), "--json"])
+    said = capfd.readouterr()
+    assert {check["name"] for check in json.loads(said.out)["checks"]} >= {"metric"}
+    assert "imported" in said.err
+
+
+def test_two_gates_in_two_threads_are_refused(run: Path) -> None:
+    inside, go = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with at_work(long=True):
+            inside.set()
+            go.wait(60)
+
+    other = threading.Thread(target=work)
+    other.start()
+    inside.wait(60)
+    try:
+        with pytest.raises(UsageError, match="at work in another thread"):
+            autocomp.gate(run)
+    finally:
+        go.set()
+        other.join()
+
+
+def test_a_time_limit_off_the_main_thread_is_refused(run: Path) -> None:
+    config, said = run / "config.yaml", []
+    config.write_text(config.read_text().replace("evaluate_timeout: null", "evaluate_timeout: 5.0"))
+
+    def work() -> None:
+        for ask in (lambda: autocomp.gate(run), lambda: autocomp.recover(run, tiny_task.task(), length="1steps")):
+            try:
+                ask()
+            except UsageError as error:
+                said.append(str(error))
+
+    other = threading.Thread(target=work)
+    other.start()
+    other.join(60)
+    assert len(said) == 2
+    assert all("main thread alone" in text for text in said)
 
 
 def test_a_run_that_is_at_work_is_not_checked(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

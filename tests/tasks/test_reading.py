@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import tiny_task
@@ -27,6 +29,18 @@ def test_a_metric_of_samples_is_their_mean(given_as) -> None:
     read = evaluate_task(made, made.model)
     assert dict(read) == {"accuracy": 0.75, "loss": 0.3}
     assert read.errors() == {"accuracy": pytest.approx(0.25)}
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, "tensor"])
+def test_one_array_may_be_filled_for_each_model(kind: object) -> None:
+    out: Any = torch.zeros(4, dtype=torch.float64) if kind == "tensor" else np.zeros(4, dtype=kind)  # type: ignore[call-overload]
+    made = task({"accuracy": out})
+    out[:] = torch.tensor([1.0, 0.0, 1.0, 1.0]) if kind == "tensor" else [1.0, 0.0, 1.0, 1.0]
+    first = evaluate_task(made, made.model)
+    out[:] = torch.tensor([1.0, 0.0, 0.0, 0.0]) if kind == "tensor" else [1.0, 0.0, 0.0, 0.0]
+    second = evaluate_task(made, made.model)
+    assert first.errors() == {"accuracy": pytest.approx(0.25)}
+    assert second.drop_errors(first)["accuracy"] == pytest.approx(np.std([0, 0, 1, 1], ddof=1) / 2)
 
 
 def test_a_difference_is_surer_than_its_sides() -> None:
