@@ -4,9 +4,9 @@
 
 A search on these models takes minutes to hours, a comparison of samplers a hundred times as long. So what decides it is saved here once, in
 ``benchmarks/tables/NAME.npz``: for every layer and option its predicted seconds (all kernels that the cache has measured on this machine, the
-latency model for the others) and two errors, both the layer database's fitted to the divergences of random candidates that were really stitched
-(`accuracy.additive`). What is *known* is fitted to as many as a search fits it to before it asks its solver; the *truth* to others, and twice as
-many. A sampler that is told the truth of what it tries has to find out where what is known is wrong.
+latency model for the others), the layer database's error, and the divergences of random candidates that were really stitched, as many as a
+search fits that error to before it asks its solver. The *truth* is the same error fitted (`accuracy.additive`) to other candidates, and twice as many:
+what a search thinks at first is wrong as far as two such fits differ, and it learns from what it is told.
 
 The truth is additive: layers that make each other worse are on the built-in tasks only, where candidates are stitched. Weights are random, so
 the errors are scaled: half of all channels costs 1 nat.
@@ -17,13 +17,17 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from cost import random_task
 from prepared import draw
 
+from autocomp.accuracy.additive import AdditiveModel
+from autocomp.database.database import LayerTable
 from autocomp.devices.open import open_device
 from autocomp.hardware.profile import load_profile
 from autocomp.progress import Progress
@@ -39,47 +43,65 @@ SAMPLES = 32  # calibration samples at most
 
 
 class Saved(NamedTuple):
-    """A model's search problem twice, over the same levels: as its tables say (``known``), and as it is (``truth``)."""
+    """A model's layer tables and what is known of random candidates, as a search has them, and its search problem as it is (``truth``)."""
 
-    known: Problem
+    tables: list[LayerTable]
+    drawn: list[Candidate]
+    divergences: list[float]
     truth: Problem
 
     @property
     def choices(self) -> Choices:
-        problem = self.truth
-        widths = dict(zip(problem.groups, problem.widths, strict=True))
-        return Choices(widths, {factor.layer: factor.methods for factor in problem.factors})
+        return choices_of(self.truth)
 
-    def uniform(self, keep: float) -> Candidate:
-        """The width nearest to ``keep`` in every group, all else as it was."""
-        widths, methods = self.choices
-        near = {name: min((w for w in has if w), key=lambda w: abs(w - keep * has[0])) for name, has in widths.items()}
-        return Candidate(near, {name: has[0] for name, has in methods.items()})
+    def problem(self, model: AdditiveModel) -> Problem:
+        """The truth with the errors of a model fitted to these tables."""
+        factors = [
+            replace(factor, error=table.error)
+            for factor, table in zip(self.truth.factors, model.fitted_tables(), strict=True)
+        ]
+        return make_problem(factors, self.choices.widths, self.truth.fixed_seconds, self.truth.fixed_bytes)
+
+
+def choices_of(problem: Problem) -> Choices:
+    widths = dict(zip(problem.groups, problem.widths, strict=True))
+    return Choices(widths, {factor.layer: factor.methods for factor in problem.factors})
+
+
+def uniform(choices: Choices, keep: float) -> Candidate:
+    """The width nearest to ``keep`` in every group, all else as it was."""
+    widths = {
+        name: min((w for w in options if w), key=lambda w: abs(w - keep * options[0]))
+        for name, options in choices.widths.items()
+    }
+    return Candidate(widths, {name: options[0] for name, options in choices.methods.items()})
 
 
 def load(name: str) -> Saved:
     with np.load(FOLDER / f"{name}.npz") as file:
         meta = json.loads(str(file["meta"]))
-        widths = {group: tuple(options) for group, options in meta["widths"].items()}
-        factors: dict[str, list[Factor]] = {"known": [], "truth": []}
-        for k, layer in enumerate(meta["layers"]):
-            sides = {side: tuple(layer[side]) for side in ("widths_in", "widths_out")}
-            methods = tuple(map(Method.parse, layer["methods"]))
-            tables = {kind: file[f"{k}.{kind}"].astype(np.float64) for kind in ("known", "truth", "seconds", "bytes")}
-            for kind, found in factors.items():
-                found.append(
-                    Factor(layer["layer"], layer["in_group"], layer["out_group"], **sides, methods=methods,
-                           error=tables[kind], seconds=tables["seconds"], bytes=tables["bytes"])
-                )  # fmt: skip
-    return Saved(*(make_problem(factors[kind], widths, meta["seconds"], meta["bytes"]) for kind in ("known", "truth")))
+        arrays = {key: file[key].astype(np.float64) for key in file.files if key != "meta"}
+    tables, factors = [], []
+    for k, layer in enumerate(meta["layers"]):
+        said = {side: tuple(layer[side]) for side in ("widths_in", "widths_out")}
+        said |= {"methods": tuple(map(Method.parse, layer["methods"])), "bytes": arrays[f"{k}.bytes"]}
+        said |= {name: layer[name] for name in ("layer", "in_group", "out_group")}
+        tables.append(LayerTable(**said, error=arrays[f"{k}.error"]))
+        factors.append(Factor(**said, error=arrays[f"{k}.truth"], seconds=arrays[f"{k}.seconds"]))
+    widths = {group: tuple(options) for group, options in meta["widths"].items()}
+    truth = make_problem(factors, widths, meta["seconds"], meta["bytes"])
+    drawn = [choices_of(truth).candidate(row.astype(int)) for row in arrays["drawn"]]
+    return Saved(tables, drawn, arrays["divergences"].tolist(), truth)
 
 
-def save(name: str, known: Problem, truth: Problem) -> Path:
-    """Write both problems, errors scaled so that half of all channels costs 1 nat by the truth, seconds so that dense takes 1."""
-    saved = Saved(known, truth)
-    dense, half = truth.cost(saved.uniform(1.0)), truth.cost(saved.uniform(0.5))
+def save(
+    name: str, tables: Sequence[LayerTable], drawn: Sequence[Candidate], read: Sequence[float], truth: Problem
+) -> Path:
+    """Write all of it, errors scaled so that half of all channels costs 1 nat by the truth, seconds so that dense takes 1."""
+    choices = choices_of(truth)
+    dense, half = (truth.cost(uniform(choices, keep)) for keep in (1.0, 0.5))
     meta = {
-        "widths": saved.choices.widths,
+        "widths": choices.widths,
         "layers": [
             {
                 "layer": factor.layer, "in_group": factor.in_group, "out_group": factor.out_group, "widths_in": factor.widths_in,
@@ -87,16 +109,19 @@ def save(name: str, known: Problem, truth: Problem) -> Path:
             }
             for factor in truth.factors
         ],
-        "seconds": 1.0 - (dense.seconds - truth.fixed_seconds) / dense.seconds,
+        "seconds": truth.fixed_seconds / dense.seconds,
         "bytes": truth.fixed_bytes,
     }  # fmt: skip
-    arrays: dict[str, np.ndarray] = {}
-    for k, (before, after) in enumerate(zip(known.factors, truth.factors, strict=True)):
+    arrays: dict[str, Any] = {
+        "drawn": np.array([choices.levels(candidate) for candidate in drawn], dtype=np.int16),
+        "divergences": np.array(read) / half.error,
+    }
+    for k, (table, factor) in enumerate(zip(tables, truth.factors, strict=True)):
         arrays |= {
-            f"{k}.known": (before.error / half.error).astype(np.float32),
-            f"{k}.truth": (after.error / half.error).astype(np.float32),
-            f"{k}.seconds": (after.seconds / dense.seconds).astype(np.float32),
-            f"{k}.bytes": after.bytes.astype(np.float64),
+            f"{k}.error": (table.error / half.error).astype(np.float32),
+            f"{k}.truth": (factor.error / half.error).astype(np.float32),
+            f"{k}.seconds": (factor.seconds / dense.seconds).astype(np.float32),
+            f"{k}.bytes": factor.bytes.astype(np.float32),
         }
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.npz"
@@ -118,13 +143,14 @@ def made(name: str) -> Path:
         device.model.fit_kernels(device.store.records())
         costs = Costs(ready.graph, ready.space, database.tables(), {profile.name: device}, settled=True)
 
-        def fitted(count: int, seed: int) -> Problem:
-            drawn = draw(ready.space, count, seed)
-            costs.observe(drawn, [stitch_and_score(ready.task.model, ready.graph, database, one)[1] for one in drawn])
-            costs.fit([])
-            return costs.problem()
+        def read(drawn: Sequence[Candidate]) -> list[float]:
+            return [stitch_and_score(ready.task.model, ready.graph, database, one)[1] for one in drawn]
 
-        return save(name, fitted(FITTED, 0), fitted(2 * FITTED, 1))
+        others = draw(ready.space, 2 * FITTED, seed=1)
+        costs.observe(others, read(others))
+        costs.fit([])
+        drawn = draw(ready.space, FITTED)
+        return save(name, database.tables(), drawn, read(drawn), costs.problem())
 
 
 def main() -> None:

@@ -29,13 +29,14 @@ from cost import CASES
 from prepared import TASKS, Prepared, draw, prepare
 from threadpoolctl import threadpool_limits
 
+from autocomp.accuracy.additive import additive_model
 from autocomp.devices.open import open_device
 from autocomp.front.pareto import hypervolume
 from autocomp.hardware.profile import load_profile
 from autocomp.processes.pool import map_in_processes
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation, Source
-from autocomp.run.explore import SOLVER_SEEDS, UNIFORM_KEEPS
+from autocomp.run.explore import SEEDS_AGAIN, SOLVER_SEEDS, UNIFORM_KEEPS
 from autocomp.space.file import SpaceFile
 from autocomp.study.costs import Costs
 from autocomp.study.samplers import OURS
@@ -71,6 +72,8 @@ class Bench(Protocol):
 
     def problem(self) -> Problem: ...
 
+    def learn(self, told: Sequence[Evaluation]) -> None: ...
+
     def evaluated(self, candidate: Candidate, trial: int, source: Source) -> tuple[Evaluation, float]: ...
 
 
@@ -102,6 +105,9 @@ class TaskBench:
     def uniform(self, keep: float) -> Candidate:
         return self.prepared.space.uniform(keep)
 
+    def learn(self, told: Sequence[Evaluation]) -> None:
+        self.costs.fit(told)
+
     def evaluated(self, candidate: Candidate, trial: int, source: Source) -> tuple[Evaluation, float]:
         cost = self.problem().cost(candidate)
         divergence, seconds = self.score(candidate)
@@ -115,17 +121,29 @@ class TableBench:
     def __init__(self, name: str) -> None:
         self.saved = saved_tables.load(name)
         self.offered = self.every = self.saved.choices
-        self.uniform = self.saved.uniform
+        self.learn([])
+
+    def uniform(self, keep: float) -> Candidate:
+        return saved_tables.uniform(self.offered, keep)
+
+    def learn(self, told: Sequence[Evaluation]) -> None:
+        known = [
+            *zip(self.saved.drawn, self.saved.divergences, strict=True),
+            *((e.candidate, e.kl or 0.0) for e in told),
+        ]
+        self._thought = self.saved.problem(
+            additive_model(self.saved.tables).fitted(*map(list, zip(*known, strict=True)))
+        )
 
     def normalise(self, candidate: Candidate) -> Candidate:
         return candidate
 
     def problem(self) -> Problem:
-        return self.saved.known
+        return self._thought
 
     def evaluated(self, candidate: Candidate, trial: int, source: Source) -> tuple[Evaluation, float]:
         error, seconds, size = self.saved.truth.cost(candidate)
-        known = self.saved.known.cost(candidate).error
+        known = self._thought.cost(candidate).error
         return Evaluation(trial, candidate, source, "told", known, size, {PROFILE: seconds}, error), 0.0
 
     def bound(self, trials: int) -> list[Told]:
@@ -137,14 +155,16 @@ class TableBench:
 def run(bench: Bench, trials: int, job: tuple[str, int]) -> list[Told]:
     """One sampler with one seed: its trials in order."""
     sampler, seed = job
+    bench.learn([])  # the process may have run another before
     with threadpool_limits(1):
         return ladder(bench, trials) if sampler == GREEDY else searched(bench, sampler, seed, trials)
 
 
 def searched(
-    bench: Bench, sampler: str, seed: int, trials: int, rounds: Callable[[Search], None] = lambda search: None
+    bench: Bench, sampler: str, seed: int, trials: int, rounds: Callable[[Search], None] | None = None
 ) -> list[Told]:
-    """The trials of one sampler; ``rounds`` is called where a search measures, after each quarter of them but the last."""
+    """The trials of one sampler; ``rounds`` is called where a search measures, after each quarter of them but the last. Unless it is given,
+    autocomp's own learns from what was told and asks its solver again, as a search does; another is left to itself."""
     told: list[Told] = []
     thought, scored = 0.0, 0.0  # seconds
 
@@ -174,9 +194,19 @@ def searched(
             dense = dense or evaluation.predicted[PROFILE]
             told.append(Told(evaluation.kl or 0.0, evaluation.predicted[PROFILE] / dense, thought + scored))
             if len(told) in (trials // 4, trials // 2, 3 * trials // 4):
-                timed(partial(rounds, search))
+                if rounds is not None:
+                    timed(partial(rounds, search))
+                elif sampler == OURS:
+                    timed(partial(_again, bench, search))
         search.close()
     return told
+
+
+def _again(bench: Bench, search: Search) -> None:
+    bench.learn(search.told)
+    search.offer(bench.offered)
+    for candidate in solve_front(bench.problem(), SEEDS_AGAIN):
+        search.enqueue(candidate, "solver")
 
 
 def ladder(bench: Bench, trials: int) -> list[Told]:
