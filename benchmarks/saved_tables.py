@@ -5,8 +5,8 @@
 A search on these models takes minutes to hours, a comparison of samplers a hundred times as long. So what decides it is saved here once, in
 ``benchmarks/tables/NAME.npz``: for every layer and option its predicted seconds (all kernels that the cache has measured on this machine, the
 latency model for the others), the layer database's error, and the divergences of random candidates that were really stitched, as many as a
-search fits that error to before it asks its solver. The *truth* is the same error fitted (`accuracy.additive`) to other candidates, and twice as many:
-what a search thinks at first is wrong as far as two such fits differ, and it learns from what it is told.
+search fits that error to before it asks its solver. The *truth* is the same error fitted (`accuracy.additive`) to other candidates, and twice as
+many: what a search thinks at first is wrong as far as two such fits differ, and it learns from what it is told.
 
 The truth is additive: layers that make each other worse are on the built-in tasks only, where candidates are stitched. Weights are random, so
 the errors are scaled: half of all channels costs 1 nat.

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from autocomp.records.precisions import FP32, PRECISIONS, Precision
@@ -75,7 +76,7 @@ class Candidate:
         methods = {name: Method.parse(text) for name, text in data["methods"].items()}
         return cls(dict(data["widths"]), methods)
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Ten hex digits that name the candidate by its content."""
         text = json.dumps(self.to_json(), sort_keys=True)
@@ -85,4 +86,4 @@ class Candidate:
         return hash(self.id)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Candidate) and self.to_json() == other.to_json()
+        return isinstance(other, Candidate) and self.widths == other.widths and self.methods == other.methods

@@ -1,4 +1,4 @@
-"""The engine as an Optuna sampler: changes of the front, screened by a model of what was told, and now and then TPE."""
+"""The engine as an Optuna sampler: changes of the front, screened by a model of what was told."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from autocomp.front.pareto import Floats
-from autocomp.records.evaluation import Source
 from autocomp.study.parameters import Levels, levels_of
 from autocomp.study.propose import propose, quiet_optuna, walk
 
@@ -22,10 +21,6 @@ if TYPE_CHECKING:
     from optuna.study import Study
 
 Params = Mapping[str, Any]
-
-# One proposal in ten is TPE's: in the simulation that `propose.py` describes no worse than none, and it looks where the model would not. That
-# it is ten was chosen by hand, not measured.
-TPE_EVERY = 10
 
 
 class AutocompSampler(BaseSampler):
@@ -60,7 +55,6 @@ class AutocompSampler(BaseSampler):
         self._random = RandomSampler(seed=self._seed)
         with quiet_optuna():
             self._tpe = TPESampler(seed=self._seed, multivariate=True, n_startup_trials=0)
-        self.source: Source = "mutation"  # who thought of the last proposal
         self._space = IntersectionSearchSpace()
         self._told: dict[int, tuple[list[int], tuple[float, float]]] = {}  # by trial: levels, error and cost
         self._shape: tuple[Any, ...] = ()  # names and levels of the space that was read last
@@ -84,7 +78,7 @@ class AutocompSampler(BaseSampler):
             return {}
         if len(study.directions) < 2:
             raise ValueError("AutocompSampler is for two objectives or more: an error, and what it costs")
-        return self.proposal(study, search_space, trial)
+        return self.proposal(study, search_space)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -94,9 +88,7 @@ class AutocompSampler(BaseSampler):
             return self._tpe.sample_independent(study, trial, param_name, param_distribution)
         return self._random.sample_independent(study, trial, param_name, param_distribution)
 
-    def proposal(
-        self, study: Study, search_space: Mapping[str, BaseDistribution], trial: FrozenTrial | None = None
-    ) -> dict[str, Any]:
+    def proposal(self, study: Study, search_space: Mapping[str, BaseDistribution]) -> dict[str, Any]:
         """Parameters that no trial of the study has, the most promising ones; any, where all were tried."""
         names = list(search_space)
         levels = [levels_of(search_space[name]) or () for name in names]
@@ -104,45 +96,23 @@ class AutocompSampler(BaseSampler):
         taken = set(self._known.values())
         rng = np.random.default_rng([self._seed, len(self._known)])
         found: dict[str, Any] = {}
-        for row in self._rows(study, search_space, levels, rng, trial):
+        for row in self._rows(names, levels, rng):
             found = dict(self._repair({n: options[k] for n, options, k in zip(names, levels, row, strict=True)}))
             if tuple(found.get(name) for name in names) not in taken:
                 break
         return found
 
     def _rows(
-        self,
-        study: Study,
-        search_space: Mapping[str, BaseDistribution],
-        levels: Sequence[tuple[Any, ...]],
-        rng: np.random.Generator,
-        trial: FrozenTrial | None,
+        self, names: Sequence[str], levels: Sequence[tuple[Any, ...]], rng: np.random.Generator
     ) -> Iterator[Sequence[int] | Levels]:
         """Rows of levels, best first; made only as far as they are read."""
-        names, sizes = list(search_space), np.array([len(options) for options in levels], dtype=np.int64)
+        sizes = np.array([len(options) for options in levels], dtype=np.int64)
         if len(self._told) >= 2:
-            if len(self._known) % TPE_EVERY == 0:
-                self.source = "optuna"
-                drawn = self._tpe_draws(study, search_space, trial)
-                yield [options.index(drawn[name]) for name, options in zip(names, levels, strict=True)]
             rows = np.array([row for row, _ in self._told.values()], dtype=np.int64)
             values = np.array([pair for _, pair in self._told.values()])
-            self.source = "mutation"
             estimate = None if self._estimate is None else functools.partial(self._estimate, names)
             yield from propose(rows, values, sizes, rng, estimate)
         yield from walk(sizes, rng)
-
-    def _tpe_draws(
-        self, study: Study, search_space: Mapping[str, BaseDistribution], trial: FrozenTrial | None
-    ) -> dict[str, Any]:
-        """TPE's proposal. It leaves notes in a trial; where there is none yet, in one that is then failed."""
-        if trial is not None:
-            return self._tpe.sample_relative(study, trial, dict(search_space))
-        scratch = study._storage.create_new_trial(study._study_id)
-        try:
-            return self._tpe.sample_relative(study, study._storage.get_trial(scratch), dict(search_space))
-        finally:
-            study._storage.set_trial_state_values(scratch, TrialState.FAIL)
 
     def _read(self, study: Study, names: Sequence[str], levels: Sequence[tuple[Any, ...]]) -> None:
         """Take in what is new in the study."""

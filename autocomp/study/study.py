@@ -333,7 +333,7 @@ class Search:
         sampler = self._sampler
         if isinstance(sampler, AutocompSampler):
             # as a whole: asking Optuna for each parameter takes longer than to find them all
-            yield self._candidate(sampler.proposal(self._mirror, self._offered.distributions)), sampler.source, None
+            yield self._candidate(sampler.proposal(self._mirror, self._offered.distributions)), "mutation", None
         else:
             for _ in range(TRIES):
                 with quiet_optuna():
