@@ -430,13 +430,13 @@ def _compiled(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...], 
     from autocomp.compiler.handover import checked_inputs, describe_outputs
     from autocomp.devices.open import open_device
     from autocomp.graph.plain import plain
-    from autocomp.tasks.untouched import in_float32
+    from autocomp.tasks.untouched import evaluating, in_float32
 
     found = profile if isinstance(profile, Profile) else load_profile(profile)
     model, given, _ = plain(model, checked_batch(example_inputs, "example_inputs"), "the model", "example_inputs")
-    with at_work(), caught(None), in_float32():
+    with at_work(), caught(None), in_float32(), evaluating(model):
         device = open_device(found)
-        inputs = checked_inputs(model.eval(), given)
+        inputs = checked_inputs(model, given)
         said = describe_outputs(model, inputs)
         compiled = device.compile(model, inputs)
     if said:

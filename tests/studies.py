@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from autocomp.config.addresses import JOURNAL
 from autocomp.run.folder import STUDY
-from autocomp.study.storage import JOURNAL, open_storage
+from autocomp.study.storage import open_storage
 
 
 def told(folder: Path) -> dict[int, dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from autocomp.compiler.importer import export_program, import_program, unsupport
 from autocomp.compiler.layout import to_channels_last
 from autocomp.compiler.lower import lower
 from autocomp.compiler.memory import planned_bytes
-from autocomp.errors import ExportError, UsageError
+from autocomp.errors import ExportError, UsageError, last_line
 from autocomp.hardware.link import link_shared
 from autocomp.hardware.profile import Profile
 from autocomp.hardware.timing import median_and_spread, quiet_core
@@ -55,6 +56,7 @@ class CompiledModel:
         self._device = tvm.cpu()
         self._machine = relax.VirtualMachine(executable, self._device)
         self._main = self._machine["main"]
+        self._one_at_a_time = threading.Lock()  # the machine keeps what it computes in buffers of its own
 
     @classmethod
     def load(cls, path: str | Path, profile: Profile) -> CompiledModel:
@@ -70,10 +72,26 @@ class CompiledModel:
             raise UsageError(f"{path} is not a compiled model: {str(error).splitlines()[-1]}") from error
 
     def run(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """Compute the outputs for inputs of the shapes the module was compiled for."""
+        """Compute the outputs for inputs of the shapes and types the module was compiled for; UsageError for others.
+
+        Calls from several threads are made one after the other.
+        """
         import torch
 
-        result = self._main(*self._arguments(inputs))
+        from autocomp.graph.plain import check_tensor
+
+        for index, tensor in enumerate(inputs):
+            if not isinstance(tensor, torch.Tensor):
+                raise UsageError(f"inputs[{index}] must be a tensor, got a value of type {type(tensor).__name__}")
+            check_tensor(tensor, f"inputs[{index}]")
+        try:
+            with self._one_at_a_time:
+                result = self._main(*self._arguments(inputs))
+        except Exception as error:
+            given = ", ".join(f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in inputs) or "none"
+            raise UsageError(
+                f"the compiled module does not take these inputs ({given}): {last_line(error)}. It takes those it was compiled for"
+            ) from error
         if hasattr(result, "numpy"):
             return torch.from_numpy(result.numpy())
         return tuple(torch.from_numpy(field.numpy()) for field in result)
@@ -110,7 +128,8 @@ class CompiledModel:
 
     def sample(self, arguments: Sequence[Any], number: int, repeat: int) -> list[float]:
         """Seconds of one inference, ``repeat`` averages of ``number`` runs each."""
-        result = self._machine.time_evaluator("main", self._device, number=number, repeat=repeat)(*arguments)
+        with self._one_at_a_time:
+            result = self._machine.time_evaluator("main", self._device, number=number, repeat=repeat)(*arguments)
         return [float(value) for value in result.results]
 
     def _arguments(self, inputs: Sequence[torch.Tensor]) -> list[Any]:
@@ -118,7 +137,9 @@ class CompiledModel:
 
         from autocomp.graph.plain import plain_tensor
 
-        return [tvm.runtime.tensor(plain_tensor(tensor).detach().contiguous().numpy()) for tensor in inputs]
+        return [
+            tvm.runtime.tensor(plain_tensor(tensor).detach().resolve_neg().contiguous().numpy()) for tensor in inputs
+        ]
 
 
 def time_in_turn(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Without VNNI, ONNX Runtime sums pairs of 8-bit products in 16 bits, which large weights beside large activations overflow. This option of a
 # session has it multiply exactly, more slowly [onnxruntime_session_options_config_keys.h, kOrtSessionOptionsAvx2PrecisionMode].
+NARROW, SMALL = 16, 64  # bits and entries: of a stored weight, at most and at least
 EXACT = {"session.x64quantprecision": "1"}
 
 
@@ -31,6 +32,7 @@ def export_onnx(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...]
     in 16, 8 or 4 bits or as indices, and decoded by operators that a runtime folds when it loads the file.
     """
     import torch
+    from onnxscript import optimizer
 
     from autocomp.export.onnx_recurrent import with_onnx_recurrences
     from autocomp.graph.fold import fold_batchnorm
@@ -38,6 +40,7 @@ def export_onnx(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...]
     try:
         with _quiet(), torch.no_grad():
             program = _program(with_onnx_recurrences(fold_batchnorm(model).eval()), example_inputs)
+            optimizer.optimize_ir(program.model, should_fold=_may_be_folded)
             _write_zero_points(program.model)
             program.save(str(path), external_data=False)
     except Exception as error:
@@ -51,7 +54,7 @@ def _program(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...]) -
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    options: dict[str, Any] = {"dynamo": True, "verbose": False, "external_data": False}
+    options: dict[str, Any] = {"dynamo": True, "verbose": False, "external_data": False, "optimize": False}
     options["custom_translation_table"] = _translations()
     try:
         program = torch.onnx.export(model, example_inputs, **options)
@@ -146,6 +149,15 @@ def _initializer(graph: Any, name: str, values: np.ndarray) -> Any:
     value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
     graph.register_initializer(value)
     return value
+
+
+def _may_be_folded(node: Any) -> bool | None:
+    """Not what decodes a weight of 16 bits or fewer: its result would be stored in its place. Of all else the optimiser decides."""
+    for value in node.inputs:
+        constant = None if value is None else value.const_value
+        if constant is not None and constant.dtype.bitwidth <= NARROW and constant.size >= SMALL:
+            return False
+    return None
 
 
 def _translations() -> dict[Any, Any]:

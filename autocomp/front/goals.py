@@ -182,10 +182,12 @@ class Judge:
         found += [Miss(str(held), held.excess) for held in self.held(evaluation) if not held.met]
         if self.goals.max_latency is not None and not evaluation.latency:
             found.append(Miss("its latency was not measured", float("inf")))
-        if self.goals.max_energy is not None and not any(latency.watts for latency in evaluation.latency.values()):
-            found.append(Miss("its energy is not known: no profile states its power", float("inf")))
-        if self.goals.max_memory is not None and not any(latency.memory for latency in evaluation.latency.values()):
-            found.append(Miss("its memory is not known", float("inf")))
+        for profile in dict.fromkeys([*self.dense.latency, *evaluation.latency]):
+            latency = evaluation.latency.get(profile)
+            if self.goals.energy(profile) is not None and (latency is None or latency.watts is None):
+                found.append(Miss(f"its energy on {profile} is not known: the profile states no power", float("inf")))
+            if self.goals.max_memory is not None and (latency is None or latency.memory is None):
+                found.append(Miss(f"its memory on {profile} is not known", float("inf")))
         return found
 
     def violations(self, evaluation: Evaluation) -> list[str]:

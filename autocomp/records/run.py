@@ -152,7 +152,7 @@ class Run:
     and carry validation metrics too. ``hypervolume`` has a value in [0, 1] for every told trial. ``identity`` has digests of what the numbers
     belong to, by what a message calls them: the model's weights, the calibration data, each profile. ``recovery`` is there where
     candidates were trained, ``expected`` where the run kept what was expected of it. ``goals`` and ``family`` are the settings of these names;
-    None where a version wrote it that left them to the config.
+    None where a version wrote it that left them to the config. ``recipes`` has what recipes say that points were trained by, by their names.
     """
 
     task: TaskInfo
@@ -173,6 +173,7 @@ class Run:
     expected: Expected | None = None
     goals: Mapping[str, Any] | None = None
     family: tuple[str, ...] = ()
+    recipes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def speedup(evaluation: Evaluation, dense: Evaluation, profile: str) -> float:
@@ -193,7 +194,12 @@ def comparable(evaluation: Evaluation, dense: Evaluation, profile: str) -> float
 
 
 def comparable_reference(reference: Reference, run: Run) -> float:
-    """Seconds of a reference as they would be at the moment the dense model was last timed, our dense module being timed in turn with it."""
+    """Seconds of a reference as they would be at the moment the dense model was last timed, our dense module being timed in turn with it.
+
+    Other runtimes are called from Python, and so was our dense module beside them; what ours compiled is timed as the front is, by itself.
+    """
+    if reference.kind == "classic":
+        return reference.latency.seconds
     there = run.dense.evaluation.latency.get(reference.latency.profile)
     own = next(
         (r for r in run.references if r.name.startswith(OURS) and r.latency.profile == reference.latency.profile), None
@@ -242,6 +248,8 @@ def write_front(folder: Path, run: Run) -> Path:
         data["expected"] = expected_to_json(run.expected)
     if run.goals is not None:
         data |= {"goals": dict(run.goals), "family": list(run.family)}
+    if run.recipes:
+        data["recipes"] = dict(run.recipes)
     if (table := folder / EVALUATIONS).exists():
         data["table"] = _digest(table)
     path, said = folder / FRONT, finite(data)
@@ -310,6 +318,7 @@ def read_run(folder: Path) -> Run:
             expected=expected_from_json(data["expected"]) if data.get("expected") else None,
             goals=data.get("goals"),
             family=tuple(str(member) for member in data.get("family", ())),
+            recipes=dict(data.get("recipes", {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from autocomp.cache import write_atomically
+from autocomp.config.addresses import masked
 from autocomp.config.files import read_json, read_yaml, validated
 from autocomp.config.quantities import format_bytes, parse_factor
 from autocomp.config.settings import Goals, renamed
@@ -114,6 +115,8 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     chosen = config.get("auto")
     reasons = chosen if isinstance(chosen, Mapping) else {}
     shown = {key: value for key, value in config.items() if key not in ("format_version", "auto")}
+    if isinstance(shown.get("storage"), str):
+        shown["storage"] = masked(shown["storage"])
     return {
         key: f"{value}, chosen automatically: {reasons[key]}" if key in reasons else value
         for key, value in shown.items()

@@ -22,6 +22,7 @@ from autocomp.records.table import write_evaluations
 from autocomp.run.expect import expected_of
 from autocomp.run.folder import CONFIG
 from autocomp.run.found import Found
+from autocomp.run.halving import RECIPES
 from autocomp.run.held_out import HeldOut
 from autocomp.run.identity import profiles_identity
 from autocomp.run.points import read_as_deployed, timed_in_turn, write_points
@@ -104,6 +105,7 @@ def _make_run(prepared: Prepared, found: Found) -> Run:
         expected=expected_of(found),
         goals=prepared.settings.goals.model_dump(exclude_none=True),
         family=tuple(prepared.settings.family or ()),
+        recipes=found.search.get_attr(RECIPES, {}),
     )
 
 
@@ -216,9 +218,13 @@ def _warnings(found: Found, points: Sequence[FrontPoint]) -> list[str]:
                 warnings.append(f"{point.evaluation.candidate.id}: {kind}: {check.note}")
         for name, latency in point.evaluation.latency.items():
             if latency.noisy or latency.spread > UNSTABLE:
+                why = f"its latency varied by {latency.spread:.0%} between repeats, and did when it was repeated"
+                if latency.spread <= UNSTABLE and latency.tail:
+                    why = f"most single inferences took {latency.tail['p50'] / latency.seconds:.0%} of what averages over many did"
+                elif latency.spread <= UNSTABLE:
+                    why = "it was disturbed while it was timed"
                 warnings.append(
-                    f"{point.evaluation.candidate.id} on {name} is noisy: its latency varied by {latency.spread:.0%} between repeats, and did "
-                    f"when it was repeated; other work on the machine disturbs measurements. {instead}"
+                    f"{point.evaluation.candidate.id} on {name} is noisy: {why}; other work on the machine disturbs measurements. {instead}"
                 )
     return list(dict.fromkeys([*warnings, *unread(points)]))
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from autocomp.cache import sweep, unwritable_reason, write_atomically
+from autocomp.config.addresses import JOURNAL, masked
 from autocomp.config.files import validated
 from autocomp.config.settings import Settings, differences, dump_settings, read_settings
 from autocomp.errors import AutocompError, UsageError, cut
 from autocomp.records.table import read_evaluations
-from autocomp.study.storage import JOURNAL, Recorded, masked, read_study
+from autocomp.study.storage import Recorded, read_study
 
 CONFIG = "config.yaml"
 LOCK = ".lock"  # held by whatever writes to a run folder

@@ -18,6 +18,7 @@ from autocomp.front.goals import Judge
 from autocomp.measurement.measurer import reason_of
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation, Source, as_searched, untrained
+from autocomp.records.latency import Latency
 from autocomp.run.folder import LOST, PLACE, study_of
 from autocomp.run.identity import FIRST, first_widths
 from autocomp.run.judged import ignores_its_model, judged_otherwise
@@ -243,6 +244,7 @@ class Found:
         if self.prepared.settings.deterministic:
             self._settle_times()
         self._measure_here()
+        self._draw_as_stated()
         dense = next((e for e in self.told if e.source == "dense" and e.state == "measured"), None)
         if dense is not None:
             measurer.dense_seconds = {name: latency.seconds for name, latency in dense.latency.items()}
@@ -303,6 +305,18 @@ class Found:
             )
         self.search.set_attr("targets", here)
         self._tell_versions()
+
+    def _draw_as_stated(self) -> None:
+        """What an inference draws is as the profiles state it now: what was measured before must not be held to another power."""
+        watts = {name: device.profile.watts for name, device in self.prepared.devices.items()}
+
+        def stated(latencies: Mapping[str, Latency]) -> dict[str, Latency]:
+            return {name: replace(one, watts=watts.get(name, one.watts)) for name, one in latencies.items()}
+
+        for evaluation in self.search.told:
+            renewed = replace(evaluation, latency=stated(evaluation.latency), earlier=stated(evaluation.earlier))
+            if renewed != evaluation:
+                self.search.update(evaluation.trial, renewed)
 
     def _tell_versions(self) -> None:
         now = {name: version(name) for name in ("autocomp", "torch")}

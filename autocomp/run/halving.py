@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from autocomp.tasks.reading import Metrics
 
 # Chosen by hand, not measured.
+RECIPES = "recipes"  # the study's attribute: what each that points were trained by says, by its name
 SHARES = (0.3, 0.3, 0.4)  # of the stage's time, or of a finalist's steps, in each round
 KEEP = 0.5  # of the candidates that go on after each round
 MOST = 16  # candidates that enter
@@ -103,6 +104,9 @@ class Stage:
 
     def _run(self) -> None:
         search, progress = self.found.search, self.prepared.progress
+        search.set_attr(
+            RECIPES, {**search.get_attr(RECIPES, {}), self.recipe.name: self.recipe.model_dump(mode="json")}
+        )
         with progress.stage("training: the teacher's answers"):
             teaching = self._teaching()
             self._refuse_others(teaching)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from autocomp.cache import write_atomically
+from autocomp.config.addresses import masked
 from autocomp.records.evaluation import FORMAT_VERSION
 from autocomp.run.folder import PROVENANCE, study_bytes
 from autocomp.run.prepare import Prepared
-from autocomp.study.storage import masked
 
 PACKAGES = ("autocomp", "torch", "apache-tvm", "apache-tvm-ffi", "onnxruntime", "optuna", "numpy")
 

@@ -10,8 +10,9 @@ from typing import Any
 from autocomp.config.settings import Settings, read_settings
 from autocomp.errors import UsageError, shown, suggest
 from autocomp.records.candidate import Candidate
-from autocomp.records.recovery import THEN
+from autocomp.records.recovery import THEN, Recovery
 from autocomp.records.run import Run, read_run
+from autocomp.recovery.recipe import load_recipe
 from autocomp.run.folder import CONFIG
 from autocomp.space.space import Space
 
@@ -59,9 +60,29 @@ def _settings_of(folder: Path) -> dict[str, Any]:
     if trained:
         given |= {
             "recover": f"{max(done.steps for done in trained)}steps",
-            "recipe": trained[0].recipe.rpartition(THEN)[2],
+            "recipe": _recipe_of(settings, run, trained[0], folder),
         }
     return given
+
+
+def _recipe_of(settings: Settings, run: Run, trained: Recovery, folder: Path) -> str:
+    """The recipe that points were last trained by: the run's own file, or the shipped one of that name, if it says what it said then.
+
+    UsageError where neither does.
+    """
+    name = trained.recipe.rpartition(THEN)[2]
+    for address in (settings.recipe, name):
+        try:
+            recipe = load_recipe(address)
+            if recipe.name == name and run.recipes.get(name, recipe.model_dump(mode="json")) == recipe.model_dump(
+                mode="json"
+            ):
+                return address
+        except UsageError:
+            continue
+    raise UsageError(
+        f"the points of {folder} were trained by the recipe {shown(name)}, whose file is not known, or is another by now: give it (--recipe)"
+    )
 
 
 def choices(settings: Settings, known: Mapping[str, Any] | None = None) -> list[Choice]:

@@ -91,7 +91,7 @@ class SearchResult:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # wherever the caller goes
         self.run: Run = read_run(self.folder)
         self.front: list[Point] = [Point(record, self.folder) for record in self.run.front]
         self.dense = Point(self.run.dense, self.folder)
@@ -202,6 +202,7 @@ def _is_column(metric: str) -> bool:
     return metric in ("id", "bytes", "drop", "drop_error") or metric.partition(":")[0] in (
         "seconds",
         "how",
+        "joules",
         "speedup",
         "test",
         "metric",

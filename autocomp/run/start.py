@@ -186,18 +186,16 @@ def _run(
     spent: float = 0.0,
 ) -> SearchResult:
     """A search; or, with ``train``, no search but that of what was found before. So many seconds of its minutes are ``spent``."""
-    import torch
-
     from autocomp.run.explore import explore
     from autocomp.run.finish import finish, refuse_infeasible
     from autocomp.run.found import Found
     from autocomp.run.prepare import prepare
     from autocomp.run.training import train_candidates
     from autocomp.tasks.training import one_thread
-    from autocomp.tasks.untouched import in_float32
+    from autocomp.tasks.untouched import in_float32, seeded
 
-    with one_thread(), in_float32():  # on a busy machine a second thread makes these small layers many times slower
-        torch.manual_seed(settings.seed)
+    # on a busy machine a second thread makes these small layers many times slower
+    with one_thread(), in_float32(), seeded(settings.seed):
         try:
             prepared = prepare(settings, task, folder, known, progress, sampler, spent)
         except BaseException as error:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from autocomp.run.prepare import Prepared
 
 
+RECIPE = "recipe"  # the study's attribute: what the search's own training is made by
+
+
 def train_candidates(prepared: Prepared, found: Found) -> None:
     """Train what a finished search found, as its settings say; nothing where they say nothing. A task that fails now costs nobody the search."""
     amount, unit = prepared.settings.training
@@ -30,8 +33,16 @@ def train_candidates(prepared: Prepared, found: Found) -> None:
         again = {choice.candidate for choice in prepared.replayed if choice.trained}
         again = again or {choice.candidate for choice in prepared.replayed}
         chosen = [e.trial for e in found.told if e.candidate in again and e.state == "measured"]
+    recipe = load_recipe(prepared.settings.recipe)
+    begun = found.search.get_attr(RECIPE)
+    if begun is not None and begun != recipe.model_dump(mode="json"):
+        raise UsageError(
+            f"the recipe {shown(prepared.settings.recipe)} is not what it was when this run trained: its points would be of two recipes. Put it "
+            f"back, or train more by the new one with `autocomp recover {prepared.folder} --recipe {prepared.settings.recipe}`"
+        )
+    found.search.set_attr(RECIPE, recipe.model_dump(mode="json"))
     try:
-        stage = Stage(prepared, found, load_recipe(prepared.settings.recipe), (amount, unit), chosen)
+        stage = Stage(prepared, found, recipe, (amount, unit), chosen)
         if stage.done and (since := stage.found_since()):
             prepared.progress.warn(
                 f"{since} candidates were found since training was done, and are not trained: `autocomp recover {prepared.folder}` trains more"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -15,12 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from filelock import Timeout
 
 from autocomp.cache import unwritable_reason
+from autocomp.config.addresses import JOURNAL, masked
 from autocomp.errors import UsageError, cut, shown
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage, RDBStorage
 
-JOURNAL = "journal:///"
 # Chosen by hand, not measured: longer than a process that works leaves out its sign (one told trial or measurement), shorter than a night.
 SILENT = 1800.0  # seconds without a sign of life after which a process on another machine counts as gone
 _SIGN = 60.0  # seconds between two signs
@@ -208,13 +207,6 @@ def _started(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""
-
-
-def masked(url: str) -> str:
-    """An address without the password in it; a file as its path."""
-    if url.startswith(JOURNAL):
-        return url.removeprefix(JOURNAL)
-    return re.sub(r"(://[^/@:]*):[^@]*@", r"\1:***@", url)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from autocomp.config.addresses import masked
 from autocomp.errors import UsageError
 from autocomp.front.pareto import Floats, hypervolume_history, pareto_set
 from autocomp.records.candidate import Candidate
@@ -24,7 +25,7 @@ from autocomp.study.propose import quiet_optuna, walk
 from autocomp.study.rows import Row, Rows
 from autocomp.study.samplers import OURS, make_sampler
 from autocomp.study.solver import Problem
-from autocomp.study.storage import Claim, masked, open_storage, storage_errors
+from autocomp.study.storage import Claim, open_storage, storage_errors
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler

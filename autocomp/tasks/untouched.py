@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 @contextmanager
@@ -77,6 +77,28 @@ def in_float32() -> Iterator[None]:
     finally:
         torch.set_default_dtype(before)
         torch.set_float32_matmul_precision(products)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode meanwhile, each of its modules as it was afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's own generator at a seed meanwhile; the caller's goes on afterwards where it was."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def checksums(inputs: Sequence[Tensor], calibration: Sequence[Sequence[Tensor]]) -> Mapping[str, int]:

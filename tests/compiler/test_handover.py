@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ import autocomp
 from autocomp.compiler import handover
 from autocomp.compiler.build import CompiledModel
 from autocomp.compiler.handover import checked_inputs, describe_outputs, varied
-from autocomp.errors import ExportError, MismatchError
+from autocomp.errors import ExportError, MismatchError, UsageError
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("short_tuning")
@@ -158,3 +159,62 @@ def test_decisions_and_counts_are_handed_over() -> None:
     decided, counted = autocomp.compile(Deciding().eval(), (x,)).run(x)
     assert torch.equal(decided, x > 0)
     assert torch.equal(counted, (x > 0).sum(1))
+
+
+@pytest.fixture(scope="module")
+def compiled(short_tuning: None) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    return model, autocomp.compile(model, (torch.randn(1, 8),))
+
+
+def test_calls_from_several_threads_are_each_their_own(compiled: tuple[nn.Module, Any]) -> None:
+    model, module = compiled
+    inputs = [torch.randn(1, 8) for _ in range(8)]
+    with torch.no_grad():
+        expected = [model(x) for x in inputs]
+    wrong: list[str] = []
+
+    def call(first: int) -> None:
+        for k in range(first, first + 300):
+            try:
+                torch.testing.assert_close(module.run(inputs[k % 8]), expected[k % 8], rtol=1e-4, atol=1e-5)
+            except Exception as error:
+                wrong.append(str(error))
+
+    threads = [threading.Thread(target=call, args=(k,)) for k in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        (torch.zeros(1, 9),), (torch.zeros(2, 8),), (torch.zeros(1, 8, dtype=torch.int64),), (), (torch.zeros(1, 8), torch.zeros(1, 8)),
+        (torch.zeros(1, 8).numpy(),), ([0.0] * 8,), (torch.zeros(1, 8).to_sparse(),), (torch.zeros(1, 8, device="meta"),),
+    ],
+)  # fmt: skip
+def test_other_inputs_are_refused_in_our_words(compiled: tuple[nn.Module, Any], inputs: tuple[Any, ...]) -> None:
+    with pytest.raises(UsageError) as caught:
+        compiled[1].run(*inputs)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_tensor_with_the_negative_bit_is_taken(compiled: tuple[nn.Module, Any]) -> None:
+    model, module = compiled
+    x = torch.complex(torch.randn(1, 8), torch.randn(1, 8)).conj().imag
+    assert x.is_neg()
+    with torch.no_grad():
+        torch.testing.assert_close(module.run(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_in_training_mode_is_left_in_it() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.BatchNorm1d(16).eval(), nn.Linear(16, 4)).train()
+    model[2].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    autocomp.compile(model, (torch.randn(1, 8),))
+    autocomp.measure(model, (torch.randn(1, 8),))
+    assert {name: module.training for name, module in model.named_modules()} == before

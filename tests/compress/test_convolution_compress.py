@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -168,6 +170,13 @@ def test_stored_weights_are_decoded(name: str, precision: Precision, device: Loc
     assert output_error(compiled.run(*inputs), expected) < (1e-2 if precision == "fp16" else 1e-4)
     path = export_onnx(made, inputs, tmp_path / "model.onnx")
     assert output_error(run_session(onnx_session(path, exact=True), *inputs), expected) < 1e-2
+    floats = {
+        (initializer.name, math.prod(initializer.dims))
+        for initializer in onnx.load(path).graph.initializer
+        if initializer.data_type == onnx.TensorProto.FLOAT
+    }
+    weight = analysed(name)[0].layer.weight.numel()
+    assert not [name for name, size in floats if size == weight], "the weight is stored as it is, not as it decodes"
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if "group" not in name and "depthwise" not in name])

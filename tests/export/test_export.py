@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from wholes import quantise_all
 from autocomp.compiler import build as build_module
 from autocomp.compiler.build import CompiledModel
 from autocomp.compiler.verify import relative_error
+from autocomp.compress.scales import weight_only
 from autocomp.devices.local import LocalDevice
 from autocomp.errors import AutocompError, BoardError, ExportError
 from autocomp.export import files as export
@@ -24,6 +26,7 @@ from autocomp.export.files import MANIFEST, export_point, load_model
 from autocomp.export.onnx import export_onnx, onnx_session, run_session
 from autocomp.graph.canonical import canonical
 from autocomp.hardware import link
+from autocomp.layers.fp16 import halved
 
 torch.set_num_threads(1)
 
@@ -148,6 +151,23 @@ def test_onnx_holds_integers(tmp_path: Path) -> None:
     assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
     weights = [tensor for tensor in exported.graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
     assert sorted(list(tensor.dims) for tensor in weights) == [[64], [64, 16]]  # the zero points, too
+
+
+@pytest.mark.parametrize("form", ["w8", "w4", "fp16"])
+def test_onnx_holds_small_weights_as_they_are(form: str, tmp_path: Path) -> None:
+    """Neither the exporter nor its optimiser stores what a weight decodes to in its place."""
+    import onnx
+
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 48)
+    model = nn.Sequential(halved(layer) if form == "fp16" else weight_only(layer, int(form[1]), 32)).eval()
+    x = torch.randn(3, 64)
+    path = export_onnx(model, (x,), tmp_path / "model.onnx")
+    floats = [t for t in onnx.load(path).graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
+    assert max(math.prod(t.dims) for t in floats) <= 48 * 2  # scales and bias
+    answer = run_session(onnx_session(path), x)
+    with torch.no_grad():
+        assert relative_error(answer, model(x)) < 1e-2
 
 
 class OddAttention(nn.Module):

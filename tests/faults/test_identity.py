@@ -19,9 +19,11 @@ import pytest
 import tiny_task
 import torch
 import yaml
+from places import ROOT
 
 import autocomp
 from autocomp.cli.main import main
+from autocomp.config.addresses import masked
 from autocomp.database.database import read_checked
 from autocomp.errors import AutocompError, CorruptError, Interrupted, UsageError
 from autocomp.graph.analyse import analyse
@@ -33,7 +35,7 @@ from autocomp.run import judged as judged_module
 from autocomp.run.identity import first_widths, identity_of, source_of
 from autocomp.space.build import build_space
 from autocomp.space.file import SpaceFile
-from autocomp.study.storage import Claim, masked, open_storage, read_study
+from autocomp.study.storage import Claim, open_storage, read_study
 from autocomp.study.study import Choices, open_search
 
 pytestmark = pytest.mark.usefixtures("short_tuning", "without_exports")
@@ -384,6 +386,33 @@ def test_manifests_and_tables_have_the_times_of_the_front(finished: Path) -> Non
             assert speedup(row, dense, profile) == pytest.approx(speedup(point.record.evaluation, dense, profile))
 
 
+@pytest.mark.slow
+def test_power_that_is_stated_anew_counts_for_all(tmp_path: Path, spaces: dict[str, str]) -> None:
+    profile = tmp_path / "mine.yaml"
+
+    def search(watts: float, **options: Any) -> autocomp.SearchResult:
+        profile.write_text(
+            (ROOT / "hardware_profiles/x86-host.yaml").read_text().replace("name: x86-host", "name: mine")
+            + f"power: {{idle: 1.0, load: {1.0 + watts}}}\n"
+        )
+        given = {**OPTIONS, "profiles": [str(profile)], "space": spaces["full"], "max_energy": 1.0, **options}
+        return autocomp.search(task=tiny_task.task(), out=tmp_path / "run", **given)
+
+    search(2.0)
+    result = search(20.0, trials=12, measurements=3, resume=True)
+    evaluations = [result.dense.record.evaluation, *(p.record.evaluation for p in result.front)]
+    assert {latency.watts for e in evaluations for latency in (*e.latency.values(), *e.earlier.values())} == {20.0}
+
+
+def test_a_caller_s_random_numbers_go_on(tmp_path: Path, spaces: dict[str, str], without_exports: None) -> None:
+    task = tiny_task.task()
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    autocomp.search(task=task, out=tmp_path / "run", space=spaces["full"], seed=3, **OPTIONS)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_a_second_search_in_the_same_process_is_refused(tmp_path: Path, spaces: dict[str, str]) -> None:
     inner: list[str] = []
     task = tiny_task.task()
@@ -623,6 +652,14 @@ def test_changed_judgement_is_said(run: Path, resume: Callable[..., Any], monkey
 
 def test_passwords_are_masked_and_their_file_is_private(tmp_path: Path, spaces: dict[str, str]) -> None:
     assert masked("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
+    for url in (
+        "postgresql://me@srv:secret@host/db", "postgresql://me:sec:ret@host/db", "mysql+pymysql://host/db?user=me&password=secret",
+        "sqlite:///file:/tmp/q.db?uri=true&Password=secret", "postgresql://me:s@secret@host/db",
+    ):  # fmt: skip
+        assert "secret" not in masked(url), url
+        assert "ret@" not in masked(url), url
+    for url in ("sqlite:///runs/q.db", "postgresql://me@host:5432/db", "--storage=sqlite:///a@b.db"):
+        assert masked(url) == url
     out = tmp_path / "run"
     storage = f"sqlite://user:secret@/{tmp_path / 'x.db'}"
     with pytest.raises(UsageError) as caught:

@@ -163,7 +163,15 @@ def test_energy_is_a_goal_where_a_profile_states_its_power() -> None:
         (missed,) = judge.violations(slow)
         assert f"on x86-host, more than max_energy {seconds * 1e3:.3g} mJ" in missed
     assert Judge(dense, Goals(max_energy="2x", max_latency="4x"), "accuracy").max_seconds("x86-host") == seconds / 4
-    assert "its energy is not known" in Judge(DENSE, Goals(max_energy="2x"), "accuracy").violations(DENSE)[0]
+    assert (
+        "its energy on x86-host is not known" in Judge(DENSE, Goals(max_energy="2x"), "accuracy").violations(DENSE)[0]
+    )
+    both = replace(dense, latency={**dense.latency, "board": DENSE.latency["x86-host"]})  # one of two states its power
+    assert not Judge(both, Goals(max_energy={"x86-host": 10.0}), "accuracy").violations(both)
+    for limit in ({"board": 10.0}, 10.0):
+        assert (
+            "its energy on board is not known" in Judge(both, Goals(max_energy=limit), "accuracy").violations(both)[0]
+        )
     assert Judge(dense, Goals(max_energy=1.0), "accuracy").met_by_dense()
 
 
@@ -178,5 +186,5 @@ def test_memory_is_a_goal_on_every_profile() -> None:
         assert judge.best([dense, small, large]) == small
         assert delivered([dense, small, large], judge, [], ["x86-host"]).count(small) == 1, "dominated, yet asked for"
     assert judge.violations(large) == ["500 kB of memory on x86-host, more than max_memory 360 kB"]
-    assert judge.violations(evaluation(3, 0.9, 0.1)) == ["its memory is not known"]
+    assert judge.violations(evaluation(3, 0.9, 0.1)) == ["its memory on x86-host is not known"]
     assert Judge(dense, Goals(max_memory=10**6), "accuracy").met_by_dense() == ["max_memory (900 kB on x86-host)"]

@@ -16,9 +16,9 @@ from fake_run import make_run, write_fake_run
 from places import TESTS
 
 from autocomp.errors import CorruptError, UsageError
-from autocomp.records.evaluation import Sensitivity
+from autocomp.records.evaluation import Reference, Sensitivity
 from autocomp.records.latency import Latency
-from autocomp.records.run import Run, comparable, read_run, speedup, write_front
+from autocomp.records.run import OURS, Run, comparable, comparable_reference, read_run, speedup, write_front
 from autocomp.records.table import read_evaluations, write_evaluations
 from autocomp.report.build import build_report, render, render_sensitivity
 from autocomp.report.curves import sensitivity_figures
@@ -357,6 +357,31 @@ def test_units() -> None:
         "12.3 ms",
         "1234 ms",
     ]
+
+
+def test_a_password_is_not_on_the_page(tmp_path: Path) -> None:
+    folder = write_fake_run(tmp_path)
+    with (folder / "config.yaml").open("a") as file:
+        file.write("storage: postgresql://me:s3cret@host/db\n")
+    page = build_report(folder).read_text(encoding="utf-8")
+    assert "s3cret" not in page
+    assert "postgresql://me:***@host/db" in page
+
+
+def test_what_ours_compiled_is_not_corrected_for_calls_from_python() -> None:
+    run, _ = make_run()
+    dense = run.dense.evaluation.latency["x86-host"]
+    own, runtime, classic = (
+        Reference(name, {}, replace(dense, seconds=dense.seconds * slower), 1, kind=kind)
+        for name, slower, kind in (
+            (f"{OURS}", 1.25, "runtime"),
+            ("ONNX Runtime fp32", 2.5, "runtime"),
+            ("uniform L1", 0.5, "classic"),
+        )
+    )
+    run = replace(run, references=(own, runtime, classic))
+    assert comparable_reference(runtime, run) == pytest.approx(2 * dense.seconds)
+    assert comparable_reference(classic, run) == pytest.approx(0.5 * dense.seconds)
 
 
 def test_classic_recipes_are_told_from_other_runtimes() -> None:

@@ -15,6 +15,7 @@ import torch
 import autocomp
 from autocomp.api import SearchResult
 from autocomp.cli.main import main
+from autocomp.config.settings import read_settings
 from autocomp.errors import UsageError
 from autocomp.graph.analyse import analyse
 from autocomp.hardware.profile import load_profile
@@ -75,6 +76,29 @@ def test_a_front_is_made_again_for_other_weights(first: SearchResult, tmp_path: 
         assert likelihood == pytest.approx(point.metrics["likelihood"], abs=1e-5)
     page = again.report.read_text()
     assert again.folder.name in page
+
+
+def test_a_recipe_is_known_by_its_file_not_by_the_name_in_it(
+    recipe: str, spaces: dict[str, str], tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(Path(recipe).read_text() + "name: layers\n")  # as one that is shipped
+    settings = {
+        "trials": 8, "measurements": 2, "space": spaces["wide"], "recover": "20 steps", "recipe": str(mine),
+        "references": False, "deterministic": True,
+    }  # fmt: skip
+    run = autocomp.search(tiny_task.learning(), out=tmp_path / "run", **settings)
+    assert any(p.recovered is not None for p in run.front)
+    again = autocomp.search(retrained(), replay=run.folder, out=tmp_path / "again")
+    assert read_settings(again.folder / "config.yaml").recipe == str(mine)
+    assert {p.recovered.learning_rate for p in again.front if p.recovered is not None} <= {3e-3}
+
+    mine.write_text(mine.read_text().replace("0.003", "0.006"))  # the same name, another training
+    with pytest.raises(UsageError, match="is not what it was when this run trained"):
+        autocomp.search(tiny_task.learning(), out=tmp_path / "run", resume=True, **settings)
+    mine.write_text(mine.read_text().replace("name: layers", "name: other"))
+    with pytest.raises(UsageError, match="whose file is not known"):
+        autocomp.search(retrained(), replay=again.folder.with_name("run"), out=tmp_path / "third", recover=None)
 
 
 def test_one_point_goes_on_without_the_run_it_is_of(first: SearchResult, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import yaml
 import autocomp
 from autocomp.api import SearchResult
 from autocomp.cli.main import main
+from autocomp.config.addresses import JOURNAL
 from autocomp.errors import UsageError
 from autocomp.front.goals import Judge
 from autocomp.records.evaluation import Evaluation, untrained
@@ -27,7 +28,7 @@ from autocomp.records.run import read_run
 from autocomp.records.table import read_evaluations
 from autocomp.run.folder import CONFIG, STUDY
 from autocomp.run.found import Found
-from autocomp.study.storage import JOURNAL, read_study
+from autocomp.study.storage import read_study
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_tuning")]
 TESTS = Path(tiny_task.__file__).parent
