@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from autocomp.cache import cache_dir, sweep, write_atomically
 from autocomp.errors import UsageError
@@ -239,6 +239,9 @@ def _decode(line: bytes) -> KernelRecord | None:
     return record_from_json(json.loads(body))
 
 
+MOST_UNROLLED = 4096  # of our own tiles the largest has 224
+
+
 class _TileFields(BaseModel):
     """What `kernels.templates.Tile` has; a field that is not there has its default."""
 
@@ -252,6 +255,13 @@ class _TileFields(BaseModel):
     band: int = Field(default=0, ge=0, le=1 << 20)
     matrix: bool = False
     bytes: int = Field(default=0, ge=0)  # that the record of a stream has in a tile's place
+
+    @model_validator(mode="after")
+    def _in_bounds(self) -> _TileFields:
+        """What is unrolled is a few thousand instructions at most: a compiler would not come to an end with more."""
+        if max(self.rows, 1) * max(self.vectors, 1) * self.unroll > MOST_UNROLLED:
+            raise ValueError(f"unrolls more than {MOST_UNROLLED} steps")
+        return self
 
 
 class RecordFields(BaseModel):

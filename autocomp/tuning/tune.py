@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from autocomp.errors import AutocompError
+from autocomp.errors import AutocompError, last_line
 from autocomp.hardware.profile import Profile
 from autocomp.kernels import templates
 from autocomp.kernels.tile import Anchor, Tile
@@ -116,8 +118,24 @@ class Tuner:
     def _tuned(self, kernel: _Kernel, trials: int) -> Tuned:
         record = self.store.get(kernel.key)
         assert record is not None
-        tile = Tile(**record.tile)
-        return Tuned(templates.apply(kernel.function, tile, kernel.anchor, self.profile), record, trials)
+        if (
+            function := self._scheduled(kernel, record)
+        ) is None:  # of a file of others', which fits nothing here: the last record counts
+            trials += self._race([kernel])[kernel.key]
+            record = self.store.get(kernel.key)
+            assert record is not None
+            function = self._scheduled(kernel, record)
+        if function is None:
+            raise AutocompError(f"the kernel {kernel.key} has no schedule that builds")
+        return Tuned(function, record, trials)
+
+    def _scheduled(self, kernel: _Kernel, record: KernelRecord) -> Any | None:
+        """The function with a record's tile; None where that is not one of its."""
+        try:
+            return templates.apply(kernel.function, Tile(**record.tile), kernel.anchor, self.profile)
+        except Exception as error:
+            print(f"the record of {kernel.key} does not fit: {last_line(error)}", file=sys.stderr)  # into the run's log
+            return None
 
     def _race(self, kernels: Sequence[_Kernel]) -> dict[str, int]:
         """Find the best tiles of kernels that are in the store afterwards; their trials by key."""
@@ -170,7 +188,8 @@ class Tuner:
     def _tiles(self, kernel: _Kernel, stop_early: bool) -> list[Tile]:
         """The tiles to measure; only one where a kernel with the same loops and another epilogue was tuned before."""
         if stop_early and kernel.loops and (sibling := self.store.find(*kernel.loops)):
-            return [Tile(**sibling.tile)]
+            with suppress(TypeError):  # no tile of a kernel's: a file of others'
+                return [Tile(**sibling.tile)]
         return templates.tiles(kernel.anchor, self.profile)[: self.budget if stop_early else _PEAK_TILES]
 
     def _others(self, kernel: _Kernel, tried: Sequence[Tile]) -> list[Tile]:

@@ -33,6 +33,14 @@ def test_records_survive_and_the_last_of_a_key_counts(tmp_path: Path) -> None:
     assert again.find("dense", (4, 16), (9,)) is None
 
 
+def test_a_tile_that_no_compiler_comes_to_an_end_with_is_no_record(tmp_path: Path) -> None:
+    store = KernelStore(tmp_path, IDENTITY)
+    store.add(dataclasses.replace(record("a"), tile={"rows": 4096, "vectors": 64, "unroll": 4096}))
+    again = KernelStore(tmp_path, IDENTITY)
+    assert again.corrupt == 1
+    assert again.get("a") is None
+
+
 def test_damaged_lines_are_skipped_and_counted(tmp_path: Path) -> None:
     store = KernelStore(tmp_path, IDENTITY)
     for key in "abc":
@@ -99,3 +107,27 @@ def test_a_device_keeps_the_empty_store_it_is_given(tmp_path: Path) -> None:
     device = LocalDevice(profile, store)  # which measures its peaks
     assert device.store is device.tuner.store is store
     assert len(store)
+
+
+@pytest.mark.parametrize("tile", [{"rows": 5, "vectors": 3, "unroll": 7, "matrix": True}, {"bytes": 64}])
+def test_a_record_that_fits_no_kernel_is_tuned_anew(tile: dict[str, int], tmp_path: Path) -> None:
+    """Whole and with its checksum, as a store of others' may have it."""
+    import torch
+
+    from autocomp.compiler.build import build
+    from autocomp.tuning.tune import Tuner
+
+    profile = load_profile("x86-host")
+    model, x = torch.nn.Sequential(torch.nn.Linear(24, 40)).eval(), torch.randn(4, 24)
+    store = KernelStore(tmp_path, IDENTITY)
+    build(model, (x,), profile, Tuner(profile, store, budget=1))
+    bad = [dataclasses.replace(one, tile=tile) for one in store.records() if one.spatial]
+    assert bad
+    for one in bad:
+        store.add(one)
+    again = KernelStore(tmp_path, IDENTITY)
+    compiled = build(model, (x,), profile, Tuner(profile, again, budget=1))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.run(x), model(x), rtol=1e-4, atol=1e-5)
+    kept = {one.key: one.tile for one in KernelStore(tmp_path, IDENTITY).records()}
+    assert all(kept[one.key] != tile for one in bad)
