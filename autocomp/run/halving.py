@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autocomp.errors import UsageError
 from autocomp.measurement.measurer import reason_of
 from autocomp.processes.outcome import Outcome
 from autocomp.processes.pool import Workers, cores
@@ -28,9 +27,9 @@ from autocomp.recovery.recipe import Recipe
 from autocomp.recovery.schedules import DRAWING, Span
 from autocomp.run.entrants import drafted, entrants, survivors, trainable
 from autocomp.run.folder import LOST
-from autocomp.run.identity import taught, taught_otherwise
 from autocomp.run.jobs import FOLDER, Done, Job, renewed, trained
 from autocomp.run.predictor import ENOUGH, features, fitted, little, predictions
+from autocomp.run.taught import refuse_other_lessons
 from autocomp.tasks.task import evaluate_task
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ class Stage:
         )
         with progress.stage("training: the teacher's answers"):
             teaching = self._teaching()
-            self._refuse_others(teaching)
+            refuse_other_lessons(self.found.search, f"{self.key}:taught", self.prepared.task, teaching)
         if (known := search.get_attr(f"{self.key}:entered")) is None:
             with progress.stage("training: the learning rate"):
                 known = self._enter(teaching)
@@ -141,19 +140,6 @@ class Stage:
         seconds = DRAWING * self.left() if self.left() < float("inf") else float("inf")
         teaching.lessons.draw(seconds)
         return teaching
-
-    def _refuse_others(self, teaching: Teaching) -> None:
-        """UsageError where this training was begun with other data, another loss or augmentation: its rounds would not be comparable."""
-        task, key = self.prepared.task, f"{self.key}:taught"
-        now = taught(task, teaching)
-        before = self.found.search.get_attr(key)
-        if before is None:
-            self.found.search.set_attr(key, now)
-        elif changed := taught_otherwise(before, now):
-            raise UsageError(
-                f"this training was begun otherwise: {', '.join(changed)} changed since. Go on with what they were, or train anew, with another "
-                "recipe or length: `autocomp recover`"
-            )
 
     def _enter(self, teaching: Teaching) -> dict[str, Any] | None:
         """Who enters, and the learning rate that the one in the middle of them, by what it has lost, bears; None where nobody does."""

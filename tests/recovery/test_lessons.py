@@ -16,7 +16,7 @@ from autocomp.recovery.lessons import Teaching, owned
 from autocomp.recovery.losses import Features
 from autocomp.recovery.objective import batch_loss
 from autocomp.recovery.recipe import load_recipe
-from autocomp.run.identity import taught, taught_otherwise
+from autocomp.run.taught import taught, taught_otherwise
 from autocomp.tasks.task import Task
 
 
