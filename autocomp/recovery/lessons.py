@@ -116,9 +116,9 @@ class Lessons:
                     break
             else:
                 self.passes, complete = passes + 1, len(self.pool)
-                if self.passes > 1 and _same(
-                    self.pool[0], self.pool[before]
-                ):  # nothing is augmented: one pass says all
+                if self.passes == 2 and _alike(
+                    self.pool[:before], self.pool[before:]
+                ):  # nothing is drawn at random: one pass says all
                     complete, self.passes, self.still = before, 1, True
                     break
                 continue
@@ -231,5 +231,10 @@ def _bytes(lesson: Lesson) -> int:
     return sum(tensor.nbytes for tensor in (*lesson.inputs, *lesson.rows))
 
 
-def _same(one: Lesson, other: Lesson) -> bool:
-    return all(a.shape == b.shape and bool((a == b).all()) for a, b in zip(one.inputs, other.inputs, strict=True))
+def _alike(first: Sequence[Lesson], second: Sequence[Lesson]) -> bool:
+    """Whether two passes have the same inputs in the same order."""
+    return len(first) == len(second) and all(
+        a.shape == b.shape and bool((a == b).all())
+        for one, other in zip(first, second, strict=True)
+        for a, b in zip(one.inputs, other.inputs, strict=True)
+    )

@@ -167,5 +167,8 @@ def test_what_a_training_is_taught_with_is_known_again(change: Callable[[Task], 
 def test_another_order_of_the_same_data_is_no_change() -> None:
     task = tiny_task.learning()
     task.train = Shuffled()
-    first, second = taught(task, drawn(task)), taught(task, drawn(task))
-    assert taught_otherwise(first, second) == []
+    for _ in range(4):
+        one = drawn(task)
+        assert not one.lessons.still
+        assert one.lessons.each_pass == 6
+        assert taught_otherwise(taught(task, one), taught(task, drawn(task))) == []
