@@ -104,9 +104,13 @@ class Judge:
 
     def max_seconds(self, profile: str) -> float | None:
         """What both limits leave of time on a profile: energy follows it."""
+        limits = (self.max_latency(profile), self.energy_seconds(profile))
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def energy_seconds(self, profile: str) -> float | None:
+        """The seconds in which an inference takes as much energy as it may on a profile; None without a limit, or where that is not known."""
         there, energy = self.dense.latency.get(profile), self.max_energy(profile)
-        enough = energy / there.watts if energy is not None and there and there.watts else None
-        return min((limit for limit in (self.max_latency(profile), enough) if limit is not None), default=None)
+        return energy / there.watts if energy is not None and there and there.watts else None
 
     def max_memory(self, profile: str) -> float | None:
         """The limit on a profile, in bytes; None where there is none, or the uncompressed model's memory is not known."""

@@ -148,7 +148,11 @@ def _figures(
     judge = page.judge
     for k, profile in enumerate(run.profiles):
         taken = page.recommended.evaluation.candidate.id if page.recommended and page.met else None
-        limits = {"max_drop": judge.max_drops.get(judge.objective), "max_latency": judge.max_seconds(profile)}
+        limits = {
+            "max_drop": judge.max_drops.get(judge.objective),
+            "latency": judge.max_latency(profile),
+            "energy": judge.energy_seconds(profile),
+        }
         figure = figures.front_figure(run, evaluations, profile, page.knee, limits, taken)
         before, moved = recovery.arrows(run, evaluations, profile)
         figure["data"][1:1] = before

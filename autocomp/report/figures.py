@@ -365,17 +365,19 @@ def _goal_lines(
     line = {"type": "line", "line": {"color": "@goal", "width": 1.5, "dash": "dash"}, "layer": "below"}
     note = {"showarrow": False, "font": {"color": "@goal", "size": 12}}
     shapes, notes = [], []
-    drop, latency = goals.get("max_drop"), goals.get("max_latency")
+    drop = goals.get("max_drop")
     if drop is not None and metric.name in dense.metrics:
         y = (dense.metrics[metric.name] + (-drop if metric.higher_is_better else drop)) * metric.scale
         shapes.append({**line, "xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y})
         place = {"xref": "paper", "x": 1, "xanchor": "right", "y": y, "yanchor": "top"}
         notes.append({**note, **place, "text": "goal: largest drop"})
-    if latency is not None:
-        x = latency * 1e3
+    for name in ("latency", "energy"):
+        if (seconds := goals.get(name)) is None:
+            continue
+        x = seconds * 1e3
         shapes.append({**line, "yref": "paper", "y0": 0, "y1": 1, "x0": x, "x1": x})
         place = {"yref": "paper", "y": 0, "yanchor": "bottom", "x": x, "xanchor": "left"}
-        notes.append({**note, **place, "text": "goal: latency"})
+        notes.append({**note, **place, "text": f"goal: {name}"})
     return shapes, notes
 
 
