@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import saved_tables
@@ -299,7 +299,10 @@ def main() -> None:
     for name in options.task:
         found[name] = compared(name, options.trials, options.seeds, [OURS, *(s for s in options.samplers if s != OURS)])
         print(f"{name}: gain over random search, beside TPE's: {gain(found[name])}", flush=True)
+        published(found, options.trials, options.seeds, not options.quick)  # each as it is done: all of them take long
 
+
+def published(found: dict[str, Any], trials: int, seeds: int, write: bool) -> None:
     columns = [
         (_spread, "hypervolume"),
         (_spread, "at equal seconds"),
@@ -317,7 +320,7 @@ def main() -> None:
         for sampler, by in samplers.items()
     ]
     notes = [
-        f"{options.trials} told trials, {options.seeds} seeds: mean and standard deviation. Divergence is measured on {', '.join(TASKS)} and "
+        f"{trials} told trials, {seeds} seeds: mean and standard deviation. Divergence is measured on {', '.join(TASKS)} and "
         "read from saved tables on the others, seconds are predicted. Seconds are the processor's; "
         f"a run ends when its sampler has thought for {MOST:g} of them.",
         "The engine's gain of hypervolume over random search, beside TPE's: "
@@ -333,7 +336,7 @@ def main() -> None:
         ">seconds",
         ">told",
     ]
-    publish("search", headings, rows, {"tasks": found}, load_profile(PROFILE), notes, not options.quick, "tasks")
+    publish("search", headings, rows, {"tasks": found}, load_profile(PROFILE), notes, write, "tasks")
 
 
 if __name__ == "__main__":
