@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +12,7 @@ from autocomp.config.settings import Settings, load_settings
 from autocomp.errors import ModelWarning, UsageError, shown
 from autocomp.hardware.profile import Profile, load_profile
 from autocomp.processes.chatter import caught
-from autocomp.processes.one import at_work, is_at_work
+from autocomp.processes.one import alone, at_work, is_at_work
 from autocomp.progress import Progress
 from autocomp.records.evaluation import Sensitivity
 from autocomp.records.latency import Latency
@@ -36,20 +34,6 @@ if TYPE_CHECKING:
     from autocomp.run.automatic import Resolved
     from autocomp.run.forecast import Plan
     from autocomp.run.verdict import Gated
-
-
-@contextmanager
-def _alone(limit: float | None = None) -> Iterator[None]:
-    """Hold what one thread at a time may have; one that compiles is waited for.
-
-    UsageError where another has it for long, or where a ``limit`` on a user's function cannot be kept.
-    """
-    if limit is not None and threading.current_thread() is not threading.main_thread():
-        raise UsageError(
-            "evaluate_timeout works in the main thread alone: work there, or in a process of its own, or leave it out"
-        )
-    with at_work(long=True):
-        yield
 
 
 def search(
@@ -110,7 +94,7 @@ def search(
         raise UsageError(
             "a search from within autocomp's work, such as from Task.evaluate, is none: search one after the other"
         )
-    with _alone(settings.evaluate_timeout):
+    with alone(settings.evaluate_timeout):
         return searched(settings, task, resume, progress, given)
 
 
@@ -153,14 +137,14 @@ def recover(
     read = load_recipe(recipe)
     if isinstance(what, SearchResult | str | Path):
         folder = what.folder if isinstance(what, SearchResult) else Path(what)
-        with _alone(_limit_of(folder)):
+        with alone(_limit_of(folder)):
             return trained_run(folder.absolute(), task, str(recipe), amount, points, progress)
     if points:
         raise UsageError("points are of a run: give its folder, or the point alone")
     if task is None:
         raise UsageError("a model is trained with the data of its task: autocomp.recover(model, task=…)")
     found = task if isinstance(task, Task) else load_task(task, progress)
-    with _alone(), one_thread(), in_float32(), caught(None, progress.console), progress.stage("training"):
+    with alone(), one_thread(), in_float32(), caught(None, progress.console), progress.stage("training"):
         model = what.load() if isinstance(what, Point) else what
         if amount[1] == "epochs":
             return recovered(model, found, read, Span(steps=None), epochs=int(amount[0]))
@@ -207,7 +191,7 @@ def gate(
     if not 0 <= slower < 1:
         raise UsageError(f"slower must be a share of the speed-up, from 0 to below 1; got {shown(slower)}")
     limit = _limit_of(Path(run))
-    with _alone(limit), one_thread(), in_float32(), caught(None, progress.console if progress else None):
+    with alone(limit), one_thread(), in_float32(), caught(None, progress.console if progress else None):
         return judged_again(run, point, baseline, slower, task, progress)
 
 
@@ -280,7 +264,7 @@ def check(settings: Settings, progress: Progress | None = None) -> dict[str, Any
     """
     from autocomp.run.checked import checked
 
-    with _alone():
+    with alone():
         return checked(settings, progress)
 
 
@@ -307,7 +291,7 @@ def resolve(settings: Settings, task: Task | None = None, progress: Progress | N
     check_names(settings)
     progress = progress or Progress()
     task = task or load_task(settings.task or "", progress)
-    with _alone():
+    with alone():
         return chosen(settings, task, progress)
 
 
@@ -330,7 +314,7 @@ def plan(settings: Settings, progress: Progress | None = None) -> Plan:
     progress = progress or Progress()
     task = load_task(settings.task, progress)
     settings = resolve(settings, task, progress).settings if settings.auto is True else settings
-    with _alone(), one_thread(), in_float32(), caught(None, progress.console):
+    with alone(), one_thread(), in_float32(), caught(None, progress.console):
         return forecast(settings, task, progress)
 
 
@@ -365,7 +349,7 @@ def sensitivity(
     progress = progress or Progress()
     task = load_task(settings.task, progress)
     with (
-        _alone(),
+        alone(),
         one_thread(),
         in_float32(),
         tempfile.TemporaryDirectory() as folder,
@@ -429,8 +413,8 @@ def _compiled(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...], 
     """The device and the module, compared with torch on the example, on inputs made up beside it, and on a second call."""
     from autocomp.compiler.handover import checked_inputs, describe_outputs
     from autocomp.devices.open import open_device
-    from autocomp.graph.plain import plain
-    from autocomp.tasks.untouched import evaluating, in_float32
+    from autocomp.graph.plain import evaluating, plain
+    from autocomp.tasks.untouched import in_float32
 
     found = profile if isinstance(profile, Profile) else load_profile(profile)
     model, given, _ = plain(model, checked_batch(example_inputs, "example_inputs"), "the model", "example_inputs")

@@ -28,9 +28,8 @@ from autocomp.config.settings import load_settings
 from autocomp.hardware.profile import load_profile
 from autocomp.tasks.task import Task
 
-sys.path.append(
-    str(Path(__file__).resolve().parent.parent / "tests")
-)  # the corpus, whose packages some of the models are from
+# the corpus, whose packages some of the models are from
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
 TRIALS = 1000
 COUNTED = ("layer database", "fitting the additive model", "measuring baselines", "solving for seeds", "searching")
@@ -172,13 +171,10 @@ def main() -> None:
     for name in options.model:
         case = CASES[name]
         data[name] = in_a_process(name, *((12, 1) if options.quick else (case.trials, case.measurements)))
-        if not options.quick:
-            published(data)
-    if options.quick:
-        published(data, write=False)
+        published(data, not options.quick)  # each as it is done: all of them take long
 
 
-def published(data: dict[str, Any], write: bool = True) -> None:
+def published(data: dict[str, Any], write: bool) -> None:
     headings = [
         "model", ">layers", ">database (s)", ">told", ">a trial (s)", ">measured", ">measuring (s)",
         ">database, trials, measuring (s)", ">whole search (s)", ">goal (s)", ">peak memory",

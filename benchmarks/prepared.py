@@ -16,6 +16,7 @@ from autocomp.accuracy.proxy import stitch_and_score
 from autocomp.database.calibrate import Statistics
 from autocomp.database.database import LayerDatabase
 from autocomp.database.stitch import stitch
+from autocomp.devices.open import open_device
 from autocomp.graph.graph import Graph
 from autocomp.hardware.profile import load_profile
 from autocomp.progress import Progress
@@ -23,6 +24,7 @@ from autocomp.records.candidate import Candidate
 from autocomp.run.prepare_task import compressed_layers, prepare_task
 from autocomp.space.file import SpaceFile, load_space
 from autocomp.space.space import Space
+from autocomp.study.costs import Costs
 from autocomp.tasks.task import Task, evaluate_task, load_task
 
 TASKS = ("digits", "digits-mobile", "tokens")
@@ -52,14 +54,24 @@ class Prepared:
         return value if self.task.higher_is_better else -value
 
 
-def prepare(name: str, space: str | SpaceFile = "default", samples: int = 256, folder: Path | None = None) -> Prepared:
+def prepare(
+    task: str | Task, space: str | SpaceFile = "default", samples: int = 256, folder: Path | None = None
+) -> Prepared:
     """Load a task (training its model unless it is cached) and build its layer database, in a temporary folder unless given."""
     torch.set_num_threads(1)
     rules = space if isinstance(space, SpaceFile) else load_space(space)
-    ready = prepare_task(load_task(name), rules, [load_profile("x86-host")], samples)
+    ready = prepare_task(load_task(task) if isinstance(task, str) else task, rules, [load_profile("x86-host")], samples)
     folder = folder or Path(tempfile.mkdtemp(prefix="autocomp-benchmark-"))
     statistics, database = compressed_layers(ready, folder, samples, 0, Progress())
     return Prepared(ready.task, ready.graph, ready.space, statistics, database, additive_model(database.tables()))
+
+
+def costs_of(prepared: Prepared) -> Costs:
+    """What its candidates cost by its tables, and by a latency model of the kernels that the cache has measured, which stays as it is."""
+    device = open_device(load_profile("x86-host"))
+    device.model.fit_kernels(device.store.records())
+    tables = prepared.database.tables()
+    return Costs(prepared.graph, prepared.space, tables, {device.profile.name: device}, settled=True)
 
 
 def in_floats(candidate: Candidate, space: Space) -> Candidate:

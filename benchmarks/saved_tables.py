@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,16 +23,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from cost import random_task
-from prepared import draw
+from prepared import costs_of, draw, prepare
 
 from autocomp.accuracy.additive import AdditiveModel
 from autocomp.database.database import LayerTable
-from autocomp.devices.open import open_device
-from autocomp.hardware.profile import load_profile
-from autocomp.progress import Progress
 from autocomp.records.candidate import Candidate, Method
 from autocomp.run.explore import FITTED
-from autocomp.study.costs import Costs
 from autocomp.study.parameters import Choices
 from autocomp.study.solver import Factor, Problem, make_problem
 
@@ -131,26 +126,17 @@ def save(
 
 def made(name: str) -> Path:
     """Build a model's layer database, stitch and score random candidates, and save what comes of it."""
-    from autocomp.accuracy.proxy import stitch_and_score
-    from autocomp.run.prepare_task import compressed_layers, prepare_task
-    from autocomp.space.file import load_space
+    ready = prepare(random_task(name), samples=SAMPLES)
+    costs = costs_of(ready)
 
-    profile = load_profile("x86-host")
-    ready = prepare_task(random_task(name), load_space("default"), [profile], SAMPLES)
-    with tempfile.TemporaryDirectory() as folder:
-        _, database = compressed_layers(ready, Path(folder), SAMPLES, 0, Progress())
-        device = open_device(profile)
-        device.model.fit_kernels(device.store.records())
-        costs = Costs(ready.graph, ready.space, database.tables(), {profile.name: device}, settled=True)
+    def read(drawn: Sequence[Candidate]) -> list[float]:
+        return [ready.score(candidate)[1] for candidate in drawn]
 
-        def read(drawn: Sequence[Candidate]) -> list[float]:
-            return [stitch_and_score(ready.task.model, ready.graph, database, one)[1] for one in drawn]
-
-        others = draw(ready.space, 2 * FITTED, seed=1)
-        costs.observe(others, read(others))
-        costs.fit([])
-        drawn = draw(ready.space, FITTED)
-        return save(name, database.tables(), drawn, read(drawn), costs.problem())
+    others = draw(ready.space, 2 * FITTED, seed=1)
+    costs.observe(others, read(others))
+    costs.fit([])
+    drawn = draw(ready.space, FITTED)
+    return save(name, ready.database.tables(), drawn, read(drawn), costs.problem())
 
 
 def main() -> None:

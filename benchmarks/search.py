@@ -26,11 +26,10 @@ import numpy as np
 import saved_tables
 from common import earlier, mean_and_spread, publish
 from cost import CASES
-from prepared import TASKS, Prepared, draw, prepare
+from prepared import TASKS, Prepared, costs_of, draw, prepare
 from threadpoolctl import threadpool_limits
 
 from autocomp.accuracy.additive import additive_model
-from autocomp.devices.open import open_device
 from autocomp.front.pareto import hypervolume
 from autocomp.hardware.profile import load_profile
 from autocomp.processes.pool import map_in_processes
@@ -38,7 +37,6 @@ from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation, Source
 from autocomp.run.explore import SEEDS_AGAIN, SOLVER_SEEDS, UNIFORM_KEEPS
 from autocomp.space.file import SpaceFile
-from autocomp.study.costs import Costs
 from autocomp.study.samplers import OURS
 from autocomp.study.solver import Problem, neighbours, solve_front
 from autocomp.study.study import Choices, Engine, Search, open_search
@@ -82,10 +80,7 @@ class TaskBench:
 
     def __init__(self, name: str, space: str | SpaceFile = "default") -> None:
         self.prepared: Prepared = prepare(name, space)
-        device = open_device(load_profile(PROFILE))
-        device.model.fit_kernels(device.store.records())
-        space, graph = self.prepared.space, self.prepared.graph
-        self.costs = Costs(graph, space, self.prepared.database.tables(), {PROFILE: device}, settled=True)
+        self.costs, space = costs_of(self.prepared), self.prepared.space
         self.offered = Choices(space.widths, space.methods)
         self.every = Choices(space.every_width, space.every_method)
         self.normalise, self.problem = space.normalise, self.costs.problem

@@ -21,7 +21,7 @@ from autocomp.records.evaluation import FORMAT_VERSION, Evaluation
 from autocomp.records.latency import latency_to_json
 from autocomp.records.precisions import INT8
 from autocomp.records.recovery import recovery_to_json
-from autocomp.records.run import Verified
+from autocomp.records.run import Verified, is_of_others
 
 if TYPE_CHECKING:
     import torch
@@ -125,14 +125,14 @@ def refuse_foreign(folder: Path, metrics: Mapping[str, float] | None = None) -> 
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         said, whose = manifest["sha256"].get(WEIGHTS), manifest.get("id", folder.name)
-        other = metrics is not None and manifest.get("metrics", dict(metrics)) != dict(metrics)
+        other = metrics is not None and is_of_others(manifest, metrics)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{folder / MANIFEST} is missing or damaged, so nobody knows what {WEIGHTS} is: {last_line(error)}"
         ) from error
     if whose != folder.name:
         raise UsageError(f"{folder} holds the files of another point, {whose}: write them again with --resume")
-    if other:  # it was trained, and the run was stopped before the front was written
+    if other:
         raise UsageError(
             f"{folder} holds the point with other metrics than front.json says: the run was stopped at its end. Go on with --resume"
         )

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 # Without VNNI, ONNX Runtime sums pairs of 8-bit products in 16 bits, which large weights beside large activations overflow. This option of a
 # session has it multiply exactly, more slowly [onnxruntime_session_options_config_keys.h, kOrtSessionOptionsAvx2PrecisionMode].
-NARROW, SMALL = 16, 64  # bits and entries: of a stored weight, at most and at least
 EXACT = {"session.x64quantprecision": "1"}
+NARROW, SMALL = 16, 64  # bits and entries: of a stored weight, at most and at least
 
 
 def export_onnx(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...], path: Path) -> Path:

@@ -61,21 +61,29 @@ def plain(
     return model, tuple(_bare(plain_tensor(tensor)) for tensor in inputs), notes
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode meanwhile, each of its modules as it was afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 def refuse_another(
     given: nn.Module, its_inputs: Sequence[Tensor], model: nn.Module, inputs: Sequence[Tensor], what: str
 ) -> None:
     """UsageError if what `plain` made of a model computes something else than the model: hooks of a wrapper that was taken off, code that looks
     at its own precision. Left at that where the model cannot be run as it is (its device is not here)."""
-    modes = {module: module.training for module in given.modules()}
     try:
-        with torch.no_grad():
-            expected = given.eval()(*(tensor.clone() for tensor in its_inputs))
+        with torch.no_grad(), evaluating(given):
+            expected = given(*(tensor.clone() for tensor in its_inputs))
             found = model.eval()(*(tensor.clone() for tensor in inputs))
     except Exception:
         return
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     short = any(t.dtype in (torch.float16, torch.bfloat16) for t in (*given.parameters(), *its_inputs))
     for theirs, ours in zip(_tensors_in(expected), _tensors_in(found), strict=False):
         theirs, ours = plain_tensor(theirs.detach()).double(), plain_tensor(ours.detach()).double()

@@ -34,6 +34,18 @@ def at_work(long: bool = False) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def alone(limit: float | None = None) -> Iterator[None]:
+    """Hold the process for something long. UsageError as `at_work`, and where a ``limit`` on a user's function cannot be kept: off the main
+    thread (`interrupt.limited`)."""
+    if limit is not None and threading.current_thread() is not threading.main_thread():
+        raise UsageError(
+            "evaluate_timeout works in the main thread alone: work there, or in a process of its own, or leave it out"
+        )
+    with at_work(long=True):
+        yield
+
+
 def is_at_work() -> bool:
     """Whether this thread holds the process for something long already."""
     lock = _lock

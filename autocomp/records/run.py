@@ -132,6 +132,11 @@ class FrontPoint:
     deployed: Mapping[str, Deployed] = field(default_factory=dict)
 
 
+def is_of_others(manifest: Mapping[str, Any], metrics: Mapping[str, float]) -> bool:
+    """Whether a point's manifest is of other weights than have these metrics: it was trained, and the run stopped before it wrote its front."""
+    return bool(manifest.get("metrics", dict(metrics)) != dict(metrics))
+
+
 @dataclass(frozen=True)
 class Summary:
     """Counts of trials, seconds by stage, and Spearman's rank correlation of each accuracy proxy with the objective."""
@@ -151,8 +156,9 @@ class Run:
     ``dense`` and ``baselines`` (uniform compression) are measured like the ``front``; ``references`` come from other runtimes
     and carry validation metrics too. ``hypervolume`` has a value in [0, 1] for every told trial. ``identity`` has digests of what the numbers
     belong to, by what a message calls them: the model's weights, the calibration data, each profile. ``recovery`` is there where
-    candidates were trained, ``expected`` where the run kept what was expected of it. ``goals`` and ``family`` are the settings of these names;
-    None where a version wrote it that left them to the config. ``recipes`` has what recipes say that points were trained by, by their names.
+    candidates were trained, ``expected`` where the run kept what was expected of it.
+    ``goals`` and ``family`` are the settings of these names; None where a version wrote it that left them to the config. ``recipes`` has what
+    recipes say that points were trained by, by their names. ``table`` is a digest of the table of evaluations beside it.
     """
 
     task: TaskInfo
@@ -174,6 +180,7 @@ class Run:
     goals: Mapping[str, Any] | None = None
     family: tuple[str, ...] = ()
     recipes: Mapping[str, Any] = field(default_factory=dict)
+    table: str = field(default="", compare=False)
 
 
 def speedup(evaluation: Evaluation, dense: Evaluation, profile: str) -> float:
@@ -268,10 +275,10 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def refuse_other_table(folder: Path) -> None:
-    """CorruptError if the table of evaluations in a run folder is not the one that ``front.json`` was written with."""
-    said, table = read_json(folder / FRONT).get("table"), folder / EVALUATIONS
-    if said is not None and table.exists() and _digest(table) != said:
+def refuse_other_table(folder: Path, run: Run) -> None:
+    """CorruptError if the table of evaluations in a run folder is not the one that its ``front.json`` was written with."""
+    table = folder / EVALUATIONS
+    if run.table and table.exists() and _digest(table) != run.table:
         raise CorruptError(
             f"{table} is not the table that {FRONT} was written with: it was edited, or is another run's. Put it back, or write both again with "
             "`autocomp search --resume`"
@@ -319,6 +326,7 @@ def read_run(folder: Path) -> Run:
             goals=data.get("goals"),
             family=tuple(str(member) for member in data.get("family", ())),
             recipes=dict(data.get("recipes", {})),
+            table=str(data.get("table", "")),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptError(

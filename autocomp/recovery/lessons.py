@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +17,7 @@ from autocomp.processes import interrupt
 from autocomp.tasks.divergence import Comparison, compare
 from autocomp.tasks.guess import describe
 from autocomp.tasks.task import checked_batch
-from autocomp.tasks.untouched import checksums
+from autocomp.tasks.untouched import unwritten
 
 if TYPE_CHECKING:
     from autocomp.tasks.task import Task
@@ -98,11 +98,8 @@ class Lessons:
 
         UsageError if there is no batch, or one that cannot be used, or the task's other data were written to meanwhile.
         """
-        before = checksums(self.example, self.calibration)
-        self._fill(seconds, most)
-        for name, found in checksums(self.example, self.calibration).items():
-            if found != before[name]:
-                raise UsageError(f"{self.where} changed {name} in place: let it work on copies (tensor.clone())")
+        with unwritten(self.where, self.example, self.calibration):
+            self._fill(seconds, most)
 
     def _fill(self, seconds: float, most: int) -> None:
         start, size, complete = time.monotonic(), 0, 0
@@ -220,7 +217,7 @@ def owned(value: Any) -> Any:
     """The same value in memory of its own, whatever tensors and arrays are in it: what others do to theirs, or to this, concerns nobody."""
     if isinstance(value, Tensor):
         return value.detach().clone()
-    if isinstance(value, Mapping):
+    if type(value) is dict:
         return {key: owned(item) for key, item in value.items()}
     if type(value) in (tuple, list):
         return type(value)(owned(item) for item in value)

@@ -43,7 +43,7 @@ def build_report(folder: Path) -> Path:
     Returns its path. UsageError and CorruptError as ``read_run``; a missing config or provenance is left out.
     """
     run, evaluations = read_run(folder), read_evaluations(folder)
-    refuse_other_table(folder)
+    refuse_other_table(folder, run)
     config = _read(folder / "config.yaml", read_yaml)
     provenance = _read(folder / "provenance.json", read_json)
     path = folder / REPORT
@@ -71,9 +71,10 @@ def render(
 
     here = Path(__file__).parent
     environment = Environment(loader=FileSystemLoader(here), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    # what a run was asked for stands in its front; of earlier versions, in the config alone
-    asked = {"goals": run.goals, "family": list(run.family)} if run.goals is not None else dict(config or {})
-    page = Page(run, _goals(asked.get("goals")), folder)
+    config = dict(config or {})
+    if run.goals is not None:  # what it was asked for stands in its front; of earlier versions, in the config alone
+        config |= {"goals": run.goals, "family": list(run.family)}
+    page = Page(run, _goals(config.get("goals")), folder)
     drawn = _figures(run, evaluations, page)
     return environment.get_template("template.html.j2").render(
         page=page,
@@ -84,7 +85,7 @@ def render(
         family=family_rows(
             page.judge,
             [p.evaluation for p in run.front],
-            _speedups(asked.get("family")),
+            _speedups(config.get("family")),
             page.profiles,
             page.metric,
         ),
@@ -100,7 +101,7 @@ def render(
         failed=[e for e in evaluations if e.state == "failed"],
         stages=page.stages(),
         provenance=_flat({key: value for key, value in (provenance or {}).items() if key != "format_version"}),
-        config=_flat(_settings({**(config or {}), **(asked if run.goals is not None else {})})),
+        config=_flat(_settings(config)),
         created=str((provenance or {}).get("written", ""))[:16].replace("T", " "),
         style=(here / "report.css").read_text(encoding="utf-8"),
         script=(here / "report.js").read_text(encoding="utf-8"),

@@ -13,7 +13,17 @@ from autocomp.config.settings import Goals
 from autocomp.errors import InfeasibleError, UsageError
 from autocomp.front.goals import Judge
 from autocomp.records.evaluation import Evaluation, Reference
-from autocomp.records.run import OURS, Deployed, FrontPoint, Run, Verified, comparable, comparable_reference, speedup
+from autocomp.records.run import (
+    OURS,
+    Deployed,
+    FrontPoint,
+    Run,
+    Verified,
+    comparable,
+    comparable_reference,
+    is_of_others,
+    speedup,
+)
 from autocomp.report import figures
 from autocomp.report.figures import Metric, milliseconds, plain
 from autocomp.report.targets import knee_of
@@ -248,8 +258,7 @@ class Page:
             manifest = read_json(self.folder / str(path))
         except UsageError:
             return False
-        said = manifest.get("metrics") if isinstance(manifest, dict) else None
-        return said is not None and said != dict(point.evaluation.metrics)
+        return isinstance(manifest, dict) and is_of_others(manifest, point.evaluation.metrics)
 
     def _link(self, path: str | None) -> str | None:
         """The address of a file of the run folder; None for what is not there, or leads out of it."""

@@ -74,12 +74,11 @@ def _recipe_of(settings: Settings, run: Run, trained: Recovery, folder: Path) ->
     for address in (settings.recipe, name):
         try:
             recipe = load_recipe(address)
-            if recipe.name == name and run.recipes.get(name, recipe.model_dump(mode="json")) == recipe.model_dump(
-                mode="json"
-            ):
-                return address
         except UsageError:
             continue
+        says = recipe.model_dump(mode="json")
+        if recipe.name == name and run.recipes.get(name, says) == says:
+            return address
     raise UsageError(
         f"the points of {folder} were trained by the recipe {shown(name)}, whose file is not known, or is another by now: give it (--recipe)"
     )

@@ -18,10 +18,8 @@ if TYPE_CHECKING:
 
 _LESSONS = "the training data"
 LOOKED_AT = 64  # batches at most
-SURELY, ROUNDING = (
-    6.0,
-    1e-4,
-)  # standard errors, and of the values, by which means of lessons may differ. Chosen by hand, not measured
+# Standard errors, and of the values, by which means of lessons may differ. Chosen by hand, not measured.
+SURELY, ROUNDING = 6.0, 1e-4
 
 
 def refuse_other_lessons(search: Search, key: str, task: Task, teaching: Teaching) -> None:
@@ -45,13 +43,14 @@ def taught(task: Task, teaching: Teaching) -> dict[str, Any]:
     import torch
 
     from autocomp.recovery.lessons import owned
+    from autocomp.recovery.losses import labels_loss
 
     rows = []
     with torch.no_grad():
         for lesson in teaching.lessons.pool[:LOOKED_AT]:
             row = [value for x in lesson.inputs for value in (x.double().mean(), x.double().square().mean())]
             if teaching.loss is not None:
-                row.append(teaching.loss(teaching.teacher(*lesson.inputs), owned(lesson.target)).double().mean())
+                row.append(labels_loss(teaching.loss, teaching.teacher(*lesson.inputs), owned(lesson.target)))
             rows.append([float(value) for value in row])
     found = np.array(rows, dtype=np.float64).reshape(len(rows), -1)
     random = len(rows) > 1 and not teaching.lessons.still

@@ -34,13 +34,14 @@ def train_candidates(prepared: Prepared, found: Found) -> None:
         again = again or {choice.candidate for choice in prepared.replayed}
         chosen = [e.trial for e in found.told if e.candidate in again and e.state == "measured"]
     recipe = load_recipe(prepared.settings.recipe)
-    begun = found.search.get_attr(RECIPE)
-    if begun is not None and begun != recipe.model_dump(mode="json"):
+    says = recipe.model_dump(mode="json")
+    if (begun := found.search.get_attr(RECIPE)) is None:
+        found.search.set_attr(RECIPE, says)
+    elif begun != says:
         raise UsageError(
             f"the recipe {shown(prepared.settings.recipe)} is not what it was when this run trained: its points would be of two recipes. Put it "
             f"back, or train more by the new one with `autocomp recover {prepared.folder} --recipe {prepared.settings.recipe}`"
         )
-    found.search.set_attr(RECIPE, recipe.model_dump(mode="json"))
     try:
         stage = Stage(prepared, found, recipe, (amount, unit), chosen)
         if stage.done and (since := stage.found_since()):

@@ -253,27 +253,24 @@ def evaluate_task(
     returns).
     """
     from autocomp.graph.plain import taking_any
-    from autocomp.tasks.untouched import checksums, process_kept
+    from autocomp.tasks.untouched import process_kept, unwritten
 
     function, where = {"validation": (task.evaluate, "Task.evaluate"), "test": (task.test, "Task.test")}[split]
     if function is None:
         raise UsageError("this task has no held-out test: Task.test is None")
     # without gradients: those of weights that were rounded are nothing to go by
-    model, before = copy.deepcopy(model).requires_grad_(False), checksums(task.example_inputs, task.calibration)
+    model = copy.deepcopy(model).requires_grad_(False)
     if as_given:
         model.eval()
-    try:
-        with process_kept(), taking_any(model) if task.converted and not as_given else nullcontext():
-            returned = function(model)
-    except BaseException as error:
-        if interrupt.is_stop(error):
-            raise
-        traceback.print_exc()  # into the run's log: the message alone does not say where
-        raise UsageError(f"{where} raised {type(error).__name__}: {last_line(error)}") from error
-    if written := [
-        name for name, found in checksums(task.example_inputs, task.calibration).items() if found != before.get(name)
-    ]:
-        raise UsageError(f"{where} changed {written[0]} in place: let it work on copies (tensor.clone())")
+    with unwritten(where, task.example_inputs, task.calibration):
+        try:
+            with process_kept(), taking_any(model) if task.converted and not as_given else nullcontext():
+                returned = function(model)
+        except BaseException as error:
+            if interrupt.is_stop(error):
+                raise
+            traceback.print_exc()  # into the run's log: the message alone does not say where
+            raise UsageError(f"{where} raised {type(error).__name__}: {last_line(error)}") from error
     if not isinstance(returned, Mapping) or not returned:
         raise UsageError(f"{where} must return a mapping {{metric: value}} with an entry, got {_kind(returned)}")
     metrics: dict[str, float] = {}

@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TextIO
 
+from autocomp.errors import UsageError
+
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
 @contextmanager
@@ -80,18 +82,6 @@ def in_float32() -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """A model in evaluation mode meanwhile, each of its modules as it was afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-@contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """torch's own generator at a seed meanwhile; the caller's goes on afterwards where it was."""
     import torch
@@ -99,6 +89,16 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+@contextmanager
+def unwritten(where: str, inputs: Sequence[Tensor], calibration: Sequence[Sequence[Tensor]]) -> Iterator[None]:
+    """UsageError where what a user's code did meanwhile, ``where`` it stands, changed the task's data; what it raises itself goes before."""
+    before = checksums(inputs, calibration)
+    yield
+    for name, found in checksums(inputs, calibration).items():
+        if found != before.get(name):
+            raise UsageError(f"{where} changed {name} in place: let it work on copies (tensor.clone())")
 
 
 def checksums(inputs: Sequence[Tensor], calibration: Sequence[Sequence[Tensor]]) -> Mapping[str, int]:

@@ -118,9 +118,8 @@ class Tuner:
     def _tuned(self, kernel: _Kernel, trials: int) -> Tuned:
         record = self.store.get(kernel.key)
         assert record is not None
-        if (
-            function := self._scheduled(kernel, record)
-        ) is None:  # of a file of others', which fits nothing here: the last record counts
+        function = self._scheduled(kernel, record)
+        if function is None:  # the record is of a file of others': the last one counts
             trials += self._race([kernel])[kernel.key]
             record = self.store.get(kernel.key)
             assert record is not None
