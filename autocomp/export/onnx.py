@@ -33,6 +33,7 @@ def export_onnx(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...]
     """
     import torch
     from onnxscript import optimizer
+    from onnxscript.rewriter import onnx_fusions
 
     from autocomp.export.onnx_recurrent import with_onnx_recurrences
     from autocomp.graph.fold import fold_batchnorm
@@ -40,7 +41,9 @@ def export_onnx(model: torch.nn.Module, example_inputs: tuple[torch.Tensor, ...]
     try:
         with _quiet(), torch.no_grad():
             program = _program(with_onnx_recurrences(fold_batchnorm(model).eval()), example_inputs)
+            # the exporter's own two steps, but for what is folded
             optimizer.optimize_ir(program.model, should_fold=_may_be_folded)
+            onnx_fusions.fuse(program.model)
             _write_zero_points(program.model)
             program.save(str(path), external_data=False)
     except Exception as error:
