@@ -12,7 +12,7 @@ import numpy as np
 from autocomp.config.quantities import format_bytes, format_joules, format_milliseconds, parse_factor, parse_share
 from autocomp.config.settings import Goals
 from autocomp.errors import InfeasibleError, UsageError, shown, suggest
-from autocomp.front.pareto import knee, pareto_set
+from autocomp.front.pareto import knee, pareto_set, settled
 from autocomp.records.evaluation import Evaluation
 from autocomp.records.run import Run, comparable, speedup
 
@@ -149,7 +149,7 @@ class Judge:
         metric = metric or self.objective
         if metric not in evaluation.metrics or metric not in self.dense.metrics:
             return float("inf")
-        loss = self.dense.metrics[metric] - evaluation.metrics[metric]
+        loss = settled(self.dense.metrics[metric]) - settled(evaluation.metrics[metric])
         return loss if self.higher_is_better else -loss
 
     def slowest(self, evaluation: Evaluation) -> float:
@@ -206,7 +206,8 @@ class Judge:
         """The evaluation to take: what is not limited is optimised.
 
         With a limit on the drop the fastest feasible one; with a limit on latency (or bytes) alone the most accurate; with
-        none the knee of drop against latency. Ties go to the smaller model. One whose latency is noisy is taken only where all are.
+        none the knee of drop against latency, within the standard errors of drops. Ties go to the smaller model. One whose latency is noisy is
+        taken only where all are.
         InfeasibleError names what the nearest one misses.
         """
         met = undisturbed([e for e in evaluations if self.feasible(e)])
@@ -217,7 +218,8 @@ class Judge:
             return min(met, key=lambda e: (self.slowest(e), losses[e.trial], e.bytes))
         if self.goals.any:
             return min(met, key=lambda e: (losses[e.trial], self.slowest(e), e.bytes))
-        at = knee([(losses[e.trial], self.slowest(e)) for e in met])
+        errors = [e.drop_errors.get(self.objective, 0.0) for e in met]
+        at = knee([(losses[e.trial], self.slowest(e)) for e in met], errors)
         return met[at] if at is not None else min(met, key=lambda e: (losses[e.trial], e.bytes))
 
     def member(self, evaluations: Sequence[Evaluation], profile: str, factor: float) -> Evaluation | None:
@@ -299,7 +301,7 @@ def choose_front(measured: Sequence[Evaluation], objective: str, higher_is_bette
     chosen: dict[int, Evaluation] = {}
     profiles = list(measured[0].latency) if measured else []
     for profile in profiles:
-        points = np.array([(sign * e.metrics[objective], e.latency[profile].seconds) for e in measured])
+        points = np.array([(sign * settled(e.metrics[objective]), e.latency[profile].seconds) for e in measured])
         for index in pareto_set(points):
             chosen[measured[index].trial] = measured[index]
     return sorted(chosen.values(), key=lambda e: e.latency[profiles[0]].seconds)

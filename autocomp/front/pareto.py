@@ -110,17 +110,31 @@ def promising(points: npt.ArrayLike, known: npt.ArrayLike, count: int, reference
     return chosen + [left[k] for k in spaced(rows[left], count - len(chosen))]
 
 
-def knee(points: npt.ArrayLike) -> int | None:
+def knee(points: npt.ArrayLike, errors: npt.ArrayLike | None = None) -> int | None:
     """Index of the front point farthest below the chord of the front's ends, points ``[n, 2]``; None for no points.
 
     Axes are scaled to the front's own extent, so the answer does not depend on units. With fewer than three points, or
     none below the chord, it is the point nearest to the ideal corner.
 
+    ``errors`` ``[n]`` are standard errors on the first axis (0 where none is known). Then it is the lowest on the second axis of those that are
+    no more than their own error above that point on the first: the one-standard-error rule (Breiman et al., Classification and Regression
+    Trees, 1984).
+
     Examples:
         >>> knee([(0.0, 10.0), (0.1, 2.0), (1.0, 1.0)])
         1
+        >>> knee([(0.0, 10.0), (0.1, 2.0), (1.0, 1.0)], errors=[0.0, 0.5, 1.5])
+        2
     """
     rows = _rows(points)
+    at = _sharpest(rows)
+    if at is None or errors is None:
+        return at
+    allowed = rows[at, 0] + np.asarray(errors, dtype=np.float64)
+    return min((int(k) for k in pareto_set(rows) if k == at or rows[k, 0] <= allowed[k]), key=lambda k: rows[k, 1])
+
+
+def _sharpest(rows: Floats) -> int | None:
     front = pareto_set(rows)
     if not len(front):
         return None
@@ -161,6 +175,15 @@ def hypervolume_history(points: npt.ArrayLike, reference: tuple[float, float]) -
         else:
             history.append(history[-1] if history else 0.0)
     return history
+
+
+def settled(metric: float) -> float:
+    """A metric without its last binary digits, which the same samples summed in another order change: no point is better by these.
+
+    >>> settled(0.1 + 0.2) == settled(0.3)
+    True
+    """
+    return float(f"{metric:.12g}")
 
 
 def _rows(points: npt.ArrayLike) -> Floats:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from autocomp.config.quantities import format_bytes
-from autocomp.front.pareto import pareto_set
+from autocomp.front.pareto import pareto_set, settled
 from autocomp.records.evaluation import Evaluation, as_searched, untrained
 from autocomp.records.latency import Latency
 from autocomp.records.precisions import FORMATS, INT8
@@ -48,7 +48,8 @@ class Metric:
 
     def loss(self, value: float, dense: float) -> float:
         """How much worse than dense, in the metric's units; negative: better."""
-        return dense - value if self.higher_is_better else value - dense
+        lost = settled(dense) - settled(value)
+        return lost if self.higher_is_better else -lost
 
     def error(self, error: float | None) -> str:
         """``± 0.9`` or three digits of a standard error; nothing where it is not known."""

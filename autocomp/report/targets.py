@@ -33,7 +33,10 @@ def knee_of(run: Run, metric: Metric, profile: str) -> Evaluation | None:
     ]
     kept = undisturbed(kept)
     dense = run.dense.evaluation.metrics.get(metric.name, 0.0)
-    at = knee([(metric.loss(e.metrics[metric.name], dense), e.latency[profile].seconds) for e in kept])
+    at = knee(
+        [(metric.loss(e.metrics[metric.name], dense), e.latency[profile].seconds) for e in kept],
+        [e.drop_errors.get(metric.name, 0.0) for e in kept],
+    )
     return None if at is None else kept[at]
 
 

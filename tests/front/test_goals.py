@@ -8,7 +8,7 @@ import pytest
 
 from autocomp.config.settings import Goals
 from autocomp.errors import InfeasibleError
-from autocomp.front.goals import Judge, delivered, family
+from autocomp.front.goals import Judge, choose_front, delivered, family
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation
 from autocomp.records.latency import Latency
@@ -42,6 +42,18 @@ RUN = [DENSE, evaluation(1, 0.975, 0.5), evaluation(2, 0.97, 0.4, 90_000), evalu
 )
 def test_best(goals: Goals, trial: int) -> None:
     assert Judge(DENSE, goals, "accuracy").best(RUN).trial == trial
+
+
+def test_the_knee_allows_for_standard_errors() -> None:
+    sure = [replace(e, drop_errors={"accuracy": 0.001}) for e in RUN]
+    unsure = [replace(e, drop_errors={"accuracy": 0.08}) for e in RUN]
+    assert Judge(DENSE, Goals(), "accuracy").best(sure).trial == 2
+    assert Judge(DENSE, Goals(), "accuracy").best(unsure).trial == 3
+
+
+def test_a_front_has_no_point_that_is_better_by_its_last_digit() -> None:
+    same = [evaluation(1, 0.9491666666666666, 0.2), evaluation(2, 0.9491666666666667, 0.3)]
+    assert [e.trial for e in choose_front(same, "accuracy", True)] == [1]
 
 
 def test_lower_may_be_better() -> None:

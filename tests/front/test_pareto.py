@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from autocomp.front.pareto import gains, hypervolume, hypervolume_history, knee, pareto_set, promising, ranks, spaced
+from autocomp.front.pareto import (
+    gains,
+    hypervolume,
+    hypervolume_history,
+    knee,
+    pareto_set,
+    promising,
+    ranks,
+    settled,
+    spaced,
+)
 
 points = hnp.arrays(np.float64, st.tuples(st.integers(1, 25), st.just(2)), elements=st.integers(0, 9).map(float))
 CORNER = (10.0, 10.0)
@@ -80,6 +90,11 @@ def test_knee() -> None:
     assert knee([(1, 1)]) == 0
     assert knee([(0, 1), (1, 0)]) in (0, 1)
     assert knee([]) is None
+    noisy = [(0.0, 10.0), (0.1, 2.0), (0.2, 1.5), (1.0, 1.0), (0.15, 3.0)]
+    assert knee(noisy) == 1
+    assert knee(noisy, errors=[0.2] * 5) == 2, "the fastest of those within their own standard error"
+    assert knee(noisy, errors=[0.0] * 5) == 1
+    assert knee([], errors=[]) is None
     scaled = np.array([(10, 1), (2, 2), (1, 10)]) * [1e-6, 1e3]
     assert knee(scaled) == 1
 
@@ -117,3 +132,11 @@ def test_promising_points_fill_the_gaps_of_what_is_known():
     assert promising([(5.0, -1.0), (6.0, -2.0)], [], 1, (1.0, 0.0)) == [1], (
         "where nothing is of use, the front is spread"
     )
+
+
+def test_sums_in_another_order_are_no_gain() -> None:
+    values = [0.995, 0.8625, 0.99]
+    one, other = sum(values) / 3, (values[2] + values[1] + values[0]) / 3
+    assert settled(one) == settled(other)
+    assert settled(0.9491666666666666) == settled(0.9491666666666667)
+    assert settled(-1e-300) == -1e-300
