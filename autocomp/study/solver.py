@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -97,19 +98,28 @@ class Problem:
 
     def costs(self, levels: Levels) -> tuple[Floats, Floats, Floats]:
         """Error, seconds and bytes of many candidates at once: levels ``[n, columns]`` → three arrays ``[n]``."""
-        count = len(levels)
-        error, seconds, size = (
-            np.zeros(count),
-            np.full(count, self.fixed_seconds),
-            np.full(count, float(self.fixed_bytes)),
-        )
-        zero = np.zeros(count, dtype=np.int64)
-        for k, (factor, (i, o)) in enumerate(zip(self.factors, self.sides, strict=True)):
-            at = (levels[:, i] if i >= 0 else zero, levels[:, o] if o >= 0 else zero, levels[:, len(self.groups) + k])
-            error += factor.error[at]
-            seconds += factor.seconds[at]
-            size += factor.bytes[at]
-        return error, seconds, size
+        start, strides, columns, tables = self._flat
+        at = start + sum(levels[:, column] * stride for column, stride in zip(columns, strides, strict=True))
+        error, seconds, size = (table[at].sum(axis=1) for table in tables)
+        return error, self.fixed_seconds + seconds, self.fixed_bytes + size
+
+    @cached_property
+    def _flat(self) -> tuple[Levels, list[Levels], list[Levels], list[Floats]]:
+        """All tables one behind the other, and where a row of levels is read: each factor's start, strides and columns (stride 0: no group)."""
+        shapes = np.array([factor.error.shape for factor in self.factors], dtype=np.int64).reshape(-1, 3)
+        lengths = shapes.prod(axis=1)
+        sides = np.array(self.sides, dtype=np.int64).reshape(-1, 2)
+        strides = [
+            (sides[:, 0] >= 0) * shapes[:, 1] * shapes[:, 2],
+            (sides[:, 1] >= 0) * shapes[:, 2],
+            np.ones_like(lengths),
+        ]
+        columns = [*np.maximum(sides.T, 0), len(self.groups) + np.arange(len(self.factors))]
+        tables = [
+            np.concatenate([getattr(factor, name).ravel() for factor in self.factors] or [np.zeros(0)])
+            for name in ("error", "seconds", "bytes")
+        ]
+        return np.cumsum(lengths) - lengths, strides, columns, tables
 
 
 def make_problem(
