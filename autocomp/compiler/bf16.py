@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autocomp.compiler import convolutions
+from autocomp.compiler.stored import StoredConverter
 from autocomp.compiler.vectors import in_whole_vectors
 from autocomp.hardware.profile import Profile
 from autocomp.kernels import bf16, compute, packing
@@ -35,24 +36,19 @@ def has_kernels(profile: Profile) -> bool:
     return any(FORMATS[name].family is BRAIN for name in profile.precisions)
 
 
-class BrainConverter:
+class BrainConverter(StoredConverter):
     """Emit one layer in bfloat16."""
 
     def __init__(self, program: torch.export.ExportedProgram, profile: Profile, *, convolution: bool) -> None:
-        signature = program.graph_signature
-        self.names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        self.state = {**program.state_dict, **program.constants}
-        self.lanes = profile.lanes
+        super().__init__(program, profile, convolution=convolution)
         self.dot = bf16.dot(profile)
         self.has_kernels = has_kernels(profile)
-        self.convolution = convolution
-        self._rounded: dict[tuple[int, bool], tuple[Any, Any]] = {}
 
     def __call__(self, node: Any, importer: Any) -> Any:
         from tvm import relax
 
         builder, x = importer.block_builder, importer.env[node.args[0]]
-        weight, bias = (self.state[self.names[argument.name]].detach().float().numpy() for argument in node.args[1:3])
+        weight, bias = (self.array(argument) for argument in node.args[1:3])
         if not self.convolution:
             result = self._linear(builder, x, weight)
             return builder.emit(relax.op.add(result, relax.const(np.ascontiguousarray(bias))))
@@ -100,13 +96,10 @@ class BrainConverter:
         return emit
 
     def _round(self, builder: Any, x: Any, *, pairs: bool) -> Any:
-        """``x`` rounded, channels last: once for all layers that read it; its bits (``pairs``), or float32."""
-        from tvm import relax
+        """``x`` rounded, channels last; its bits (``pairs``), or float32."""
+        function = bf16.rounded if pairs else bf16.rounded_in_float32
 
-        key = (hash(x), pairs)
-        if key not in self._rounded:
-            data = builder.emit(relax.op.permute_dims(x, [0, 2, 3, 1])) if self.convolution else x
-            function = bf16.rounded if pairs else bf16.rounded_in_float32
-            value = builder.emit_te(function, data, primfunc_name_hint="to_bf16")
-            self._rounded[key] = (x, value)  # the source is held so that its hash stays taken
-        return self._rounded[key][1]
+        def make() -> Any:
+            return builder.emit_te(function, self.channels_last(builder, x), primfunc_name_hint="to_bf16")
+
+        return self.once(x, make, pairs)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autocomp.compiler import convolutions
+from autocomp.compiler.stored import StoredConverter
 from autocomp.hardware.profile import Profile
 from autocomp.kernels import fp16
 from autocomp.kernels.specs import ConvSpec, DenseSpec
@@ -27,21 +28,17 @@ def lowering(program: torch.export.ExportedProgram, profile: Profile) -> dict[st
     }
 
 
-class HalfConverter:
+class HalfConverter(StoredConverter):
     """Emit one 16-bit layer."""
 
     def __init__(self, program: torch.export.ExportedProgram, profile: Profile, *, convolution: bool) -> None:
-        signature = program.graph_signature
-        self.names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        self.state = {**program.state_dict, **program.constants}
+        super().__init__(program, profile, convolution=convolution)
         self.lanes = 2 * profile.lanes
         self.has_kernels = fp16.has_kernels(profile)
-        self.convolution = convolution
-        self._rounded: dict[int, tuple[Any, Any]] = {}
 
     def __call__(self, node: Any, importer: Any) -> Any:
         builder, x = importer.block_builder, importer.env[node.args[0]]
-        weight, bias = (self.state[self.names[argument.name]].detach().numpy() for argument in node.args[1:3])
+        weight, bias = (self.array(argument) for argument in node.args[1:3])
         if not self.has_kernels:
             return self._in_float32(builder, x, weight, bias, node.args[3:])
         return self._in_float16(builder, x, weight, bias, node.args[3:])
@@ -86,17 +83,16 @@ class HalfConverter:
         return emit
 
     def _round(self, builder: Any, x: Any) -> Any:
-        """``x`` in 16 bits, channels last: once for all layers that read it."""
-        from tvm import relax, te
+        """``x`` in 16 bits, channels last."""
+        from tvm import te
 
-        if hash(x) not in self._rounded:
-            data = builder.emit(relax.op.permute_dims(x, [0, 2, 3, 1])) if self.convolution else x
-            value = builder.emit_te(
+        def make() -> Any:
+            return builder.emit_te(
                 lambda data: te.compute(data.shape, lambda *i: data[i].astype("float16"), name="to_half"),
-                data, primfunc_name_hint="to_half",
+                self.channels_last(builder, x), primfunc_name_hint="to_half",
             )  # fmt: skip
-            self._rounded[hash(x)] = (x, value)  # the source is held so that its hash stays taken
-        return self._rounded[hash(x)][1]
+
+        return self.once(x, make)
 
     def _in_float32(self, builder: Any, x: Any, weight: np.ndarray, bias: np.ndarray, geometry: Any) -> Any:
         from tvm import relax

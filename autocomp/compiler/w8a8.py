@@ -8,6 +8,7 @@ import numpy as np
 
 from autocomp.compiler import convolutions
 from autocomp.compiler.recurrent import LoopConverter
+from autocomp.compiler.stored import StoredConverter
 from autocomp.compiler.vectors import in_whole_vectors
 from autocomp.hardware.profile import Profile
 from autocomp.kernels import compute, packing, requantise
@@ -30,29 +31,24 @@ def lowering(program: torch.export.ExportedProgram, profile: Profile) -> dict[st
     }
 
 
-class QuantisedConverter:
+class QuantisedConverter(StoredConverter):
     """Emit quantise → integer contraction → dequantise for ``autocomp::conv2d_w8a8`` and ``autocomp::linear_w8a8``.
 
     The three are separate functions so that fusion can put dequantise (and the next layer's quantise) into the write-back.
     """
 
     def __init__(self, program: torch.export.ExportedProgram, profile: Profile, *, convolution: bool) -> None:
-        signature = program.graph_signature
-        self.names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        self.state = {**program.state_dict, **program.constants}
+        super().__init__(program, profile, convolution=convolution)
         self.dot = dot_product(profile)
-        self.lanes = profile.lanes
-        self.convolution = convolution
-        self._quantised: dict[tuple[int, float, int], tuple[Any, Any]] = {}
 
     def __call__(self, node: Any, importer: Any) -> Any:
         from tvm import relax
 
         builder = importer.block_builder
         x = importer.env[node.args[0]]
-        weight_array, scale, bias = (self._array(argument) for argument in node.args[1:4])
+        weight_array, scale, bias = (self.array(argument) for argument in node.args[1:4])
         inv_xs, zero_point = node.args[4:6]
-        data = builder.emit(relax.op.permute_dims(x, [0, 2, 3, 1])) if self.convolution else x
+        data = self.channels_last(builder, x)
         zero_point -= self.dot.offset  # of the integers as they are stored
         zero = np.array([zero_point], "int32")
         quantised = self._quantise(builder, x, data, float(inv_xs), int(zero_point))
@@ -81,7 +77,7 @@ class QuantisedConverter:
 
         builder = importer.block_builder
         x = importer.env[node.args[0]]
-        weight_array, scale, bias = (self._array(argument) for argument in node.args[1:4])
+        weight_array, scale, bias = (self.array(argument) for argument in node.args[1:4])
         inv_xs, zero_point = node.args[4:6]
         stride, padding, dilation, groups, output_padding = node.args[6:11]
         zero_point -= self.dot.offset
@@ -170,20 +166,15 @@ class QuantisedConverter:
             primfunc_name_hint="dequantise",
         )  # fmt: skip
 
-    def _array(self, node: Any) -> np.ndarray:
-        """The array of a weight, which the exported graph takes as an input."""
-        result: np.ndarray = self.state[self.names[node.name]].detach().numpy()
-        return result
-
     def _quantise(self, builder: Any, source: Any, data: Any, inv_xs: float, zero_point: int) -> Any:
+        """The integers of ``data``, which is ``source`` in another order: two layers that read one tensor on one scale share them."""
         from tvm import relax
 
-        key = (hash(source), inv_xs, zero_point)
-        if key not in self._quantised:  # two layers that read one tensor on one scale share its integers
-            value = builder.emit_te(
+        def make() -> Any:
+            return builder.emit_te(
                 lambda data, inverse, zero: requantise.quantise(data, inverse, zero, self.dot.activation),
                 data, relax.const(np.array([inv_xs], "float32")), relax.const(np.array([zero_point], "float32")),
                 primfunc_name_hint="quantise",
             )  # fmt: skip
-            self._quantised[key] = (source, value)  # the source is held so that its hash stays taken
-        return self._quantised[key][1]
+
+        return self.once(source, make, inv_xs, zero_point)
