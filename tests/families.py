@@ -97,6 +97,18 @@ class Gated(nn.Module):
         return self.down(functional.glu(y, -1) if self.gate is None else y * functional.silu(self.gate(x)))
 
 
+class Summed(nn.Module):
+    """Channels weighed by the mean of others, which stay, or go with the whole branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.summed, self.up, self.down = nn.Linear(24, 8), nn.Linear(24, 32), nn.Linear(32, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.summed(x).mean(2, keepdim=True)
+        return self.down(functional.relu(self.up(x)) * torch.sigmoid(weight))
+
+
 class Encoder(nn.Module):
     """A pre-norm block of attention and FFN over [N, TOKENS, 24], its mean classified."""
 
@@ -232,6 +244,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
     ),
     "torch's encoder": (lambda: Encoder(torch_encoder(), mlp()), "attention.layers.1.self_attn.in_proj_weight", HEADS),
     "torch's encoder, ffn": (lambda: Encoder(torch_encoder(), mlp()), "attention.layers.0.linear1", 48),
+    "summed": (lambda: Encoder(Summed(), mlp()), "attention.up", 32),
     "halves gated": (lambda: Encoder(Attention(), Gated(True)), "ffn.up", 32),
     "two layers gated": (lambda: Encoder(Attention(), Gated(False)), "ffn.up", 32),
     "conformer": (lambda: Encoder(Attention(), Convolution()), "ffn.gated", 32),

@@ -39,7 +39,11 @@ def make_groups(ties: Ties, layers: Mapping[str, Layer], model: nn.Module) -> li
             stuck.setdefault(int(atoms[0]), []).append(name)
     for component, makers in stuck.items():
         reason = ties.frozen.get(component, "no layer reads its channels")
-        groups.append(Group(makers[0], layers[makers[0]].out_channels, tuple(makers), (), (), False, reason))
+        width = layers[makers[0]].out_channels
+        sizes = {name: layers[name].out_channels for name in makers}
+        # all of them stay, or go with a branch that they are inside of: which unit a channel belongs to says nothing more
+        rows = {name: tuple(range(size)) if size == width else (0,) * size for name, size in sizes.items()}
+        groups.append(Group(makers[0], width, tuple(makers), (), (), False, reason, rows, segments=(0,) * width))
     return groups
 
 

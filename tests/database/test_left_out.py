@@ -21,7 +21,7 @@ from autocomp.space.build import build_space
 from autocomp.space.file import Rule
 
 torch.set_num_threads(1)
-KINDS = ("plain", "inverted", "conformer", "torch's encoder", "grouped heads")
+KINDS = ("plain", "inverted", "conformer", "torch's encoder", "grouped heads", "summed")
 DEPTH = EVERYTHING.model_copy(update={"rules": [*EVERYTHING.rules, Rule(layers="*", depth=True)]})
 
 

@@ -33,7 +33,7 @@ def test_the_group_is_found_and_offered(name):
     assert group.prunable, group.reason
     assert group.width == width
     reasons = {g.name: g.reason for g in graph.groups.values() if not g.prunable}
-    allowed = ("output", "fixed width", "normalised")
+    allowed = ("output", "fixed width", "normalised", "summed")
     assert all(any(word in why for word in allowed) for why in reasons.values()), reasons
 
 
