@@ -210,7 +210,7 @@ def _write_manifest(
         "metrics": dict(evaluation.metrics),
         **({} if evaluation.recovered is None else {"recovered": recovery_to_json(evaluation.recovered)}),
         "bytes": evaluation.bytes,
-        "latency": {name: _brief(latency_to_json(latency)) for name, latency in evaluation.latency.items()},
+        "latency": latencies_of(evaluation),
         "verified": {kind: asdict(check) for kind, check in verified.items()},
         "onnx_session_options": EXACT if eight_bits else {},  # for processors without VNNI
         "sha256": {path.name: checksum(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST},
@@ -223,8 +223,13 @@ def renew_manifest(folder: Path, evaluation: Evaluation) -> None:
     path = folder / MANIFEST
     if path.exists():
         manifest = json.loads(path.read_text())
-        manifest["latency"] = {name: _brief(latency_to_json(latency)) for name, latency in evaluation.latency.items()}
+        manifest["latency"] = latencies_of(evaluation)
         write_atomically(path, (json.dumps(manifest, indent=2) + "\n").encode())
+
+
+def latencies_of(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
+    """A point's latencies by profile, as a manifest has them."""
+    return {name: _brief(latency_to_json(latency)) for name, latency in evaluation.latency.items()}
 
 
 def _brief(latency: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch.utils import _pytree
 from autocomp.errors import ExportError, cut
 from autocomp.graph.batches import part, shape_of
 from autocomp.graph.exporting import exported, plain_outputs
-from autocomp.graph.program import Batch, CanonicalModel, Code, source_of
+from autocomp.graph.program import Batch, CanonicalModel, Code, Held, source_of
 from autocomp.graph.reader import Reader
 from autocomp.graph.samples import Axes, doubled, find_batch, near, varying_axes
 from autocomp.graph.sizes import name_sizes
@@ -213,6 +213,7 @@ def _assembled(model: nn.Module, reader: Reader, batch: Batch) -> CanonicalModel
         batch,
         reader.graph,
         reader.origins,
+        Held.of(model),
     )
     return CanonicalModel(code, reader.modules, reader.tensors(), sizes)
 

@@ -57,6 +57,21 @@ def folded_bytes(model: nn.Module) -> int:
     return biases + sum(size for place, size in whole.items() if place not in folded)
 
 
+def dense_bytes(model: nn.Module) -> int:
+    """Bytes of the uncompressed model: `folded_bytes`, or what its author's form of it holds, where that is less, since weights are made of
+    others there (tied by a transposition, stored in 8 bits, repeated). A layer that is compressed has weights of its own."""
+    assert isinstance(model, CanonicalModel)
+    held, stored = model.code.held, folded_bytes(model)
+    return stored if held is None else min(stored, held.bytes)
+
+
+def dense_parameters(model: nn.Module) -> int:
+    """Numbers in the parameters of the uncompressed model, counted as `dense_bytes`."""
+    assert isinstance(model, CanonicalModel)
+    held, own = model.code.held, sum(parameter.numel() for parameter in model.parameters())
+    return own if held is None else min(own, held.parameters)
+
+
 def _fold(layer: nn.Module, norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) -> None:
     factor, shift = affine(norm)
     if isinstance(layer, Stored):

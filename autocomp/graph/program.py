@@ -63,12 +63,27 @@ class Batch(NamedTuple):
     fixed: int = 0
 
 
+class Held(NamedTuple):
+    """What the tensors of a model take: bytes, each memory once however many of them lie in it, and numbers in parameters."""
+
+    bytes: int
+    parameters: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Held:
+        memories = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in (*model.parameters(), *model.buffers())
+        }
+        return cls(sum(memories.values()), sum(parameter.numel() for parameter in model.parameters()))
+
+
 @dataclass(frozen=True)
 class Code:
     """What the copies of a canonical model share: its graph and the function made of it. Never changed, never copied.
 
     ``parameters`` are the names of the inputs, ``returns`` the structure of the outputs, ``norms`` maps layer to the BatchNorm
-    that alone reads it. ``graph`` is None in a model that was read from a file.
+    that alone reads it. ``graph`` is None in a model that was read from a file, as is ``held``, what the model that it was made of holds.
     """
 
     source: str
@@ -78,6 +93,7 @@ class Code:
     batch: Batch
     graph: fx.Graph | None = field(default=None, compare=False)
     origins: Mapping[str, str] = field(default_factory=dict)  # of a layer: the line of the user's model it comes from
+    held: Held | None = field(default=None, compare=False)
     run: Callable[..., Sequence[Any]] = field(default=None, compare=False)  # type: ignore[assignment] # made of `source`
 
     def __post_init__(self) -> None:

@@ -102,9 +102,8 @@ class Reader:
 
     def parameters(self, model: nn.Module) -> tuple[str, ...]:
         """Names of the inputs: those of the model's forward where it names them, else the graph's."""
-        given = [
-            p.name for p in inspect.signature(model.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
-        ]
+        known = inspect.signature(model.forward).parameters.values()
+        given = [p.name for p in known if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         return tuple(given[i] if i < len(given) else node.name for i, node in enumerate(self._outside))
 
     def tensors(self) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ Operations are named, and looked up among torch's (`aten`, `prims`), ours (`auto
 from __future__ import annotations
 
 import operator
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from autocomp.graph.program import Batch, CanonicalModel, Code, Size, source_of
 from autocomp.layers.table import FORMS, make, settings_of
 
 FORMAT_VERSION = 1
+_DICTS = (dict, OrderedDict, defaultdict)
 _SPACES = ("aten", "prims", "autocomp")
 _SYMBOLIC = ("sym_max", "sym_min", "sym_float", "sym_int", "sym_ite", "sym_not", "sym_sqrt", "sym_sum")
 
@@ -244,10 +246,17 @@ def _returns(spec: _pytree.TreeSpec) -> Any:
     children = [_returns(child) for child in spec.children()]
     if spec.type is list:
         return children
+    if spec.type in _DICTS:
+        keys = spec.context[1] if spec.type is defaultdict else spec.context
+        if strange := [key for key in keys if not isinstance(key, str | int | float | bool | None)]:
+            raise TypeError(
+                f"the outputs have the key {strange[0]!r}: a file of weights names outputs by texts and numbers only"
+            )
+        return {"dict": list(zip(keys, children, strict=True))}
     names = spec.context
     named = isinstance(names, list | tuple) and len(names) == len(children) and all(isinstance(n, str) for n in names)
     if named:
-        return {"dict" if spec.type is dict else "named": list(zip(names, children, strict=True))}
+        return {"named": list(zip(names, children, strict=True))}
     return {"tuple": children}
 
 

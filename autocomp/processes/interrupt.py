@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 
 _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -63,24 +64,38 @@ class OutOfTime(BaseException):
 
 @contextmanager
 def limited(seconds: float | None) -> Iterator[None]:
-    """Raise `OutOfTime` in what takes longer, once a second until it ends; None: as long as it takes.
+    """Raise `OutOfTime` in what takes longer, once a second until it ends, and at its end in any case: it may have caught that, or returned
+    half of its work. None: as long as it takes.
 
-    In the main thread only, where Python runs: a library's own loop is not ended before it returns.
+    In the main thread, where Python runs: a library's own loop is not ended before it returns, and in another thread nothing is.
     """
-    if seconds is None or threading.current_thread() is not threading.main_thread():
+    if seconds is None:
         yield
         return
+    begun, late = time.monotonic(), OutOfTime(f"not done after {seconds:g} s")
+    with _alarm(seconds, late) if threading.current_thread() is threading.main_thread() else nullcontext():
+        yield
+    if time.monotonic() - begun > seconds:
+        raise late
+
+
+@contextmanager
+def _alarm(seconds: float, late: OutOfTime) -> Iterator[None]:
+    """Raise once a second, from so many on; an alarm that the caller had set rings afterwards."""
 
     def over(_number: int, _frame: FrameType | None) -> None:
-        raise OutOfTime(f"not done after {seconds:g} s")
+        raise late
 
+    begun = time.monotonic()
     before = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    left, every = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - begun), 1e-3), every)
 
 
 def is_stop(error: BaseException) -> bool:

@@ -137,8 +137,10 @@ def _look(task: Task, profiles: Sequence[Profile], timed: bool) -> _Seen:
     import torch
 
     from autocomp.graph.analyse import analyse
+    from autocomp.graph.fold import dense_parameters
 
     graph = analyse(task.model.eval(), task.example_inputs)
+    weights = dense_parameters(task.model)
     samples = sum(count(batch, task.batch_axes) for batch in task.calibration)
     forward = None
     if timed:
@@ -152,7 +154,6 @@ def _look(task: Task, profiles: Sequence[Profile], timed: bool) -> _Seen:
                 forward = (time.perf_counter() - begun) / min(LOOKED_AT, samples)
         except Exception:  # the model's own code: where it cannot take the calibration data, calibrating says which
             forward = None
-    weights = sum(parameter.numel() for parameter in task.model.parameters())
     return _Seen(graph, weights, samples, forward, profiles)
 
 

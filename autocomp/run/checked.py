@@ -11,6 +11,7 @@ from autocomp.hardware.profile import Profile
 from autocomp.processes import interrupt
 from autocomp.processes.chatter import caught
 from autocomp.progress import Progress
+from autocomp.run.prepare_task import said_of_size
 from autocomp.run.start import check_names
 from autocomp.tasks.task import Task, load_task
 
@@ -41,7 +42,7 @@ def checked(settings: Settings, progress: Progress | None = None) -> dict[str, A
         ) from error
     return {
         "task": task.name,
-        "converted": list(task.converted),
+        "converted": [*task.converted, *said_of_size(task.model)],
         "profiles": list(settings.profiles),
         "candidates": space.size,
         "outputs": [

@@ -71,6 +71,8 @@ def refuse_infeasible(settings: Settings, run: Run, folder: Path) -> None:
 
 
 def _make_run(prepared: Prepared, found: Found) -> Run:
+    from autocomp.graph.fold import dense_parameters
+
     task = prepared.task
     objective = objective_of(task, found.dense().metrics)
     dense, points = _verified_front(prepared, found)
@@ -80,10 +82,15 @@ def _make_run(prepared: Prepared, found: Found) -> Run:
     dense_point = held_out.read(next((p for p in points if p.evaluation.trial == dense.trial), FrontPoint(dense)))
     points = [dense_point if p.evaluation.trial == dense.trial else held_out.read(p) for p in points]
     problem = found.costs.problem()
-    parameters = sum(parameter.numel() for parameter in task.model.parameters())
     return Run(
         task=TaskInfo(
-            task.name, task.description, objective, task.higher_is_better, parameters, dense.bytes, task.unit
+            task.name,
+            task.description,
+            objective,
+            task.higher_is_better,
+            dense_parameters(task.model),
+            dense.bytes,
+            task.unit,
         ),
         profiles={name: profile_line(device.profile) for name, device in prepared.devices.items()},
         dense=dense_point,

@@ -19,7 +19,7 @@ from autocomp.progress import Progress, Stage
 from autocomp.records.candidate import Candidate
 from autocomp.run.budget import Budget
 from autocomp.run.identity import compression_of, identity_of, refuse_another, refuse_other_widths
-from autocomp.run.prepare_task import check_training, compressed_layers, prepare_task
+from autocomp.run.prepare_task import check_training, compressed_layers, prepare_task, said_of_size
 from autocomp.run.replay import Choice, choices, only
 from autocomp.space.file import load_space
 from autocomp.space.space import Space
@@ -143,6 +143,8 @@ def prepare(
     if begun is not None:
         refuse_other_widths(begun, ready.space, folder)
     task, graph, inputs = ready.task, ready.graph, ready.inputs
+    for note in said_of_size(task.model):
+        progress.warn(note)
     amount, unit = settings.training
     if amount:
         with progress.stage("trying to train"):

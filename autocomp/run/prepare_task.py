@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autocomp.config.quantities import format_bytes
 from autocomp.errors import UsageError
 from autocomp.graph.batches import first, like
 from autocomp.processes.pool import cores
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from autocomp.space.space import Space, Target
 
 CHECKED_SAMPLES = 4  # inputs on which a compiled module is compared with torch
+ALIKE = 1.01  # times what a model holds that its layers may take without a word; chosen by hand
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,19 @@ def prepare_task(
         with progress.stage("equalising channels"):
             task = _rewritten(task, graph, equalised)
     return PreparedTask(_settled(task, samples), graph, space)
+
+
+def said_of_size(model: torch.nn.Module) -> list[str]:
+    """Why a model's layers take more than the model, where they do."""
+    from autocomp.graph.fold import dense_bytes, folded_bytes
+
+    held, layers = dense_bytes(model), folded_bytes(model)
+    if layers <= ALIKE * held:
+        return []
+    return [
+        f"the model makes some of its weights of others: it holds {format_bytes(held)}, its layers {format_bytes(layers)}. A layer that is "
+        "compressed has weights of its own; sizes are held against what the model holds"
+    ]
 
 
 def check_training(task: Task, recipe: str, seconds: float = math.inf) -> None:

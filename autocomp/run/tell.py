@@ -69,7 +69,7 @@ class Teller:
 
     def _score(self, work: _Work) -> _Scored:
         from autocomp.accuracy.proxy import stitch_and_score
-        from autocomp.graph.fold import folded_bytes
+        from autocomp.graph.fold import dense_bytes, folded_bytes
 
         prepared, start = self.prepared, time.perf_counter()
         try:
@@ -77,7 +77,8 @@ class Teller:
         except Exception as error:  # the model's own code runs here
             return None, reason_of(error), time.perf_counter() - start, 0
         # counted, not looked up: the tables know nothing of tensors that belong to no layer and shrink with one
-        return divergence, "", time.perf_counter() - start, folded_bytes(model)
+        size = dense_bytes if work[0] == prepared.space.dense() else folded_bytes
+        return divergence, "", time.perf_counter() - start, size(model)
 
     def _hopeless(self, evaluation: Evaluation) -> float:
         """The divergence above which a candidate is beaten for certain: by one that was told and is predicted no slower."""

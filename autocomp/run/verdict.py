@@ -192,13 +192,15 @@ class _Checks:
 
     def _otherwise(self, manifest: Any) -> list[str]:
         """What the manifest says otherwise than the run; its bytes are counted."""
+        from autocomp.export.files import latencies_of
+
         point = self.point.record.evaluation
-        seconds = {name: latency.seconds for name, latency in point.latency.items()}
-        said = {name: latency["seconds"] for name, latency in manifest["latency"].items()}
+        verified = {kind: asdict(check) for kind, check in self.point.record.verified.items()}
         pairs = {
             "what was chosen": (manifest["candidate"], point.candidate.to_json()),
             "metrics": (manifest["metrics"], dict(point.metrics)),
-            "latency": (said, seconds),
+            "latency": (manifest["latency"], latencies_of(point)),
+            "what was verified": (manifest.get("verified"), verified),
         }
         return [name for name, (there, here) in pairs.items() if there != here]
 
@@ -219,6 +221,10 @@ class _Checks:
         from autocomp.graph.fold import folded_bytes
 
         was, said, now = self.point.bytes, self._manifest().get("bytes"), folded_bytes(model)
+        if (
+            self.point.record.evaluation.source == "dense"
+        ):  # is as large as what its author's form of it holds (`dense_bytes`)
+            now = min(now, self.found.run.task.bytes)
         text = (
             f"{now} bytes of tensors in model.safetensors, BatchNorm folded; {was} in the run, {said} in the manifest"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from glob import escape
 from itertools import pairwise
 from math import gcd
 from pathlib import Path
@@ -29,6 +30,7 @@ def build_space(graph: Graph, space_file: SpaceFile | str | Path, profile: Targe
     """
     rules = space_file if isinstance(space_file, SpaceFile) else load_space(space_file)
     profiles = list(profile) if isinstance(profile, Sequence) else [profile]
+    rules = _named(graph, rules)
     _check_globs(graph, rules)
     builder = _Builder(graph, rules, profiles)
     counts = {group.name: builder.widths(group) for group in graph.groups.values()}
@@ -39,6 +41,17 @@ def build_space(graph: Graph, space_file: SpaceFile | str | Path, profile: Targe
     for name, reason in graph.skipped.items():
         builder.refuse(name, "every option", reason)
     return Space(graph, widths, methods, tuple(builder.refused), builder.lanes, counts, rules.observer, finer)
+
+
+def _named(graph: Graph, rules: SpaceFile) -> SpaceFile:
+    """The rules where what is the name of a layer means that layer alone, whatever stands in it: ``x[1]`` is a pattern, too."""
+    known = {*graph.layers, *graph.skipped}
+
+    def literal(patterns: list[str]) -> list[str]:
+        return [escape(pattern) if pattern in known else pattern for pattern in patterns]
+
+    named = [rule.model_copy(update={"layers": literal(rule.globs())}) for rule in rules.rules]
+    return rules.model_copy(update={"rules": named, "protect": literal(rules.protect)})
 
 
 def _check_globs(graph: Graph, rules: SpaceFile) -> None:

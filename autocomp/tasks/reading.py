@@ -45,8 +45,9 @@ class Metrics(dict[str, float]):
 
 
 def values_of(value: Any) -> Samples | None:
-    """The values of samples, where a metric is given as these: a tensor, array or list of one axis and two entries at least."""
-    if isinstance(value, str | bytes) or not hasattr(value, "__len__"):
+    """The values of samples, where a metric is given as these: a tensor, array or list of one axis and two entries at least. A
+    tuple is none: of two numbers it would be a mean and its error."""
+    if isinstance(value, str | bytes | tuple) or not hasattr(value, "__len__"):
         return None
     if hasattr(value, "detach"):
         value = value.detach().cpu().double().numpy()

@@ -253,7 +253,7 @@ def evaluate_task(
     returns).
     """
     from autocomp.graph.plain import taking_any
-    from autocomp.tasks.untouched import process_kept, unwritten
+    from autocomp.tasks.untouched import keep_its_place, process_kept, unwritten
 
     function, where = {"validation": (task.evaluate, "Task.evaluate"), "test": (task.test, "Task.test")}[split]
     if function is None:
@@ -271,6 +271,7 @@ def evaluate_task(
                 raise
             traceback.print_exc()  # into the run's log: the message alone does not say where
             raise UsageError(f"{where} raised {type(error).__name__}: {last_line(error)}") from error
+    keep_its_place(model)
     if not isinstance(returned, Mapping) or not returned:
         raise UsageError(f"{where} must return a mapping {{metric: value}} with an entry, got {_kind(returned)}")
     metrics: dict[str, float] = {}
@@ -284,7 +285,8 @@ def evaluate_task(
             number = float(value)
         except (TypeError, ValueError, RuntimeError, OverflowError):
             raise UsageError(
-                f"{where} must return numbers, or values of samples of which the metric is the mean, but {name!r} is {_kind(value)}"
+                f"{where} must return numbers, or values of samples (a list, an array or a tensor) of which the metric is the mean, but "
+                f"{name!r} is {_kind(value)}"
             ) from None
         if not math.isfinite(number):
             raise UsageError(f"{where} must return finite metrics, but {name!r} is {number}")

@@ -6,13 +6,13 @@ import os
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, TextIO
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TextIO
 
 from autocomp.errors import UsageError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 @contextmanager
@@ -67,18 +67,51 @@ def _opened(number: int, stream: TextIO, file: int | None) -> TextIO:
 
 @contextmanager
 def in_float32() -> Iterator[None]:
-    """torch's default type and products as they are delivered, whatever a task's module set: the one enters what is exported, the others are
-    what compiled modules are compared with."""
+    """torch's default type, products, device and modes as they are delivered, whatever the caller or a task's module set: the one enters what is
+    exported, the others are what compiled modules are compared with, and what trains needs gradients."""
     import torch
 
     before, products = torch.get_default_dtype(), torch.get_float32_matmul_precision()
     torch.set_default_dtype(torch.float32)
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with ExitStack() as modes:
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.enable_grad())
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    modes.enter_context(torch.autocast(kind, enabled=False))
+            if torch.get_default_device().type != "cpu":
+                modes.enter_context(torch.device("cpu"))
+            yield
     finally:
         torch.set_default_dtype(before)
         torch.set_float32_matmul_precision(products)
+
+
+_shells: list[nn.Module] = []  # of models that were judged: empty
+
+
+def _holders(thing: Any) -> int:
+    return sys.getrefcount(thing)
+
+
+def _one_holder() -> int:
+    thing = object()
+    return _holders(thing)
+
+
+_ONE_HOLDER = (
+    _one_holder()
+)  # what counts for something that the caller alone holds: other releases of Python count otherwise
+
+
+def keep_its_place(model: nn.Module) -> None:
+    """Keep what is left of a model that nobody else holds, emptied, so that no later one gets its address: a function that remembers what it
+    found by ``id(model)`` would take the one for the other."""
+    if sys.getrefcount(model) <= _ONE_HOLDER:
+        vars(model).clear()
+        _shells.append(model)
 
 
 @contextmanager

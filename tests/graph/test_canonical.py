@@ -413,3 +413,19 @@ def test_objects_among_the_outputs_are_left_out_at_every_size() -> None:
     x = torch.randn(3, 7, 6)
     (answer,) = _pytree.tree_leaves(found(x))
     assert torch.allclose(answer, model(x)["logits"])
+
+
+def test_inputs_by_place_alone_have_their_names() -> None:
+    class Placed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, a: Tensor, /, b: Tensor) -> Tensor:
+            return self.inner(a) - b
+
+    model, a, b = Placed().eval(), torch.randn(2, 4), torch.randn(2, 4)
+    found = canonical(model, (a, b))
+    assert found.code.parameters == ("a", "b")
+    with torch.no_grad():
+        torch.testing.assert_close(found(a, b=b), model(a, b=b))

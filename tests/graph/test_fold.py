@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import nets
 import pytest
 import torch
@@ -9,7 +11,8 @@ from torch import nn
 
 from autocomp.compress.scales import activation_parameters, quantised
 from autocomp.graph.canonical import canonical
-from autocomp.graph.fold import fold_batchnorm
+from autocomp.graph.fold import dense_bytes, dense_parameters, fold_batchnorm, folded_bytes
+from autocomp.run.prepare_task import said_of_size
 
 torch.set_num_threads(1)
 
@@ -69,3 +72,62 @@ def test_a_factorised_layer_folds_into_its_last_factor():
         assert isinstance(folded.block1.bn1, nn.Identity)
         with torch.no_grad():
             torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class Tied(nn.Module):
+    """An autoencoder whose decoder is its encoder turned over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(64, 128)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(torch.relu(self.inner(x)), self.inner.weight.t())
+
+
+class Small(nn.Module):
+    """A weight in 8 bits, made wide when it is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randint(-127, 127, (64, 64), dtype=torch.int8))
+        self.scale = nn.Parameter(torch.rand(64, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.float() * self.scale)
+
+
+class Repeated(nn.Module):
+    """A weight that is there many times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.repeat(8, 1))
+
+
+@pytest.mark.parametrize(("made", "parameters"), [(Tied, 64 * 128 + 128), (Small, 64), (Repeated, 8 * 64)])
+def test_a_model_is_as_large_as_what_it_holds(made: type[nn.Module], parameters: int) -> None:
+    given = made().eval()
+    model = canonical(given, (torch.randn(2, 64),))
+    stored = sum(tensor.nbytes for tensor in (*given.parameters(), *given.buffers()))
+    assert dense_bytes(model) == stored < folded_bytes(model)
+    assert dense_parameters(model) == parameters
+    assert len(said_of_size(model)) == 1
+    assert dense_bytes(copy.deepcopy(model)) == stored
+
+
+def test_what_only_training_needs_is_not_counted() -> None:
+    class Aided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.aid = nn.Linear(8, 8), nn.Linear(8, 512)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.aid(self.used(x)) if self.training else self.used(x)
+
+    model = canonical(Aided().eval(), (torch.randn(2, 8),))
+    assert dense_bytes(model) == folded_bytes(model) == 4 * 72
+    assert said_of_size(model) == []

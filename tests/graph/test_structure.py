@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -192,3 +194,42 @@ def test_tensors_of_one_memory_are_written_and_read_back(tmp_path: Path) -> None
     x = torch.randn(5, 12)
     assert torch.equal(again(x), model(x))
     assert structure["aliases"] == {"b": "a"}, "the same tensor is written once"
+
+
+def two_outputs(arrange: Any) -> nn.Module:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            return arrange(self.a(x), self.b(x))
+
+    return Model().eval()
+
+
+@pytest.mark.parametrize(
+    "arrange",
+    [
+        lambda a, b: {1: a, 0: b},
+        lambda a, b: {-1: a, 0: b},
+        lambda a, b: {"0": a, 0: b},
+        lambda a, b: {True: a, 2.5: b},
+        lambda a, b: {None: a, "x": b},
+        lambda a, b: OrderedDict([(1, a), (0, b)]),
+        lambda a, b: OrderedDict([("x", a), ("y", b)]),
+        lambda a, b: defaultdict(list, {1: a, 0: b}),
+    ],
+)
+def test_outputs_keep_their_keys(arrange: Any) -> None:
+    model, x = two_outputs(arrange), torch.randn(2, 4)
+    with torch.no_grad():
+        expected, actual = model(x), again(model, (x,))(x)
+    assert list(actual) == list(expected)
+    for key, value in expected.items():
+        assert torch.equal(actual[key], value), key
+
+
+def test_keys_that_no_file_holds_are_refused() -> None:
+    with pytest.raises(TypeError, match=re.escape("the outputs have the key (1, 2)")):
+        again(two_outputs(lambda a, b: {(1, 2): a, "x": b}), (torch.randn(2, 4),))

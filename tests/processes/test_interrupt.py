@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -99,3 +101,51 @@ def test_threads_do_not_handle_signals() -> None:
     thread.start()
     thread.join()
     assert not faults
+
+
+def slow(seconds: float) -> None:
+    begun = time.monotonic()
+    while time.monotonic() - begun < seconds:
+        time.sleep(0.01)
+
+
+def test_a_limit_holds_where_what_it_raised_was_caught() -> None:
+    with (
+        pytest.raises(interrupt.OutOfTime, match=r"not done after 0\.05 s"),
+        interrupt.limited(0.05),
+        contextlib.suppress(BaseException),
+    ):
+        slow(5.0)
+    with interrupt.limited(5.0):
+        slow(0.01)
+
+
+def test_a_limit_holds_in_another_thread_once_it_is_over() -> None:
+    said: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with interrupt.limited(0.05):
+                slow(0.1)
+        except interrupt.OutOfTime as error:
+            said.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert len(said) == 1
+
+
+def test_the_callers_own_alarm_rings_afterwards() -> None:
+    rung: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, _frame: rung.append(number))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with interrupt.limited(10.0):
+            slow(0.2)
+            assert not rung
+        slow(0.1)
+        assert rung == [signal.SIGALRM]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)

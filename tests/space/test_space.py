@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from autocomp.errors import UsageError
 from autocomp.graph.analyse import analyse
@@ -205,3 +206,22 @@ def test_unknown_names_suggest(graph):
         load_space("defualt")
     with pytest.raises(UsageError, match="matches no layer"):
         build_space(graph, rules(EVERYTHING, {"layers": "blok1.conv1"}), Avx512())
+
+
+def test_the_name_of_a_layer_means_that_layer_whatever_stands_in_it() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleDict({"x1": nn.Linear(64, 64), "x[1]": nn.Linear(64, 64), "y": nn.Linear(64, 4)})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers.values():
+                x = torch.relu(layer(x))
+            return x
+
+    graph = analyse(Odd().eval(), (torch.randn(2, 64),))
+    assert "layers.x[1]" in graph.layers
+    space = build_space(graph, rules(EVERYTHING, protect=["layers.x[1]"]), Avx512())
+    assert len(space.methods["layers.x[1]"]) == 1 < len(space.methods["layers.x1"])
+    ruled = build_space(graph, rules({**EVERYTHING, "layers": "layers.x[1]"}), Avx512())
+    assert len(ruled.methods["layers.x1"]) == 1 < len(ruled.methods["layers.x[1]"])

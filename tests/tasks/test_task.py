@@ -16,6 +16,7 @@ from torch import nn
 
 from autocomp.errors import UsageError
 from autocomp.tasks.task import Task, evaluate_task, load_task, objective_of
+from autocomp.tasks.untouched import in_float32
 
 
 def parts(**changes: Any) -> dict[str, Any]:
@@ -266,3 +267,46 @@ def test_device_and_autocast_are_put_back() -> None:
     finally:
         torch.set_default_device(None)
         torch.set_autocast_enabled("cpu", False)
+
+
+def test_no_two_models_are_judged_at_one_address() -> None:
+    seen: list[int] = []
+
+    def evaluate(model: nn.Module) -> Mapping[str, float]:
+        seen.append(id(model))
+        return {"accuracy": 1.0}
+
+    task = Task(**parts(evaluate=evaluate))
+    for _ in range(20):
+        evaluate_task(task, task.model)
+    assert len(set(seen)) == 20
+
+
+def test_a_model_that_its_judge_keeps_stays_whole() -> None:
+    kept: list[nn.Module] = []
+
+    def evaluate(model: nn.Module) -> Mapping[str, float]:
+        kept.append(model)
+        return {"accuracy": 1.0}
+
+    task = Task(**parts(evaluate=evaluate))
+    evaluate_task(task, task.model)
+    assert torch.equal(kept[0](torch.ones(1, 3)), task.model(torch.ones(1, 3)))
+
+
+def test_a_mean_and_its_error_are_no_samples() -> None:
+    task = Task(**parts(evaluate=lambda model: {"accuracy": (0.97, 0.003)}))
+    with pytest.raises(UsageError, match=r"a list, an array or a tensor.*tuple"):
+        evaluate_task(task, task.model)
+
+
+def test_the_callers_modes_change_nothing() -> None:
+    layer, x = nn.Linear(8, 8), torch.randn(2, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        with in_float32():
+            assert layer(x).dtype == torch.float32
+            assert layer(x).requires_grad
+            assert torch.zeros(1).device.type == "cpu"
+        assert not torch.is_grad_enabled()
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.zeros(1).is_meta
