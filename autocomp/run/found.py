@@ -21,7 +21,7 @@ from autocomp.records.evaluation import Evaluation, Source, as_searched, untrain
 from autocomp.records.latency import Latency
 from autocomp.run.folder import LOST, PLACE, study_of
 from autocomp.run.identity import FIRST, first_widths
-from autocomp.run.judged import ignores_its_model, judged_otherwise
+from autocomp.run.judged import ignores_its_model, judged_otherwise, of_other_samples
 from autocomp.run.prepare import Prepared
 from autocomp.run.replay import ATTRIBUTE, to_json
 from autocomp.study.aims import thought_misses
@@ -215,7 +215,12 @@ class Found:
             self._warn(f"{why}; points are not comparable with one another")
 
     def doubt_metrics(self) -> None:
-        """Warn of the usual slip of a closure."""
+        """Warn of the usual slip of a closure, and of metrics whose samples follow the model."""
+        if names := of_other_samples(self.told, self.dense()):
+            self._warn(
+                f"{', '.join(names)}: Task.evaluate read more samples of some models than of others. Differences between them then say little, "
+                "and have no standard error but by chance: judge all models on the same samples"
+            )
         if count := ignores_its_model(self.told, self.dense()):
             self._warn(
                 f"Task.evaluate gave all of {count} compressed models exactly the numbers of the uncompressed one, though they answer "

@@ -40,6 +40,12 @@ def ignores_its_model(told: Sequence[Evaluation], dense: Evaluation) -> int:
     return len(others) if alike and len(others) >= ENOUGH_TO_DOUBT else 0
 
 
+def of_other_samples(told: Sequence[Evaluation], dense: Evaluation) -> list[str]:
+    """The metrics that were read of more samples of some model than of the uncompressed one, or of fewer: they choose them by the model."""
+    measured = [e for e in told if e.state == "measured" and e.source != "dense"]
+    return [name for name in dense.errors if any(name in e.errors and name not in e.drop_errors for e in measured)]
+
+
 def _witnesses(
     told: Sequence[Evaluation], dense: Evaluation, before: Callable[[Evaluation], Metrics | None]
 ) -> Iterator[tuple[str, Evaluation]]:
