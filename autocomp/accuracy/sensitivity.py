@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 def curves(tables: Iterable[LayerTable]) -> list[Sensitivity]:
     """Return a row for each rank and each precision of each layer at dense widths, and for each width of each group in fp32.
 
-    Methods that are both low rank and quantised are no point of either curve and are left out.
+    Methods that are both low rank and quantised are no point of either curve and are left out, as are precisions that do not hold a weight.
     """
     rows: list[Sensitivity] = []
     by_group: dict[str, dict[int, tuple[float, float]]] = {}
@@ -43,7 +44,7 @@ def curves(tables: Iterable[LayerTable]) -> list[Sensitivity]:
         full = max(size for _, size in found.values())
         narrower = list(found.items())[1:]  # the first is all of it
         rows += [Sensitivity(group, "width", str(width), error, size / full) for width, (error, size) in narrower]
-    return rows
+    return [row for row in rows if math.isfinite(row.error)]
 
 
 def masks(model: nn.Module, graph: Graph, statistics: Statistics) -> Iterator[list[Sensitivity]]:

@@ -228,8 +228,12 @@ class LayerDatabase:
             for b, better in enumerate(methods):
                 if b == m or better in dropped or not same_kernels(layer, method, better, profiles):
                     continue
-                error, size = table.error[..., b] - table.error[..., m], table.bytes[..., b] - table.bytes[..., m]
-                if (error <= 0).all() and (size <= 0).all() and ((error < 0).any() or (size < 0).any() or b < m):
+                one, other = (
+                    table.error[..., b],
+                    table.error[..., m],
+                )  # infinite, where a precision does not hold the weights
+                size = table.bytes[..., b] - table.bytes[..., m]
+                if (one <= other).all() and (size <= 0).all() and ((one < other).any() or (size < 0).any() or b < m):
                     dropped[method] = better
                     break
         return dropped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -38,7 +39,7 @@ class Entry:
 
     ``parts`` are one module, or the factors in order. ``error`` [O] is Fisher times dW_o H dW_o^T for each output
     (nats a sample; where activations are rounded too, their noise is in it). A grouped convolution's entry, depthwise
-    or not, has the rows of the kept groups only.
+    or not, has the rows of the kept groups only. It is infinite where a precision does not hold the weights at all.
     """
 
     layer: str
@@ -46,6 +47,10 @@ class Entry:
     method: Method
     parts: tuple[Part, ...]
     error: Tensor
+
+    def __post_init__(self) -> None:
+        if bool(self.error.isnan().any()):  # of infinite weights
+            object.__setattr__(self, "error", self.error.masked_fill(self.error.isnan(), math.inf))
 
     def constant(self, rows: Tensor | None = None) -> Tensor:
         """What a layer gives, by output channel, that keeps no inputs."""
