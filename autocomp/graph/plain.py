@@ -23,6 +23,7 @@ WHOLE, SHORT = (
     0.1,
 )  # of an output's range, that a float32 copy may differ by: of float64 models, and of those in 16 bits
 CONVERTED = (torch.float16, torch.bfloat16, torch.float64)
+COMPLEX = (torch.complex64, torch.complex128)
 _KEPT = (torch.float32, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _WRAPPERS = (
     "_orig_mod",
@@ -50,7 +51,7 @@ def plain(
     _refuse_scripted(model, what)
     named = list(_named_tensors(model))
     for name, tensor in named:
-        check_tensor(tensor, f"{name} of {what}", "load or initialise the weights first")
+        check_tensor(tensor, f"{name} of {what}", "load or initialise the weights first", held=True)
     for index, tensor in enumerate(inputs):
         check_tensor(tensor, f"{which}[{index}]")
     tensors = [tensor for _, tensor in named]
@@ -96,8 +97,9 @@ def refuse_another(
             )
 
 
-def check_tensor(tensor: Tensor, what: str, remedy: str = "give real values") -> None:
-    """UsageError if a tensor has no values, or values of a kind that no kernel here computes in."""
+def check_tensor(tensor: Tensor, what: str, remedy: str = "give real values", held: bool = False) -> None:
+    """UsageError if a tensor has no values, or values of a kind that no kernel here computes in; of one that a model holds, complex ones are
+    computed with in their parts (`graph.complex_numbers`)."""
     from torch._subclasses.fake_tensor import FakeTensor
     from torch.nn.parameter import is_lazy
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -108,7 +110,7 @@ def check_tensor(tensor: Tensor, what: str, remedy: str = "give real values") ->
         raise UsageError(f"{what} has no values (it is a {'meta' if tensor.is_meta else 'fake'} tensor): {remedy}")
     if is_traceable_wrapper_subclass(tensor):
         raise UsageError(f"{what} is a {type(tensor).__name__}, no plain tensor: give the model as it was before")
-    if tensor.is_quantized or tensor.dtype not in (*_KEPT, *CONVERTED):
+    if tensor.is_quantized or tensor.dtype not in (*_KEPT, *CONVERTED, *(COMPLEX if held else ())):
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise UsageError(
             f"{what} is of {dtype}: models are taken in fp32, fp16, bf16 or fp64, and their inputs in these, integers or bool"

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree
 
 from autocomp.errors import ExportError
+from autocomp.graph import complex_numbers
 from autocomp.graph.aliases import usual
 from autocomp.graph.layer_calls import LAYER_CALLS, Call, Constant
 from autocomp.graph.recurrent_calls import EXPANSIONS
@@ -95,6 +96,10 @@ class Reader:
             last = node
         assert last is not None
         outputs = _pytree.tree_map_only(fx.Node, self._value_of, list(last.args[0]))
+        if any(isinstance(value, complex_numbers.Pair) for value in outputs):
+            raise ExportError(
+                "an output of the model is complex, which no compiled module returns: return torch.view_as_real of it"
+            )
         self.graph.output([self._materialised(value) for value in outputs])
         self.graph.eliminate_dead_code(lambda node: node.op == "output" or node.op == "placeholder" or _writes(node))
         self._make_modules()
@@ -212,6 +217,12 @@ class Reader:
         return _pytree.tree_map_only(Tensor, lambda t: Constant(t, "", made_of), value)
 
     def _dynamic(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        if (found := complex_numbers.expanded(self, node, args, kwargs)) is not None:
+            if node in self._written:
+                raise ExportError(
+                    f"{node.target} writes into complex numbers, at {_place(node)}: make a new tensor instead"
+                )
+            return found
         if _name(node) == "getitem" and not isinstance(args[0], fx.Node):
             return args[0][args[1]]
         if node.target is torch.ops.aten.cat.default:  # an empty cache adds nothing, and may have any rank

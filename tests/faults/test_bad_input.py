@@ -592,7 +592,7 @@ TASK = [
     ("model_meta", "has no values"),
     ("model_lazy", "is lazy"),
     ("model_scripted", "was scripted or traced"),
-    ("model_complex", "is of complex64"),
+    ("model_complex", "ComplexFloat"),
     ("inputs_tensor", "write (tensor,)"),
     ("inputs_none", "Task.example_inputs must be a non-empty tuple"),
     ("inputs_empty", "Task.example_inputs must be a non-empty tuple"),

@@ -152,7 +152,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["Task.model was scripted or traced", "give the nn.Module"],
     ),
     "traced inside": (traced_inside, ["module '1' of Task.model was scripted or traced"]),
-    "complex": (lambda: with_weight(lambda t: t.to(torch.complex64)), ["buffer 'table' of Task.model is of complex64"]),
+    "complex": (lambda: with_weight(lambda t: t.to(torch.complex32)), ["buffer 'table' of Task.model is of complex32"]),
     "float8": (lambda: with_weight(lambda t: t.to(torch.float8_e4m3fn)), ["is of float8_e4m3fn", "fp32"]),
     "quantised": (
         lambda: with_weight(lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)),

@@ -6,6 +6,7 @@ import torch
 
 from autocomp.compiler.operations.decompositions import FROM_TORCH, OURS, decompositions
 from autocomp.compiler.operations.support import ADVICE
+from autocomp.graph.complex_numbers import IN_COMPLEX_NUMBERS
 
 _HEAD = """# Operations that are compiled
 
@@ -39,6 +40,11 @@ def page() -> str:
         _section("Translated by TVM's importer", rest),
         _section("Written as the operations above", rewritten),
         _section("Decomposed by torch", by_torch, "Compiled where what they come down to is."),
+        _section(
+            "In complex numbers",
+            sorted(IN_COMPLEX_NUMBERS),
+            "Computed as pairs of real numbers, transforms as products with cosines and sines. Outputs must be real (`torch.view_as_real`).",
+        ),
         "## Refused, and what to do\n\n" + "".join(f"- `{name}`: {text}\n" for name, text in sorted(ADVICE.items())),
     ]
     return "\n".join(parts)
