@@ -227,6 +227,10 @@ class _Compression:
         return parts, applied, self.fisher * error
 
     def _range(self, sample: Tensor, low: float, high: float) -> tuple[float, float]:
+        if not (
+            math.isfinite(low) and math.isfinite(high)
+        ):  # a precision does not hold the factor before, as the error says
+            return 0.0, 0.0
         values = sample.flatten()
         return observe(values[:: max(1, len(values) // OBSERVED)], low, high, self.observer)
 
