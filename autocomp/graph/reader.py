@@ -15,6 +15,7 @@ from autocomp.errors import ExportError
 from autocomp.graph import complex_numbers
 from autocomp.graph.aliases import usual
 from autocomp.graph.layer_calls import LAYER_CALLS, Call, Constant
+from autocomp.graph.pairs import Pair
 from autocomp.graph.recurrent_calls import EXPANSIONS
 from autocomp.layers.convolution import Layers, Transposed
 from autocomp.layers.narrow import Norms
@@ -96,7 +97,7 @@ class Reader:
             last = node
         assert last is not None
         outputs = _pytree.tree_map_only(fx.Node, self._value_of, list(last.args[0]))
-        if any(isinstance(value, complex_numbers.Pair) for value in outputs):
+        if any(isinstance(value, Pair) for value in outputs):
             raise ExportError(
                 "an output of the model is complex, which no compiled module returns: return torch.view_as_real of it"
             )
