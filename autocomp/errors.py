@@ -40,7 +40,7 @@ class CorruptError(AutocompError):
 
 
 class InfeasibleError(AutocompError):
-    """The search finished, but no measured candidate meets the goals. Exit code 3."""
+    """The search finished, but no delivered candidate meets the goals. Exit code 3."""
 
     exit_code = 3
 

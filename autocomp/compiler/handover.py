@@ -78,11 +78,13 @@ def refuse_unrepeatable(model: torch.nn.Module, example: tuple[torch.Tensor, ...
 
 
 def describe_outputs(model: torch.nn.Module, inputs: Sequence[tuple[torch.Tensor, ...]]) -> str:
-    """What must be said of the model's outputs on different inputs: that they are all the same; "" if they are not.
+    """What must be said of the model: that it writes into its inputs, or that its outputs are the same for different ones; "" if neither.
 
     ExportError as `refuse_unrepeatable`.
     """
     refuse_unrepeatable(model, inputs[0])
+    if said := describe_writing(model, inputs[0]):
+        return said
     example = reference_outputs(model, inputs[0])
     others = [one for one in inputs[1:] if not _equal(one, inputs[0])]
     if not others:
@@ -94,6 +96,28 @@ def describe_outputs(model: torch.nn.Module, inputs: Sequence[tuple[torch.Tensor
         f"the model's outputs are the same for {len(others) + 1} different inputs, so comparing the compiled model with torch proves "
         "nothing: check its weights and the example inputs"
     )
+
+
+def describe_writing(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> str:
+    """What must be said of a model that writes into its inputs; "" of one that does not."""
+    import torch
+
+    given = tuple(tensor.clone() for tensor in inputs)
+    with torch.no_grad():
+        model(*given)
+    places = [place for place, (then, now) in enumerate(zip(inputs, given, strict=True)) if not _identical(then, now)]
+    if not places:
+        return ""
+    return (
+        f"the model writes into its input {', '.join(map(str, places))}, which a compiled module leaves as it is: where a later call reads that "
+        "(a cache), return the new one and give it to the next call"
+    )
+
+
+def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:
+    import torch
+
+    return a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
 
 
 def _is_taken(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autocomp.compiler.handover import describe_outputs
+from autocomp.compiler.handover import describe_outputs, describe_writing
 from autocomp.devices.device import Compiled, Device
 from autocomp.errors import CorruptError, UsageError, last_line
 from autocomp.export.files import export_point
@@ -57,6 +58,9 @@ def rehearse(
     with progress.stage("trying the whole way", 4) as stage:
         if said := describe_outputs(task.model, inputs):
             stage.warn(said)
+        with suppress(Exception):  # of a model on another device, or in another precision
+            if said := describe_writing(task.model if given is None else given, inputs[0]):
+                stage.warn(said)
         metrics = evaluate_task(task, task.model)
         if said := otherwise(metrics, evaluate_task(task, task.model)):
             stage.warn(

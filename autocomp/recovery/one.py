@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ from autocomp.recovery.train import train
 from autocomp.recovery.weights import search_weights, steps_within
 from autocomp.tasks.task import Task, evaluate_task, objective_of
 
+MANY_ZEROS, KEPT_ZEROS = (
+    0.2,
+    0.9,
+)  # shares: of a model's weights that are 0 by intent, of those that training leaves so. Chosen by hand
 LEAST_STEPS = 20  # of a training, or a pass through the data where that is less: fewer learn nothing
 
 
@@ -62,6 +67,7 @@ def recovered(
         raise UsageError(
             f"recipe {recipe.name} chooses channels while training: that is for points of a search (autocomp recover RUN --recipe …)"
         )
+    model = in_evaluation_mode(model)
     before = evaluate_task(task, model)
     if teaching is None:
         teaching = Teaching.of(task)
@@ -81,11 +87,33 @@ def recovered(
     after = before if done.failure else evaluate_task(task, done.model, names=before)
     better = not done.failure and is_better(task, after, before)
     found = [f"learning rate {rates}", *([f"weights: {weights}"] if weights is not None else [])]
-    notes = (*done.notes, *found, *([done.failure] if done.failure else []))
+    notes = (*done.notes, *found, *unkept(model, done.model), *([done.failure] if done.failure else []))
     return Recovered(
         done.model if better else model, better, before, after if better else before, rates.taken, done.steps, done.seconds,
         recipe.name, done.curve, tuple(frozen(model)), notes,
     )  # fmt: skip
+
+
+def in_evaluation_mode(model: nn.Module) -> nn.Module:
+    """The model, or a copy where it is to be trained: that is what it would be judged in, and handed back in."""
+    return copy.deepcopy(model).eval() if any(module.training for module in model.modules()) else model
+
+
+def unkept(model: nn.Module, trained: nn.Module) -> list[str]:
+    """What training did not keep of the model that it was given: parameters that were fixed, weights that were 0."""
+    parameters = list(model.parameters())
+    fixed = sum(not parameter.requires_grad for parameter in parameters)
+    zeros, left = (sum(int((p == 0).sum()) for p in of.parameters() if p.dim() > 1) for of in (model, trained))
+    found = []
+    if 0 < fixed < len(parameters):
+        found.append(
+            f"{fixed} of {len(parameters)} parameters were fixed (requires_grad=False) in the model given; they are trained like all others"
+        )
+    if zeros > MANY_ZEROS * sum(p.numel() for p in parameters if p.dim() > 1) and left < KEPT_ZEROS * zeros:
+        found.append(
+            f"{zeros} weights were 0 in the model given, {left} are: zeros are kept by recipes with masks alone"
+        )
+    return found
 
 
 def reading(task: Task, model: nn.Module) -> tuple[float, float]:

@@ -107,7 +107,10 @@ def front_figure(
     front = front_of(every, metric, dense, profile)
     beaten = [e for e in every if e not in front]
     special = {e.candidate.id for e in (*shown, *run.baselines)}
-    others = [e for e in evaluations if profile in e.latency and e.metrics and e.candidate.id not in special]
+    others = [
+        e for e in evaluations
+        if e.state == "measured" and profile in e.latency and e.metrics and e.candidate.id not in special
+    ]  # fmt: skip
     hover = _hover(run, profile)
 
     def points(name: str, chosen: Sequence[Evaluation], mode: str = "markers", **style: Any) -> Figure:

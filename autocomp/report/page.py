@@ -11,7 +11,7 @@ from autocomp.config.files import read_json
 from autocomp.config.quantities import format_bytes
 from autocomp.config.settings import Goals
 from autocomp.errors import InfeasibleError, UsageError
-from autocomp.front.goals import Judge
+from autocomp.front.goals import Judge, undisturbed
 from autocomp.records.evaluation import Evaluation, Reference
 from autocomp.records.run import (
     OURS,
@@ -189,10 +189,11 @@ class Page:
     def offers(self) -> list[dict[str, Any]]:
         """What each point of the front costs in the objective and gives, for the question what a larger loss would buy."""
         rows = []
+        steady = undisturbed([point.evaluation for point in self.run.front])
         for point in (self.run.dense, *self.run.front):
             e = point.evaluation
             value, dense = e.metrics.get(self.metric.name), self.dense.metrics.get(self.metric.name)
-            if value is None or dense is None or e.noisy:
+            if value is None or dense is None or not (self.is_dense(point) or e in steady):
                 continue
             times = {p: comparable(e, self.dense, p) for p in self.profiles if p in e.latency}
             rows.append(

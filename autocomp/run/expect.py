@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ from autocomp.records.run import speedup
 from autocomp.study.solver import solve_front
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from autocomp.records.candidate import Candidate
     from autocomp.run.found import Found
     from autocomp.study.costs import Costs
@@ -42,14 +44,33 @@ def expected_front(costs: Costs, count: int = POINTS) -> list[Evaluation]:
     return [thought(costs, candidate) for candidate in solve_front(costs.problem(), count)]
 
 
+def thought_of_dense(costs: Costs, model: nn.Module) -> Evaluation:
+    """What is thought of the uncompressed model; its bytes are known."""
+    from autocomp.graph.fold import dense_bytes
+
+    return replace(thought(costs, costs.space.dense()), bytes=dense_bytes(model))
+
+
 def thought(costs: Costs, candidate: Candidate) -> Evaluation:
-    """What is thought of a candidate: seconds by profile, bytes, divergence in nats by the layer tables."""
+    """What is thought of a candidate: seconds by profile, bytes (a tensor in several layers counted in each), divergence in nats by the layer
+    tables."""
     cost, predicted = costs.problem().cost(candidate), costs.predict(candidate)
     latency = {
         name: Latency(seconds, 0.0, "estimated", name, watts=costs.devices[name].profile.watts)
         for name, seconds in predicted.items()
     }
     return Evaluation(0, candidate, "solver", "told", cost.error, cost.bytes, predicted, latency=latency)
+
+
+def counted(
+    costs: Costs, model: nn.Module, stitched: Callable[[Candidate], nn.Module], evaluations: Sequence[Evaluation]
+) -> list[Evaluation]:
+    """Evaluations with the bytes of their models, where the tables count otherwise: layers may share tensors."""
+    from autocomp.graph.fold import folded_bytes
+
+    if thought(costs, costs.space.dense()).bytes == folded_bytes(model):
+        return list(evaluations)
+    return [replace(e, bytes=folded_bytes(stitched(e.candidate))) for e in evaluations]
 
 
 def expected_point(evaluation: Evaluation, dense: Evaluation) -> ExpectedPoint:
@@ -75,14 +96,15 @@ def expect(found: Found, trial: float | None) -> None:
     for name, model in models.items():
         model.fit_kernels(prepared.devices[name].store.records())
     costs = found.costs.before(models)
-    dense = thought(costs, prepared.space.dense())
+    dense = thought_of_dense(costs, prepared.task.model)
     trials, measurements = prepared.settings.trials, prepared.settings.measurements
     seconds = {PREPARING: prepared.budget.spent()}
     if trial is not None:
         seconds[TELLING] = telling_seconds(trials, trial)
     if point := search.get_attr("seconds of a point", 0.0):
         seconds[MEASURING] = MEASURED * measurements * point
-    points = tuple(expected_point(evaluation, dense) for evaluation in expected_front(costs))
+    front = counted(costs, prepared.task.model, prepared.stitch_untrained, expected_front(costs))
+    points = tuple(expected_point(evaluation, dense) for evaluation in front)
     errors = {name: model.kernel_error for name, model in models.items()}
     _keep(
         found,
@@ -107,7 +129,7 @@ def expected_of(found: Found) -> Expected | None:
             models[name] = LatencyModel(found.prepared.devices[name].profile, peaks)
             models[name].restore(fitted)
         costs = found.costs.before(models)
-        dense = thought(costs, found.prepared.space.dense())
+        dense = thought_of_dense(costs, found.prepared.task.model)
         more = {c.id: expected_point(thought(costs, found.prepared.space.normalise(c)), dense) for c in new}
         expected = replace(expected, candidates={**expected.candidates, **more})
     seconds = found.seconds()

@@ -285,13 +285,15 @@ class _Explorer:
         """
         measured = self.found.measured()
         seconds = self.costs.relative([e.candidate for e in waiting])
-        wanted = aims(self.judge, list(seconds), self.settings.speedups)
+        judge = self.found.steering_judge()
+        wanted = aims(judge, list(seconds), self.settings.speedups)
         if not wanted:
             return self._for_the_front(waiting, seconds, measured, count)
         count = min(count, self.measurer.together)
         here, there = Known.of(waiting, seconds), Known.of(measured, self._relative(measured))
         predicted = Known.of(measured, self.costs.relative([e.candidate for e in measured])).seconds
-        worths = [worth(aim, self.judge, here, measured, there, predicted) for aim in wanted]
+        steered = self.found.steered(measured)
+        worths = [worth(aim, judge, here, steered, there, predicted) for aim in wanted]
         self._lots += 1
         chosen = [] if self._lots % FRONT_EVERY == 0 else choose(worths, here, count)
         return chosen or self._for_the_front(waiting, seconds, measured, count)

@@ -65,7 +65,7 @@ def refuse_infeasible(settings: Settings, run: Run, folder: Path) -> None:
     front = [point.evaluation for point in run.front]
     if not any(judge.feasible(evaluation) for evaluation in front):
         raise InfeasibleError(
-            f"no measured candidate meets the goals ({settings.goals}): {judge.nearest(front)}. The front nearest to them is in "
+            f"no delivered candidate meets the goals ({settings.goals}): {judge.nearest(front)}. The front nearest to them is in "
             f"{folder / 'report.html'}"
         )
 
@@ -206,7 +206,7 @@ def _warnings(found: Found, points: Sequence[FrontPoint]) -> list[str]:
     settings, judge = found.prepared.settings, found.judge()
     members = family(judge, [p.evaluation for p in points], settings.speedups, list(found.prepared.devices))
     if unreached := [name for name, member in members.items() if member is None]:
-        warnings.append(f"no measured candidate is a member of the family for {', '.join(unreached)}")
+        warnings.append(f"no delivered candidate is a member of the family for {', '.join(unreached)}")
     steady = any(not point.evaluation.noisy for point in points)
     instead = (
         "A steadier point is recommended in its place" if steady else "No point of the front is steadier: run it again"

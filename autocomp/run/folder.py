@@ -64,7 +64,10 @@ def as_begun(settings: Settings, folder: Path) -> Settings:
         return settings
     begun = read_settings(folder / CONFIG)
     kept: dict[str, Any] = {name: getattr(begun, name) for name in settings.left}
-    kept["auto"] = begun.auto
+    if isinstance(begun.auto, dict):  # of what is left to it, not of what is stated now
+        kept["auto"] = {name: why for name, why in begun.auto.items() if name in settings.left}
+    else:
+        kept["auto"] = begun.auto
     validated(Settings, {**settings.model_dump(), **kept}, "")  # what is stated now must go with it
     return settings.model_copy(update=kept)
 
@@ -84,6 +87,10 @@ def open_run_folder(settings: Settings, resume: bool, folder: Path | None = None
     """
     folder = check_run_folder(settings, resume, folder)
     known = _recorded(settings, folder) if resume else None
+    if resume and isinstance(settings.auto, dict):
+        begun = read_settings(folder / CONFIG)
+        reasons = {name: why for name, why in settings.auto.items() if getattr(settings, name) == getattr(begun, name)}
+        settings = settings.model_copy(update={"auto": reasons})  # why a value was chosen says nothing of another one
     folder.mkdir(parents=True, exist_ok=True)
     for place in (folder, folder / "layers", *folder.glob("models/*")):
         sweep(place)

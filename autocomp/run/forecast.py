@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from autocomp.processes.pool import cores
 from autocomp.progress import Progress
 from autocomp.records.evaluation import Evaluation
 from autocomp.records.run import Kept
-from autocomp.run.expect import expected_front, expected_point, telling_seconds, thought
+from autocomp.run.expect import counted, expected_front, expected_point, telling_seconds, thought_of_dense
 from autocomp.run.prepare_task import compressed_layers, prepare_task
 from autocomp.space.file import load_space
 from autocomp.study.costs import Costs
@@ -82,6 +83,7 @@ class Plan:
 def forecast(settings: Settings, task: Task, progress: Progress) -> Plan:
     """Plan a search. UsageError, ExportError as a search raises them at its start."""
     from autocomp.accuracy.proxy import score_early
+    from autocomp.database.stitch import stitch
 
     begun = time.perf_counter()
     devices = {name: open_device(load_profile(name)) for name in settings.profiles}
@@ -105,7 +107,8 @@ def forecast(settings: Settings, task: Task, progress: Progress) -> Plan:
         trial = (time.perf_counter() - start) / DRAWN
         costs.observe(drawn, [value if np.isfinite(value) else -1.0 for value in seen])
         costs.fit([])
-        front = expected_front(costs)
+        stitched = partial(stitch, ready.task.model, ready.graph, database)
+        front = counted(costs, ready.task.model, stitched, expected_front(costs))
         looked_at = [front[k].candidate for k in np.unique(np.linspace(0, len(front) - 1, LOOKED_AT).astype(int))]
         read: dict[Candidate, float] = {}
         with progress.stage("reading candidates", len(looked_at)) as stage:
@@ -114,7 +117,7 @@ def forecast(settings: Settings, task: Task, progress: Progress) -> Plan:
                     read[candidate] = value
                 stage.advance()
     limits = settings.goals.model_copy(update={"max_drop": None, "max_memory": None})  # of which nothing is known yet
-    judge = Judge(thought(costs, ready.space.dense()), limits, "")
+    judge = Judge(thought_of_dense(costs, ready.task.model), limits, "")
     points = tuple(_point(judge, evaluation, read.get(evaluation.candidate)) for evaluation in front)
     problem = costs.problem()
     seconds = {

@@ -155,11 +155,27 @@ class Found:
         dense, task = self.dense(), self.prepared.task
         return Judge(dense, self.prepared.settings.goals, objective_of(task, dense.metrics), task.higher_is_better)
 
+    def steering_judge(self) -> Judge:
+        """The judge that decides what is tried and measured: in a deterministic run one of predicted times, which follow no clock."""
+        judge = self.judge()
+        return replace(judge, dense=self.steered([judge.dense])[0])
+
+    def steered(self, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+        """Evaluations as they decide what is tried and measured: in a deterministic run with predicted times in the place of measured ones."""
+        if not self.prepared.settings.deterministic:
+            return list(evaluations)
+        return [self._as_predicted(evaluation) for evaluation in evaluations]
+
+    def _as_predicted(self, evaluation: Evaluation) -> Evaluation:
+        seconds = self.costs.predict(evaluation.candidate)
+        latency = {name: replace(its, seconds=seconds[name]) for name, its in evaluation.latency.items()}
+        return replace(evaluation, latency=latency, earlier={})
+
     def _constraints(self, evaluation: Evaluation) -> dict[str, float]:
         """By how much a told trial is thought to miss each goal, as Optuna's constraints: 0 or less where it meets it."""
         if not self.prepared.settings.goals.any or not any(e.source == "dense" and e.metrics for e in self.told):
             return {}
-        return thought_misses(evaluation, self.judge(), [e for e in self.told if e.state == "measured"])
+        return thought_misses(evaluation, self.steering_judge(), [e for e in self.told if e.state == "measured"])
 
     def measure(self, lot: Sequence[Evaluation]) -> list[Evaluation]:
         """Measure so many told candidates as are measured together. A failure is said, and recorded with its candidate."""

@@ -259,9 +259,7 @@ def evaluate_task(
     if function is None:
         raise UsageError("this task has no held-out test: Task.test is None")
     # without gradients: those of weights that were rounded are nothing to go by
-    model = copy.deepcopy(model).requires_grad_(False)
-    if as_given:
-        model.eval()
+    model = copy.deepcopy(model).requires_grad_(False).eval()
     with unwritten(where, task.example_inputs, task.calibration):
         try:
             with process_kept(), taking_any(model) if task.converted and not as_given else nullcontext():

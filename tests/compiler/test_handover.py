@@ -15,7 +15,7 @@ from torch.nn import functional
 import autocomp
 from autocomp.compiler import handover
 from autocomp.compiler.build import CompiledModel
-from autocomp.compiler.handover import checked_inputs, describe_outputs, varied
+from autocomp.compiler.handover import checked_inputs, describe_outputs, describe_writing, varied
 from autocomp.errors import ExportError, MismatchError, UsageError
 
 torch.set_num_threads(1)
@@ -218,3 +218,17 @@ def test_a_model_in_training_mode_is_left_in_it() -> None:
     autocomp.compile(model, (torch.randn(1, 8),))
     autocomp.measure(model, (torch.randn(1, 8),))
     assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_a_model_that_writes_into_its_inputs_is_said_to() -> None:
+    class Cached(nn.Module):
+        def forward(self, x: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+            cache.index_copy_(1, torch.tensor([1]), x)
+            return cache.sum(1)
+
+    x, cache = torch.randn(1, 1, 4), torch.zeros(1, 3, 4)
+    with torch.no_grad():
+        said = describe_outputs(Cached(), [(x, cache)])
+    assert "writes into its input 1, which a compiled module leaves as it is" in said
+    assert float(cache.abs().max()) == 0.0
+    assert describe_writing(nn.Linear(4, 4), (x,)) == ""

@@ -330,7 +330,7 @@ def test_goals_that_nothing_meets_are_admitted() -> None:
     run, told = make_run()
     goals = {"goals": {"max_drop": None, "max_latency": 1e-9, "max_size": None}}
     text = page(run, told, goals).text
-    assert "No measured candidate meets the goals" in text
+    assert "No delivered candidate meets the goals" in text
     assert "is the knee" in text
 
 

@@ -286,7 +286,7 @@ def test_goals_nobody_meets(
     arguments = ["--out", str(tmp_path), "--space", spaces["full"], "--trials", "3", "--measurements", "1"]
     assert main(["search", TASK, *arguments, "--max-size", "1KB"]) == 3
     said = capsys.readouterr()
-    assert "no measured candidate meets the goals (max_size 1000)" in said.err
+    assert "no delivered candidate meets the goals (max_size 1000)" in said.err
     assert "Traceback" not in said.err
     assert (tmp_path / "report.html").exists(), "the report is written all the same"
     assert SearchResult(tmp_path).front

@@ -310,3 +310,16 @@ def test_the_callers_modes_change_nothing() -> None:
         assert not torch.is_grad_enabled()
         assert torch.is_autocast_enabled("cpu")
         assert torch.zeros(1).is_meta
+
+
+def test_a_model_in_training_mode_is_judged_in_evaluation_mode() -> None:
+    seen: list[bool] = []
+
+    def evaluate(model: nn.Module) -> Mapping[str, float]:
+        seen.append(any(module.training for module in model.modules()))
+        return {"accuracy": 1.0}
+
+    task, model = Task(**parts(evaluate=evaluate)), nn.Sequential(nn.Linear(3, 2), nn.Dropout())
+    evaluate_task(task, model.train())
+    assert seen == [False]
+    assert model.training
