@@ -14,12 +14,13 @@ import tiny_task
 
 from autocomp.api import SearchResult
 from autocomp.cli.main import main
-from autocomp.config.settings import AUTOMATIC, Settings, load_settings, read_settings
+from autocomp.config.settings import AUTOMATIC, Settings, dump_settings, load_settings, read_settings
 from autocomp.devices.local import LocalDevice
 from autocomp.errors import UsageError
 from autocomp.progress import Progress
 from autocomp.run import automatic
 from autocomp.run.automatic import chosen_lines, resolve
+from autocomp.run.folder import CONFIG, as_begun
 from autocomp.tasks.task import Task
 
 TASK = "tiny_task:task"
@@ -222,3 +223,13 @@ def test_a_run_has_what_was_chosen_and_goes_on_with_it(
     with pytest.raises(UsageError, match=r"recover \(90s\) is a part of minutes \(1\)"):
         small(auto=True, resume=True, minutes=1.0)
     assert "chosen automatically" in (again.folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_reason_is_of_the_value_that_was_chosen(tmp_path: Path) -> None:
+    reasons = {"trials": "the time is for so many", "calibration_samples": "the layers need so many"}
+    begun = load_settings(None, {"task": TASK, "trials": 100, "calibration_samples": 32, "out": str(tmp_path)})
+    (tmp_path / CONFIG).write_text(dump_settings(begun.model_copy(update={"auto": reasons})))
+    stated = load_settings(None, {"task": TASK, "auto": True, "trials": 600, "out": str(tmp_path)})
+    settings = as_begun(stated, tmp_path)
+    assert (settings.trials, settings.calibration_samples) == (600, 32)
+    assert settings.auto == {"calibration_samples": reasons["calibration_samples"]}

@@ -6,11 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 import autocomp
 from autocomp.cli.main import main
 from autocomp.config.settings import load_settings
 from autocomp.devices.local import LocalDevice
+from autocomp.graph.fold import folded_bytes
+from autocomp.progress import Progress
+from autocomp.run.forecast import forecast
 
 TASK = "tiny_task:task"
 
@@ -68,3 +73,28 @@ def test_an_error_of_kernels_is_called_that() -> None:
 
     (note,) = _notes(Settings(task="digits"), (), {"x86-host": 0.06})
     assert "single kernels off by 6% in the median" in note
+
+
+class Tied(nn.Module):
+    """An autoencoder whose decoder is its encoder turned over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(64, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(torch.relu(self.inner(x)), self.inner.weight.t())
+
+
+def test_a_plan_counts_bytes_as_a_run_does() -> None:
+    given = Tied().eval()
+    held = sum(tensor.nbytes for tensor in given.parameters())
+    task = autocomp.Task(
+        given, (torch.randn(1, 64),), [(torch.randn(64, 64),)], lambda model: {"score": 1.0}, name="tied"
+    )
+    found = forecast(load_settings(None, {"task": "tied", "space": "default"}), task, Progress())
+    assert 2 * held == pytest.approx(folded_bytes(task.model), rel=0.02)
+    assert found.points[0].divergence < 1e-6
+    assert found.points[0].smaller < 1.1, (
+        "its two layers, as they are or in 16 bits, take no less than the one that the model holds"
+    )
