@@ -202,6 +202,10 @@ class Judge:
         """Whether an evaluation meets every goal."""
         return not self.misses(evaluation)
 
+    def lost(self, before: Evaluation, after: Evaluation) -> list[str]:
+        """The goals that a candidate met before something was done to it and misses after."""
+        return self.violations(after) if self.feasible(before) else []
+
     def best(self, evaluations: Sequence[Evaluation]) -> Evaluation:
         """The evaluation to take: what is not limited is optimised.
 

@@ -398,6 +398,11 @@ class Stage:
             results = [r for index in range(len(SHARES)) if (r := self._result(trial, index)) and r["metrics"]]
             went_on = self.chosen is not None
             better = renewed(evaluation, results, judge.objective, sign, self.recipe.name, rate, went_on)
+            if better is not None and (lost := judge.lost(evaluation, better)):
+                self.prepared.progress.warn(
+                    f"candidate {evaluation.candidate.id} stays as it was: trained, it would miss a goal that it meets ({lost[0]})"
+                )
+                continue
             if better is not None:
                 self.found.search.update(trial, better)
         self._sweep(before)

@@ -56,6 +56,16 @@ def test_a_front_has_no_point_that_is_better_by_its_last_digit() -> None:
     assert [e.trial for e in choose_front(same, "accuracy", True)] == [1]
 
 
+def test_goals_that_are_lost_are_named() -> None:
+    judge = Judge(DENSE, Goals(max_drop={"accuracy/noisy": 0.1}), "accuracy")
+    judge = replace(judge, dense=replace(DENSE, metrics={"accuracy": 0.98, "accuracy/noisy": 0.9}))
+    before = replace(RUN[1], metrics={"accuracy": 0.95, "accuracy/noisy": 0.85})
+    after = replace(RUN[1], metrics={"accuracy": 0.97, "accuracy/noisy": 0.7})
+    assert len(judge.lost(before, after)) == 1
+    assert "accuracy/noisy" in judge.lost(before, after)[0]
+    assert judge.lost(after, before) == judge.lost(before, before) == judge.lost(after, after) == []
+
+
 def test_lower_may_be_better() -> None:
     assert Judge(DENSE, Goals(max_latency=0.45e-3), "accuracy", higher_is_better=False).best(RUN).trial == 3
 
