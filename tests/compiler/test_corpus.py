@@ -52,7 +52,14 @@ def test_published_size(name: str) -> None:
     assert parameters_of(model) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", ZOO)
+FAST = {
+    "resnet18",
+    "mobilenet_v2",
+    "whisper_tiny",
+}  # convolutions, depthwise ones, attention; the others take a quarter of a minute each
+
+
+@pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ZOO])
 def test_family_equals_torch(name: str, device: LocalDevice) -> None:
     model, inputs = ZOO[name](small=True)
     assert error_of(model, inputs, device) < 1e-5
