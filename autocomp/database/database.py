@@ -228,10 +228,8 @@ class LayerDatabase:
             for b, better in enumerate(methods):
                 if b == m or better in dropped or not same_kernels(layer, method, better, profiles):
                     continue
-                one, other = (
-                    table.error[..., b],
-                    table.error[..., m],
-                )  # infinite, where a precision does not hold the weights
+                # infinite where a precision does not hold the weights: compared, not subtracted
+                one, other = table.error[..., b], table.error[..., m]
                 size = table.bytes[..., b] - table.bytes[..., m]
                 if (one <= other).all() and (size <= 0).all() and ((one < other).any() or (size < 0).any() or b < m):
                     dropped[method] = better

@@ -227,10 +227,8 @@ class _Compression:
         return parts, applied, self.fisher * error
 
     def _range(self, sample: Tensor, low: float, high: float) -> tuple[float, float]:
-        if not (
-            math.isfinite(low) and math.isfinite(high)
-        ):  # a precision does not hold the factor before, as the error says
-            return 0.0, 0.0
+        if not (math.isfinite(low) and math.isfinite(high)):
+            return 0.0, 0.0  # a precision does not hold the factor before, as the error says
         values = sample.flatten()
         return observe(values[:: max(1, len(values) // OBSERVED)], low, high, self.observer)
 

@@ -16,8 +16,10 @@ from torch.utils import _pytree
 
 from autocomp.errors import ExportError
 from autocomp.graph.fourier import FFT, Fourier
+from autocomp.graph.labels import operation
 from autocomp.graph.layer_calls import Constant
-from autocomp.graph.pairs import Builder, Pair, both_numbers, pair
+from autocomp.graph.pairs import Pair, both_numbers, pair
+from autocomp.graph.recurrent_calls import Builder
 
 aten = torch.ops.aten
 SMALLEST = 1e-37  # under a root: its slope at 0 would be infinite
@@ -46,7 +48,7 @@ def expanded(builder: Builder, node: fx.Node, args: Sequence[Any], kwargs: Mappi
 
 
 def _name(node: fx.Node) -> str:
-    name = str(node.target).removeprefix("aten.").split(".")[0].removesuffix("_")
+    name = operation(node).removesuffix("_")
     return "getitem" if "getitem" in name else name
 
 
@@ -198,14 +200,12 @@ class _Rules(Fourier):
         return turned if re is None else self.mul(self._do(aten.exp.default, re), turned)
 
     def matmul(self, a: Any, b: Any) -> Pair:
-        return self._product(a, b, lambda x, y: None if x is None or y is None else self._do(aten.matmul.default, x, y))
+        return self._product(a, b, self._matmul)
 
     bmm = mm = mv = matmul
 
     def linear(self, x: Any, weight: Any, bias: Any = None) -> Pair:
-        found = self._product(
-            x, weight, lambda a, b: None if a is None or b is None else self._do(aten.linear.default, a, b)
-        )
+        found = self._product(x, weight, self._bilinear(aten.linear.default))
         return found if bias is None else self.add(found, bias)
 
     def einsum(self, equation: str, operands: Sequence[Any], **_how: Any) -> Pair:

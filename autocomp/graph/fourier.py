@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from autocomp.errors import ExportError
+from autocomp.graph.labels import operation
 from autocomp.graph.layer_calls import Constant
 from autocomp.graph.pairs import Pair, Parts, pair
 
@@ -31,7 +32,7 @@ class Fourier(Parts):
         return Pair(*(None if part is None else self._do(aten.transpose.int, part, axis, -1) for part in found))
 
     def _matmul(self, a: Any, b: Any) -> Any:
-        return None if a is None or b is None else self._do(aten.matmul.default, a, b)
+        return self._bilinear(aten.matmul.default)(a, b)
 
     def _last(self, part: Any, axis: int, size: int) -> Any:
         """A part with the axis as its last, so long."""
@@ -55,7 +56,7 @@ class Fourier(Parts):
 
     def transform(self, value: Any, s: Any = None, dim: Any = "", norm: Any = None, n: Any = None) -> Any:
         """One of ``torch.fft``, by the name of the operation."""
-        name = str(self.node.target).removeprefix("aten.").split(".")[0].removeprefix("fft_")
+        name = operation(self.node).removeprefix("fft_")
         axes = name[-1] if name[-1] in _AXES else ""
         inverse, half = _TRANSFORMS[name.removesuffix(axes)]
         return self._transformed(value, n if s is None else s, _AXES[axes] if dim == "" else dim, norm, inverse, half)

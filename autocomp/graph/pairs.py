@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+
+from autocomp.graph.recurrent_calls import Builder
 
 aten = torch.ops.aten
 
@@ -16,12 +18,6 @@ class Pair(NamedTuple):
 
     re: Any
     im: Any
-
-
-class Builder(Protocol):
-    """What is added to the canonical graph, in the place of ``node``."""
-
-    def operation(self, target: Any, args: tuple[Any, ...], node: fx.Node) -> fx.Node: ...
 
 
 class Parts:
@@ -52,6 +48,10 @@ class Parts:
         if a is None or b is None:
             return None
         return a * b if both_numbers(a, b) else self._ordered(aten.mul.Tensor, a, b)
+
+    def _bilinear(self, target: Any) -> Callable[[Any, Any], Any]:
+        """A product of two tensors as `_product` takes it."""
+        return lambda a, b: None if a is None or b is None else self._do(target, a, b)
 
     def _ordered(self, target: Any, a: Any, b: Any) -> Any:
         return self._do(target, b, a) if isinstance(a, int | float) else self._do(target, a, b)

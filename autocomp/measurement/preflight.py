@@ -59,7 +59,7 @@ def rehearse(
         if said := describe_outputs(task.model, inputs):
             stage.warn(said)
         with suppress(Exception):  # of a model on another device, or in another precision
-            if said := describe_writing(task.model if given is None else given, inputs[0]):
+            if given is not None and (said := describe_writing(given, inputs[0])):
                 stage.warn(said)
         metrics = evaluate_task(task, task.model)
         if said := otherwise(metrics, evaluate_task(task, task.model)):

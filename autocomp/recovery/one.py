@@ -20,10 +20,8 @@ from autocomp.recovery.train import train
 from autocomp.recovery.weights import search_weights, steps_within
 from autocomp.tasks.task import Task, evaluate_task, objective_of
 
-MANY_ZEROS, KEPT_ZEROS = (
-    0.2,
-    0.9,
-)  # shares: of a model's weights that are 0 by intent, of those that training leaves so. Chosen by hand
+# Shares: of a model's weights that are 0 by intent, of those that training leaves so. Chosen by hand.
+MANY_ZEROS, KEPT_ZEROS = 0.2, 0.9
 LEAST_STEPS = 20  # of a training, or a pass through the data where that is less: fewer learn nothing
 
 
@@ -87,7 +85,12 @@ def recovered(
     after = before if done.failure else evaluate_task(task, done.model, names=before)
     better = not done.failure and is_better(task, after, before)
     found = [f"learning rate {rates}", *([f"weights: {weights}"] if weights is not None else [])]
-    notes = (*done.notes, *found, *unkept(model, done.model), *([done.failure] if done.failure else []))
+    notes = (
+        *done.notes,
+        *found,
+        *(unkept(model, done.model) if better else []),
+        *([done.failure] if done.failure else []),
+    )
     return Recovered(
         done.model if better else model, better, before, after if better else before, rates.taken, done.steps, done.seconds,
         recipe.name, done.curve, tuple(frozen(model)), notes,

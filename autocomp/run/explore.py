@@ -319,11 +319,9 @@ class _Explorer:
         return chosen
 
     def _relative(self, measured: Sequence[Evaluation]) -> Mapping[str, Sequence[float]]:
-        """Seconds over dense's by profile, as measured; as predicted in a deterministic run, which follows no clock."""
-        if self.settings.deterministic:
-            return self.costs.relative([e.candidate for e in measured])
-        dense = self.found.dense().latency
-        return {name: [e.latency[name].seconds / its.seconds for e in measured] for name, its in dense.items()}
+        """Seconds over dense's by profile, as they steer: measured, or predicted in a deterministic run."""
+        dense, steered = self.found.steering_judge().dense.latency, self.found.steered(measured)
+        return {name: [e.latency[name].seconds / its.seconds for e in steered] for name, its in dense.items()}
 
     def _met(self) -> bool:
         """Whether the search may end early: what is measured meets the goals, and every member of the family is there."""

@@ -44,6 +44,8 @@ class Teller:
 
     def tell(self, asked: Iterable[Asked]) -> Iterator[Evaluation]:
         """Score trials and tell what came of them, in their order; what is asked next knows of all but the last few."""
+        from autocomp.graph.fold import dense_bytes
+
         begun: deque[Evaluation] = deque()
 
         def work() -> Iterator[_Work]:
@@ -56,6 +58,7 @@ class Teller:
             if divergence is None:
                 evaluation = replace(evaluation, state="failed", failure=failure)
             else:
+                size = dense_bytes(self.prepared.task.model) if evaluation.source == "dense" else size
                 evaluation = replace(evaluation, kl=divergence, seconds_spent=seconds, bytes=size)
             self.found.search.tell(evaluation.trial, evaluation)
             yield evaluation
@@ -69,7 +72,7 @@ class Teller:
 
     def _score(self, work: _Work) -> _Scored:
         from autocomp.accuracy.proxy import stitch_and_score
-        from autocomp.graph.fold import dense_bytes, folded_bytes
+        from autocomp.graph.fold import folded_bytes
 
         prepared, start = self.prepared, time.perf_counter()
         try:
@@ -77,8 +80,7 @@ class Teller:
         except Exception as error:  # the model's own code runs here
             return None, reason_of(error), time.perf_counter() - start, 0
         # counted, not looked up: the tables know nothing of tensors that belong to no layer and shrink with one
-        size = dense_bytes if work[0] == prepared.space.dense() else folded_bytes
-        return divergence, "", time.perf_counter() - start, size(model)
+        return divergence, "", time.perf_counter() - start, folded_bytes(model)
 
     def _hopeless(self, evaluation: Evaluation) -> float:
         """The divergence above which a candidate is beaten for certain: by one that was told and is predicted no slower."""

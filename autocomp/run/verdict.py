@@ -221,9 +221,8 @@ class _Checks:
         from autocomp.graph.fold import folded_bytes
 
         was, said, now = self.point.bytes, self._manifest().get("bytes"), folded_bytes(model)
-        if (
-            self.point.record.evaluation.source == "dense"
-        ):  # is as large as what its author's form of it holds (`dense_bytes`)
+        if self.point.record.evaluation.source == "dense":
+            # as large as what its author's form of it holds (`dense_bytes`)
             now = min(now, self.found.run.task.bytes)
         text = (
             f"{now} bytes of tensors in model.safetensors, BatchNorm folded; {was} in the run, {said} in the manifest"

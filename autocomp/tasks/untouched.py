@@ -101,9 +101,8 @@ def _one_holder() -> int:
     return _holders(thing)
 
 
-_ONE_HOLDER = (
-    _one_holder()
-)  # what counts for something that the caller alone holds: other releases of Python count otherwise
+# What is counted for something that the caller alone holds: other releases of Python count otherwise.
+_ONE_HOLDER = _one_holder()
 
 
 def keep_its_place(model: nn.Module) -> None:
