@@ -45,8 +45,7 @@ class Pair(NamedTuple):
     two: Tensor
 
 
-@pytest.mark.parametrize("arrange", [lambda a, b: (a, [b]), lambda a, b: {"x": a, "y": (b,)}, lambda a, b: Pair(a, b)])
-def test_outputs_keep_their_arrangement(arrange: Any) -> None:
+def two_outputs(arrange: Any) -> nn.Module:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -55,7 +54,12 @@ def test_outputs_keep_their_arrangement(arrange: Any) -> None:
         def forward(self, x: Tensor) -> Any:
             return arrange(self.a(x), self.b(x))
 
-    model, x = Model().eval(), torch.randn(2, 4)
+    return Model().eval()
+
+
+@pytest.mark.parametrize("arrange", [lambda a, b: (a, [b]), lambda a, b: {"x": a, "y": (b,)}, lambda a, b: Pair(a, b)])
+def test_outputs_keep_their_arrangement(arrange: Any) -> None:
+    model, x = two_outputs(arrange), torch.randn(2, 4)
     with torch.no_grad():
         expected, actual = model(x), again(model, (x,))(x)
     if isinstance(expected, tuple):
@@ -194,18 +198,6 @@ def test_tensors_of_one_memory_are_written_and_read_back(tmp_path: Path) -> None
     x = torch.randn(5, 12)
     assert torch.equal(again(x), model(x))
     assert structure["aliases"] == {"b": "a"}, "the same tensor is written once"
-
-
-def two_outputs(arrange: Any) -> nn.Module:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Any:
-            return arrange(self.a(x), self.b(x))
-
-    return Model().eval()
 
 
 @pytest.mark.parametrize(
