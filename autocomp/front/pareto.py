@@ -114,7 +114,7 @@ def knee(points: npt.ArrayLike, errors: npt.ArrayLike | None = None) -> int | No
     """Index of the front point farthest below the chord of the front's ends, points ``[n, 2]``; None for no points.
 
     Axes are scaled to the front's own extent, so the answer does not depend on units. With fewer than three points, or
-    none below the chord, it is the point nearest to the ideal corner.
+    none below the chord, it is the point nearest to the ideal corner, of equally near ones (two points always are) the lowest on the first axis.
 
     ``errors`` ``[n]`` are standard errors on the first axis (0 where none is known). Then it is the lowest on the second axis of those that are
     no more than their own error above that point on the first: the one-standard-error rule (Breiman et al., Classification and Regression
@@ -142,7 +142,7 @@ def _sharpest(rows: Floats) -> int | None:
     scaled = (rows[front] - rows[front].min(axis=0)) / np.where(extent > 0, extent, 1.0)
     below = 1.0 - scaled.sum(axis=1)  # signed distance from the chord (0, 1)-(1, 0), times the root of 2
     if len(front) < 3 or below.max() <= 1e-9:
-        return int(front[np.argmin((scaled**2).sum(axis=1))])
+        return int(front[np.lexsort((rows[front, 0], (scaled**2).sum(axis=1).round(9)))[0]])
     return int(front[np.argmax(below)])
 
 

@@ -88,7 +88,9 @@ def test_spaced_spreads() -> None:
 def test_knee() -> None:
     assert knee([(10, 1), (2, 2), (1, 10), (9, 9)]) == 1
     assert knee([(1, 1)]) == 0
-    assert knee([(0, 1), (1, 0)]) in (0, 1)
+    assert knee([(0, 1), (1, 0)]) == 0, "of two points, which are equally near, the more accurate"
+    assert knee([(1, 0), (0, 1)]) == 1
+    assert knee([(0, 2), (1, 1), (2, 0)]) == 1, "of a straight front the middle"
     assert knee([]) is None
     noisy = [(0.0, 10.0), (0.1, 2.0), (0.2, 1.5), (1.0, 1.0), (0.15, 3.0)]
     assert knee(noisy) == 1
