@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 
 from autocomp.errors import shown
 
@@ -110,8 +111,8 @@ def _parse(text: str, units: dict[str, float] | dict[str, int], wanted: str) -> 
     return value
 
 
-def format_bytes(count: float) -> str:
-    """Write a size in bytes for people, three digits.
+def format_bytes(count: float, digits: int = 3) -> str:
+    """Write a size in bytes for people.
 
     Examples:
         >>> format_bytes(1_604_000), format_bytes(400_640), format_bytes(12)
@@ -119,25 +120,38 @@ def format_bytes(count: float) -> str:
     """
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
-            return f"{count / size:.3g} {unit}"
+            return f"{count / size:.{digits}g} {unit}"
     return f"{count:.0f} B"
 
 
-def format_milliseconds(seconds: float) -> str:
-    """Write seconds as milliseconds for people, three digits.
+def format_milliseconds(seconds: float, digits: int = 3) -> str:
+    """Write seconds as milliseconds for people.
 
     Examples:
         >>> format_milliseconds(0.000284)
         '0.284 ms'
     """
-    return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds * 1e3:.{digits}g} ms"
 
 
-def format_joules(joules: float) -> str:
-    """Write an energy in millijoules for people, three digits.
+def format_joules(joules: float, digits: int = 3) -> str:
+    """Write an energy in millijoules for people.
 
     Examples:
         >>> format_joules(0.0123)
         '12.3 mJ'
     """
-    return f"{joules * 1e3:.3g} mJ"
+    return f"{joules * 1e3:.{digits}g} mJ"
+
+
+def told_apart(write: Callable[[float, int], str], value: float, limit: float, digits: int = 3) -> tuple[str, str]:
+    """Write a value and its limit with ``digits``, or with as many as show that they differ.
+
+    Examples:
+        >>> told_apart(format_milliseconds, 0.01004, 0.01)
+        ('10.04 ms', '10 ms')
+    """
+    return next(
+        (texts for more in range(digits, 10) if (texts := (write(value, more), write(limit, more)))[0] != texts[1]),
+        (write(value, digits), write(limit, digits)),
+    )

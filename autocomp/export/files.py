@@ -59,7 +59,7 @@ def export_point(
     weights = _tried(folder / WEIGHTS, partial(_weights, model, inputs))
     if not weights.ok:
         verified["weights"] = weights
-    _write_manifest(folder, evaluation, inputs[0], verified, coarsest(model) is INT8)
+    _write_manifest(folder, manifest_of(evaluation, model, inputs[0], verified))
     return verified
 
 
@@ -192,17 +192,25 @@ def _weights(model: torch.nn.Module, inputs: Sequence[tuple[torch.Tensor, ...]],
     return Verified(True, found.errors.worst, note=found.note)
 
 
-def _write_manifest(
-    folder: Path,
-    evaluation: Evaluation,
-    example: tuple[torch.Tensor, ...],
-    verified: Mapping[str, Verified],
-    eight_bits: bool,
-) -> None:
+def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     manifest = {
         "format_version": FORMAT_VERSION,
-        "id": evaluation.candidate.id,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **facts,
+        "sha256": {path.name: checksum(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST},
+    }
+    write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+
+
+def manifest_of(
+    evaluation: Evaluation,
+    model: torch.nn.Module,
+    example: tuple[torch.Tensor, ...],
+    verified: Mapping[str, Verified],
+) -> dict[str, Any]:
+    """What a point's manifest says of it, beside its files and when they were written."""
+    return {
+        "id": evaluation.candidate.id,
         "candidate": evaluation.candidate.to_json(),
         "inputs": [
             {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")} for tensor in example
@@ -212,10 +220,8 @@ def _write_manifest(
         "bytes": evaluation.bytes,
         "latency": latencies_of(evaluation),
         "verified": {kind: asdict(check) for kind, check in verified.items()},
-        "onnx_session_options": EXACT if eight_bits else {},  # for processors without VNNI
-        "sha256": {path.name: checksum(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST},
+        "onnx_session_options": EXACT if coarsest(model) is INT8 else {},  # for processors without VNNI
     }
-    write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
 
 
 def renew_manifest(folder: Path, evaluation: Evaluation) -> None:

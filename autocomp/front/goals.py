@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from autocomp.config.quantities import format_bytes, format_joules, format_milliseconds, parse_factor, parse_share
+from autocomp.config.quantities import (
+    format_bytes,
+    format_joules,
+    format_milliseconds,
+    parse_factor,
+    parse_share,
+    told_apart,
+)
 from autocomp.config.settings import Goals
 from autocomp.errors import InfeasibleError, UsageError, shown, suggest
 from autocomp.front.pareto import knee, pareto_set, settled
@@ -38,16 +45,22 @@ class Held(NamedTuple):
         return (self.value - self.limit) / (self.limit or 1.0)
 
     def __str__(self) -> str:
+        value, limit = told_apart(_WRITTEN[self.goal], self.value, self.limit, 4 if self.goal == "max_drop" else 3)
         if self.goal == "max_drop":
-            return f"{self.subject} drops by {self.value:.4g}, more than max_drop {self.limit:.4g}"
-        if self.goal == "max_latency":
-            value, limit = format_milliseconds(self.value), format_milliseconds(self.limit)
-            return f"{value} on {self.subject}, more than max_latency {limit}"
-        if self.goal == "max_energy":
-            value, limit = format_joules(self.value), format_joules(self.limit)
-            return f"{value} on {self.subject}, more than max_energy {limit}"
+            return f"{self.subject} drops by {value}, more than max_drop {limit}"
+        if self.goal in ("max_latency", "max_energy"):
+            return f"{value} on {self.subject}, more than {self.goal} {limit}"
         where = f" of memory on {self.subject}" if self.goal == "max_memory" else ""
-        return f"{format_bytes(self.value)}{where}, more than {self.goal} {format_bytes(self.limit)}"
+        return f"{value}{where}, more than {self.goal} {limit}"
+
+
+_WRITTEN: dict[str, Callable[[float, int], str]] = {
+    "max_drop": lambda value, digits: f"{value:.{digits}g}",
+    "max_latency": format_milliseconds,
+    "max_energy": format_joules,
+    "max_size": format_bytes,
+    "max_memory": format_bytes,
+}
 
 
 class Miss(NamedTuple):

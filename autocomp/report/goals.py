@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from autocomp.config.quantities import format_bytes, format_joules, format_milliseconds
+from autocomp.config.quantities import format_bytes, format_joules, format_milliseconds, told_apart
 from autocomp.front.goals import Held, Judge, family
 from autocomp.records.evaluation import Evaluation
 from autocomp.records.run import comparable, speedup
@@ -18,25 +18,25 @@ def goal_rows(judge: Judge, evaluation: Evaluation | None, metric: Metric) -> li
         return []
     rows = []
     for held in judge.held(evaluation):
-        name, text = _told(held, metric)
-        limit = f"at most {text(held.limit)}"
-        rows.append({"goal": name, "limit": limit, "came_to": text(held.value), "met": held.met})
+        name, write, digits = _told(held, metric)
+        value, limit = told_apart(write, held.value, held.limit, digits)
+        rows.append({"goal": name, "limit": f"at most {limit}", "came_to": value, "met": held.met})
     return rows
 
 
-def _told(held: Held, metric: Metric) -> tuple[str, Callable[[float], str]]:
-    """What a limit is called, and how its values are written."""
+def _told(held: Held, metric: Metric) -> tuple[str, Callable[[float, int], str], int]:
+    """What a limit is called, how its values are written, and with how many digits."""
     if held.goal == "max_latency":
-        return f"latency on {held.subject}", format_milliseconds
+        return f"latency on {held.subject}", format_milliseconds, 3
     if held.goal == "max_energy":
-        return f"energy of one inference on {held.subject}, estimated", format_joules
+        return f"energy of one inference on {held.subject}, estimated", format_joules, 3
     if held.goal == "max_size":
-        return "size of the weights", format_bytes
+        return "size of the weights", format_bytes, 3
     if held.goal == "max_memory":
-        return f"memory on {held.subject}", format_bytes
+        return f"memory on {held.subject}", format_bytes, 3
     if metric.percent and (held.subject == metric.name or held.subject.startswith(f"{metric.name}/")):
-        return f"drop of {held.subject}", lambda value: f"{value * 100:.2g} pt"
-    return f"drop of {held.subject}", lambda value: f"{value:.3g}"
+        return f"drop of {held.subject}", lambda value, digits: f"{value * 100:.{digits}g} pt", 2
+    return f"drop of {held.subject}", lambda value, digits: f"{value:.{digits}g}", 3
 
 
 def family_rows(

@@ -80,6 +80,11 @@ def test_violations_say_by_what() -> None:
     assert Judge(DENSE, Goals(max_drop=0.01), "accuracy").feasible(RUN[2])
 
 
+def test_a_violation_is_never_written_as_if_it_were_within_its_limit() -> None:
+    missed = Judge(DENSE, Goals(max_latency=0.1999e-3, max_size=49_960), "accuracy").violations(RUN[3])
+    assert missed == ["0.2 ms on x86-host, more than max_latency 0.1999 ms", "50 kB, more than max_size 49.96 kB"]
+
+
 def test_what_was_not_measured_or_failed_is_not_feasible() -> None:
     assert Judge(DENSE, Goals(max_latency=1.0), "accuracy").violations(evaluation(4, 0.98, None))
     assert Judge(DENSE, Goals(max_drop=0.01), "accuracy").violations(evaluation(4, None, 0.1))

@@ -57,8 +57,8 @@ def test_what_was_delivered_is_accepted(run: Path, capsys: pytest.CaptureFixture
     assert code == Verdict(said["verdict"]).exit_code
     assert said["verdict"] in ("ACCEPT", "INCONCLUSIVE")
     names = [check["name"] for check in said["checks"]]
-    assert names == ["files", "task", "size", "metric", "onnx", "so on x86-host", "latency on x86-host"]
-    assert [check["verdict"] for check in said["checks"][:6]] == ["ACCEPT"] * 6
+    assert names == ["files", "manifest", "task", "size", "metric", "onnx", "so on x86-host", "latency on x86-host"]
+    assert [check["verdict"] for check in said["checks"][:7]] == ["ACCEPT"] * 7
     assert said["point"] == models(run).name
     (run / "baseline.json").write_text(json.dumps(said))
     if said["checks"][-1]["verdict"] == "ACCEPT":
@@ -112,9 +112,11 @@ def says(name: str, change: Callable[[dict[str, object]], object]) -> Callable[[
         (lambda place: (place / "model.onnx").write_bytes(b"nothing"), "onnx", "CANNOT RUN"),
         (lambda place: (place / "model.safetensors").write_bytes(b"nothing"), "files", "REGRESSION"),
         (longer_library, "files", "REGRESSION"),
-        (says("metrics", lambda metrics: metrics.update(accuracy=1.5)), "files", "REGRESSION"),
-        (says("latency", lambda latency: latency["x86-host"].update(seconds=1e-9)), "files", "REGRESSION"),
-        (says("candidate", lambda candidate: candidate["widths"].update(stem=1)), "files", "REGRESSION"),
+        (says("metrics", lambda metrics: metrics.update(accuracy=1.5)), "manifest", "REGRESSION"),
+        (says("latency", lambda latency: latency["x86-host"].update(seconds=1e-9)), "manifest", "REGRESSION"),
+        (says("candidate", lambda candidate: candidate["widths"].update(stem=1)), "manifest", "REGRESSION"),
+        (says("inputs", lambda inputs: inputs[0].update(dtype="float64")), "manifest", "REGRESSION"),
+        (says("onnx_session_options", lambda options: options.update(other="1")), "manifest", "REGRESSION"),
     ],
 )
 def test_what_went_bad_is_told(spoil: Callable[[Path], object], check: str, verdict: str, run: Path) -> None:
