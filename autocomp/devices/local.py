@@ -9,6 +9,7 @@ from autocomp.compiler.build import CompiledModel, build, time_in_turn
 from autocomp.compiler.verify import check_outputs, first_differing_layer
 from autocomp.devices.device import Compiled, latency_model, quieter
 from autocomp.errors import MismatchError, UsageError
+from autocomp.hardware.energy import Counters, Energy, energies
 from autocomp.hardware.profile import Profile
 from autocomp.records.latency import Latency
 from autocomp.tuning.store import KernelStore
@@ -19,16 +20,19 @@ if TYPE_CHECKING:
 
 
 class LocalDevice:
-    """Compiles, checks and times modules on this machine for one profile. UsageError if the profile is reached another way."""
+    """Compiles, checks and times modules on this machine for one profile. UsageError if the profile is reached another way.
+
+    ``counters`` tell what an inference draws, where the profile's power is by them too.
+    """
 
     notes: tuple[str, ...] = ()
 
-    def __init__(self, profile: Profile, store: KernelStore | None = None) -> None:
+    def __init__(self, profile: Profile, store: KernelStore | None = None, counters: Counters | None = None) -> None:
         if profile.reach != "local":
             raise UsageError(
                 f"profile {profile.name!r} is reached by {profile.reach!r}, not on this machine (reach: local): open it with open_device"
             )
-        self.profile = profile
+        self.profile, self.counters = profile, counters
         self.store = KernelStore.open(profile) if store is None else store  # an empty one is falsy
         self.tuner = Tuner(profile, self.store)
         self.model = latency_model(profile, self.tuner)
@@ -49,6 +53,13 @@ class LocalDevice:
     def time_in_turn(self, modules: Sequence[Compiled], example_inputs: tuple[torch.Tensor, ...]) -> list[Latency]:
         """Measure modules in turn, as ``time`` measures one."""
         return time_in_turn([module for module in modules if isinstance(module, CompiledModel)], *example_inputs)
+
+    def energies(self, modules: Sequence[Compiled], example_inputs: tuple[torch.Tensor, ...]) -> list[Energy]:
+        """What one inference of each module draws; empty without ``counters``."""
+        if self.counters is None:
+            return []
+        calls = [module.prepare(*example_inputs) for module in modules if isinstance(module, CompiledModel)]
+        return energies(calls, self.counters, self.profile.cores)
 
 
 def check_compiled(

@@ -169,6 +169,13 @@ class Judge:
         """Seconds on the slowest of its measured profiles, as dense was timed; infinite where nothing was measured."""
         return max((comparable(evaluation, self.dense, p) for p in evaluation.latency), default=float("inf"))
 
+    def joules(self, evaluation: Evaluation, profile: str) -> float | None:
+        """What an inference takes on a profile: counted, or estimated from its time, as dense was timed; None where neither is known."""
+        latency = evaluation.latency[profile]
+        if latency.joules is not None or latency.watts is None:
+            return latency.joules
+        return latency.watts * comparable(evaluation, self.dense, profile)
+
     def held(self, evaluation: Evaluation) -> list[Held]:
         """Each limit beside what an evaluation comes to; of latencies those of the profiles that were measured."""
         # 0.98 - 0.97 is a little more than 0.01 in binary
@@ -180,9 +187,9 @@ class Judge:
             if (most := self.max_latency(profile)) is not None:
                 seconds = comparable(evaluation, self.dense, profile)
                 found.append(Held("max_latency", profile, most, seconds, most * 1e-9))
-        for profile, latency in evaluation.latency.items():
-            if (most := self.max_energy(profile)) is not None and latency.watts is not None:
-                joules = latency.watts * comparable(evaluation, self.dense, profile)
+        for profile in evaluation.latency:
+            joules = self.joules(evaluation, profile)
+            if (most := self.max_energy(profile)) is not None and joules is not None:
                 found.append(Held("max_energy", profile, most, joules, most * 1e-9))
         if self.max_size is not None:
             found.append(Held("max_size", "", self.max_size, evaluation.bytes))
@@ -201,7 +208,7 @@ class Judge:
             found.append(Miss("its latency was not measured", float("inf")))
         for profile in dict.fromkeys([*self.dense.latency, *evaluation.latency]):
             latency = evaluation.latency.get(profile)
-            if self.goals.energy(profile) is not None and (latency is None or latency.watts is None):
+            if self.goals.energy(profile) is not None and (latency is None or latency.energy is None):
                 found.append(Miss(f"its energy on {profile} is not known: the profile states no power", float("inf")))
             if self.goals.max_memory is not None and (latency is None or latency.memory is None):
                 found.append(Miss(f"its memory on {profile} is not known", float("inf")))

@@ -36,7 +36,8 @@ class Latency:
     percentiles of single inferences in seconds (``p50``, ``p95``, ``p99``), where they were taken one by one: samples are averages of many.
     ``drift`` is what seconds and samples were multiplied by, to be as they would have been when the uncompressed model was first timed: it was
     timed again in turn with each candidate, since a machine's speed changes over minutes.
-    ``watts`` is what one inference draws while it runs, above what the board draws idle, by its profile: `energy` is estimated from it.
+    ``watts`` is what one inference draws while it runs, above what the board draws idle, by its profile: `energy` is estimated from it, where
+    ``joules`` of this very module were not counted, ``joules_spread`` being the interquartile range of its windows over their median.
     ``memory`` is how many bytes the module needs while it runs: weights, inputs, outputs and the buffers between kernels, as they are laid out.
 
     Examples:
@@ -58,14 +59,18 @@ class Latency:
     memory: int | None = None
     drift: float = 1.0
     watts: float | None = None
+    joules: float | None = None
+    joules_spread: float | None = None
 
     @property
     def energy(self) -> float | None:
-        """Joules of one inference, as though every one drew the same power: seconds times watts. None where the profile states no power.
+        """Joules of one inference: counted, else as though every one drew the same power, seconds times watts. None where no power is known.
 
         >>> Latency(seconds=2e-3, spread=0.0, how="estimated", profile="cortex-a76", watts=1.5).energy
         0.003
         """
+        if self.joules is not None:
+            return self.joules
         return None if self.watts is None else self.watts * self.seconds
 
 
@@ -77,6 +82,9 @@ def latency_to_json(latency: Latency) -> dict[str, Any]:
     data["tail"] = dict(latency.tail)
     for name in ("noisy", "tail", "memory", "watts"):  # which files of before do not say
         if not data[name]:
+            del data[name]
+    for name in ("joules", "joules_spread"):
+        if data[name] is None:
             del data[name]
     if latency.drift == 1.0:
         del data["drift"]

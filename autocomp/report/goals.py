@@ -18,18 +18,19 @@ def goal_rows(judge: Judge, evaluation: Evaluation | None, metric: Metric) -> li
         return []
     rows = []
     for held in judge.held(evaluation):
-        name, write, digits = _told(held, metric)
+        name, write, digits = _told(held, metric, evaluation)
         value, limit = told_apart(write, held.value, held.limit, digits)
         rows.append({"goal": name, "limit": f"at most {limit}", "came_to": value, "met": held.met})
     return rows
 
 
-def _told(held: Held, metric: Metric) -> tuple[str, Callable[[float, int], str], int]:
+def _told(held: Held, metric: Metric, evaluation: Evaluation) -> tuple[str, Callable[[float, int], str], int]:
     """What a limit is called, how its values are written, and with how many digits."""
     if held.goal == "max_latency":
         return f"latency on {held.subject}", format_milliseconds, 3
     if held.goal == "max_energy":
-        return f"energy of one inference on {held.subject}, estimated", format_joules, 3
+        how = "estimated" if evaluation.latency[held.subject].joules is None else "counted"
+        return f"energy of one inference on {held.subject}, {how}", format_joules, 3
     if held.goal == "max_size":
         return "size of the weights", format_bytes, 3
     if held.goal == "max_memory":

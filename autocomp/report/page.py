@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from autocomp.config.files import read_json
-from autocomp.config.quantities import format_bytes
+from autocomp.config.quantities import format_bytes, format_joules
 from autocomp.config.settings import Goals
 from autocomp.errors import InfeasibleError, UsageError
 from autocomp.front.goals import Judge, undisturbed
@@ -168,6 +168,7 @@ class Page:
             "size": format_bytes(e.bytes),
             "smaller": f"{self.dense.bytes / e.bytes:.1f}×" if e.bytes else "–",
             "memory": self._memory(e),
+            "energy": self._energy(e),
             "files": self._files(point),
             "deployed": [self._deployed(profile, read, e) for profile, read in point.deployed.items()],
             "tails": [self._tail(profile, latency.tail) for profile, latency in e.latency.items() if latency.tail],
@@ -180,6 +181,20 @@ class Page:
         """What its compiled modules need while they run; of several targets the most."""
         known = [latency.memory for latency in evaluation.latency.values() if latency.memory]
         return format_bytes(max(known)) if known else "–"
+
+    def _energy(self, evaluation: Evaluation) -> list[str]:
+        """What one inference draws above the idle machine, by target, and how that is known."""
+        lines = []
+        for profile, latency in evaluation.latency.items():
+            where = f" on {profile}" if len(self.profiles) > 1 else ""
+            if latency.joules is not None:
+                spread = f", ± {latency.joules_spread:.0%} between windows" if latency.joules_spread is not None else ""
+                lines.append(f"Energy of an inference{where}: {format_joules(latency.joules)}, counted{spread}")
+            elif latency.energy is not None:
+                lines.append(
+                    f"Energy of an inference{where}: {format_joules(latency.energy)}, estimated as power times time"
+                )
+        return lines
 
     def _tail(self, profile: str, tail: Mapping[str, float]) -> str:
         """Percentiles of single inferences, in a line."""

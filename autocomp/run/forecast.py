@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autocomp.config.settings import Settings
-from autocomp.devices.open import open_device
+from autocomp.devices.open import open_named
 from autocomp.front.goals import Judge
-from autocomp.hardware.profile import load_profile
 from autocomp.processes.pool import cores
 from autocomp.progress import Progress
 from autocomp.records.evaluation import Evaluation
@@ -86,7 +85,7 @@ def forecast(settings: Settings, task: Task, progress: Progress) -> Plan:
     from autocomp.database.stitch import stitch
 
     begun = time.perf_counter()
-    devices = {name: open_device(load_profile(name)) for name in settings.profiles}
+    devices = {name: open_named(name) for name in settings.profiles}
     profiles = [device.profile for device in devices.values()]
     ready = prepare_task(task, load_space(settings.space), profiles, settings.calibration_samples, progress)
     with tempfile.TemporaryDirectory() as folder:

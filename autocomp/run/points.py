@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autocomp.cache import unwritable_reason
+from autocomp.devices.local import LocalDevice
 from autocomp.export.files import ONNX, export_point, files_of, library_of
 from autocomp.export.onnx import onnx_runner
 from autocomp.hardware.timing import steady
@@ -137,6 +138,9 @@ def _again(prepared: Prepared, name: str, device: Device, evaluations: list[Eval
         trial: with_tail(latency, module.tail(*prepared.inputs[0]))
         for (trial, module), latency in zip(modules.items(), taken, strict=True)
     }
+    if isinstance(device, LocalDevice):
+        joules = zip(latencies, device.energies(list(modules.values()), prepared.inputs[0]), strict=False)
+        latencies |= {trial: replace(latencies[trial], joules=e.joules, joules_spread=e.spread) for trial, e in joules}
 
     def renewed(evaluation: Evaluation) -> Evaluation:
         if evaluation.trial not in latencies:

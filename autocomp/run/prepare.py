@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from autocomp.config.settings import Settings
 from autocomp.devices.device import Device
-from autocomp.devices.open import open_device
+from autocomp.devices.open import open_named
 from autocomp.front.goals import check_drops
-from autocomp.hardware.profile import load_profile
 from autocomp.measurement.measurer import Measurer
 from autocomp.measurement.preflight import rehearse
 from autocomp.progress import Progress, Stage
@@ -197,7 +196,7 @@ class _Forecast:
 
 
 def _open_device(name: str, stage: Stage) -> Device:
-    device = open_device(load_profile(name))
+    device = open_named(name)
     if device.store.corrupt:
         stage.warn(f"{device.store.corrupt} damaged records of the kernel store {device.store.folder} are tuned again")
         device.store.compact()

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from autocomp.cache import cache_dir, unwritable_reason
 from autocomp.config.quantities import LARGEST, parse_training
 from autocomp.config.settings import Settings
+from autocomp.devices.open import counted
 from autocomp.errors import Interrupted, UsageError, shown
 from autocomp.hardware.profile import Profile, load_profile
 from autocomp.processes import interrupt
@@ -167,10 +168,10 @@ def check_names(settings: Settings) -> tuple[list[Profile], SpaceFile]:
         load_recipe(settings.recipe)
     profiles = [load_profile(name) for name in settings.profiles]
     for name, profile in zip(settings.profiles, profiles, strict=True):
-        if settings.goals.energy(name) is not None and profile.watts is None:
+        if settings.goals.energy(name) is not None and profile.watts is None and not counted(profile):
             raise UsageError(
                 f"max_energy: the profile {shown(name)} does not state what its board draws, so the energy of an inference is not known: add "
-                "power: {idle: …, load: …, cores: …} to a profile file of yours"
+                "power: {idle: …, load: …, cores: …} to a profile file of yours, or, of this machine, let its counters be read (docs/goals.md)"
             )
     return profiles, load_space(settings.space)
 
