@@ -6,7 +6,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autocomp.api import check, compile, gate, measure, plan, rebuild_report, recover, resolve, search, sensitivity
+    from autocomp.api import (
+        check,
+        compile,
+        fuse,
+        gate,
+        measure,
+        plan,
+        rebuild_report,
+        recover,
+        resolve,
+        search,
+        sensitivity,
+    )
     from autocomp.errors import (
         AutocompError,
         BoardError,
@@ -17,6 +29,7 @@ if TYPE_CHECKING:
         MismatchError,
         UsageError,
     )
+    from autocomp.fusion.fuse import Fused
     from autocomp.hardware.profile import list_profiles
     from autocomp.records.candidate import Candidate
     from autocomp.records.latency import Latency
@@ -34,6 +47,7 @@ __all__ = [
     "Candidate",
     "CorruptError",
     "ExportError",
+    "Fused",
     "InfeasibleError",
     "Interrupted",
     "Latency",
@@ -46,6 +60,7 @@ __all__ = [
     "__version__",
     "check",
     "compile",
+    "fuse",
     "gate",
     "list_profiles",
     "load_task",
@@ -66,6 +81,7 @@ _HOMES = {
     "Candidate": "autocomp.records.candidate",
     "CorruptError": "autocomp.errors",
     "ExportError": "autocomp.errors",
+    "Fused": "autocomp.fusion.fuse",
     "InfeasibleError": "autocomp.errors",
     "Interrupted": "autocomp.errors",
     "Latency": "autocomp.records.latency",
@@ -77,6 +93,7 @@ _HOMES = {
     "UsageError": "autocomp.errors",
     "check": "autocomp.api",
     "compile": "autocomp.api",
+    "fuse": "autocomp.api",
     "gate": "autocomp.api",
     "list_profiles": "autocomp.hardware.profile",
     "load_task": "autocomp.tasks.task",

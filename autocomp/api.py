@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autocomp.config.settings import Settings, load_settings
-from autocomp.errors import ModelWarning, UsageError, shown
+from autocomp.errors import ModelWarning, UsageError, cut, shown
 from autocomp.hardware.profile import Profile, load_profile
 from autocomp.processes.chatter import caught
 from autocomp.processes.one import alone, at_work, is_at_work
@@ -17,6 +17,7 @@ from autocomp.progress import Progress
 from autocomp.records.evaluation import Sensitivity
 from autocomp.records.latency import Latency
 from autocomp.recovery.recipe import load_recipe
+from autocomp.run.folder import probe
 from autocomp.run.replay import with_replay
 from autocomp.run.result import Point as Point
 from autocomp.run.result import SearchResult as SearchResult
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
     from autocomp.devices.device import Compiled
+    from autocomp.fusion.fuse import Fused
     from autocomp.recovery.one import Recovered
     from autocomp.run.automatic import Resolved
     from autocomp.run.forecast import Plan
@@ -150,6 +152,73 @@ def recover(
             return recovered(model, found, read, Span(steps=None), epochs=int(amount[0]))
         span = Span(seconds=amount[0]) if amount[1] == "seconds" else Span(steps=int(amount[0]))
         return recovered(model, found, read, span)
+
+
+def fuse(
+    tasks: Sequence[Task | str],
+    out: str | Path | None = None,
+    smaller: float | str = "1.6x",
+    minutes: float | None = None,
+    recipe: str | Path = "default",
+    *,
+    length: str | None = None,
+    train: bool = True,
+    progress: Progress | None = None,
+) -> Fused:
+    """Make one model of related ones: of one architecture, each with its own task. What it holds once, all of them use.
+
+    Channels are brought into one order first. Each layer that has the same shape in all models then is every model's own, one for all, one for
+    all with a small product of each model's own, or a basis for all with factors of each: what costs the least divergence in all such that
+    the models together take ``smaller`` times less room. Then it is trained to answer as the models did, for ``minutes`` (10 unless given) or a
+    ``length`` such as ``500steps``, by a ``recipe``; ``train=False`` leaves that out.
+
+    ``tasks`` are `Task` objects or names. With ``out`` the model is written into that folder, whose name is a task from then on:
+    ``autocomp.search(task="runs/fused")`` compresses it. That takes names.
+
+    Raises:
+        UsageError: The models are not of one architecture or not judged alike, the folder is not empty, or the training cannot be as asked.
+
+    Examples:
+        >>> import autocomp
+        >>> done = autocomp.fuse(["digits", "my_tasks:rotated"], "runs/fused")  # doctest: +SKIP
+        >>> done.metrics["apart"]["mean"], done.metrics["fused"]["mean"]  # doctest: +SKIP
+        >>> autocomp.fuse(["digits"])
+        Traceback (most recent call last):
+        autocomp.errors.UsageError: two tasks at least are fused, got 1
+    """
+    from autocomp.config.quantities import parse_factor
+    from autocomp.fusion.fuse import fuse as fused_of
+    from autocomp.fusion.stored import write_fused
+    from autocomp.recovery.schedules import Span
+    from autocomp.tasks.training import one_thread
+    from autocomp.tasks.untouched import in_float32
+
+    if len(tasks) < 2:
+        raise UsageError(f"two tasks at least are fused, got {len(tasks)}")
+    progress, (amount, unit) = progress or Progress(), length_of(minutes, length)
+    try:
+        factor = parse_factor(smaller if isinstance(smaller, str) else f"{smaller}x")
+    except ValueError as error:
+        raise UsageError(f"smaller: {error}") from None
+    read = load_recipe(recipe)
+    if unit == "epochs":
+        raise UsageError(f"length: a fused model is trained for minutes or steps, got {shown(length)}")
+    if out is not None and (nameless := [task.name for task in tasks if isinstance(task, Task)]):
+        raise UsageError(
+            f"out: a folder is a task by the names of those that were fused; {nameless[0]!r} was given as an object. Give names, or no folder"
+        )
+    folder = None if out is None else Path(out).expanduser().absolute()
+    if folder is not None:
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise UsageError(f"out: {cut(str(folder))} is there already: name another folder, or take that away")
+        probe(folder)
+    span = (Span(seconds=amount) if unit == "seconds" else Span(steps=int(amount))) if train else None
+    with alone(), one_thread(), in_float32(), caught(None, progress.console):
+        loaded = [task if isinstance(task, Task) else load_task(task, progress) for task in tasks]
+        fused = fused_of(loaded, factor, read, span, progress)
+        if folder is not None:
+            write_fused(fused, [str(task) for task in tasks], folder)
+    return fused
 
 
 def rebuild_report(run: str | Path) -> Path:

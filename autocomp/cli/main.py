@@ -16,6 +16,7 @@ import click
 from autocomp.cache import unwritable_reason
 from autocomp.cli import tables as terminal
 from autocomp.cli.device import device
+from autocomp.cli.fuse import fuse
 from autocomp.cli.kernels import kernels
 from autocomp.cli.look import check, measure, plan, profiles, schema, sensitivity, spaces
 from autocomp.cli.options import (
@@ -156,6 +157,7 @@ cli.add_command(kernels)
 cli.add_command(device)
 cli.add_command(gate)
 cli.add_command(recover)
+cli.add_command(fuse)
 cli.add_command(recipes)
 
 

@@ -289,3 +289,26 @@ def show_profiles(described: Iterable[Mapping[str, Any]]) -> None:
             ]
         )
     show_table(["profile", "reached", "processor", "vectors", "precisions", "description"], rows)
+
+
+def show_fused(said: Mapping[str, Any]) -> None:
+    """Print how each layer is shared, and what the models do apart, averaged, shared and trained."""
+    show_table(["layer", "shared"], list(said["ways"].items()), "layers")
+    told = {
+        "apart": "as given",
+        "averaged": "all weights averaged, channels in one order",
+        "shared": "shared, not trained",
+        "fused": "fused",
+    }
+    names = list(said["metrics"]["apart"])
+    rows = [
+        [
+            told[which],
+            *(f"{_figure(metrics[name])}{_error(said['errors'][which].get(name))}" for name in names),
+            format_bytes(said["bytes"][which]) if which in said["bytes"] else "",
+        ]
+        for which, metrics in said["metrics"].items()
+    ]
+    show_table(["", *(f">{name}" for name in names), ">weights"], rows, "\nmodels")
+    for note in said["notes"]:
+        output().print(note, markup=False)

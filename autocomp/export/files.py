@@ -119,6 +119,17 @@ def load_model(folder: Path) -> torch.nn.Module:
         raise UsageError(f"{path} is damaged: {type(error).__name__}: {last_line(error)}") from error
 
 
+def write_model(model: torch.nn.Module, example: tuple[torch.Tensor, ...], folder: Path) -> None:
+    """Write what `load_model` reads. OSError where nothing can be written."""
+    from safetensors.torch import save
+
+    from autocomp.graph.canonical import canonical
+    from autocomp.graph.structure import describe
+
+    structure, tensors = describe(canonical(model, example))
+    write_atomically(folder / WEIGHTS, save(tensors, {_STRUCTURE: json.dumps(structure)}))
+
+
 def refuse_foreign(folder: Path, metrics: Mapping[str, float] | None = None) -> None:
     """UsageError if the torch model of a point is not the file that its manifest was written for, or that is of other ``metrics`` than these."""
     path = folder / WEIGHTS
@@ -181,13 +192,7 @@ def _onnx(model: torch.nn.Module, inputs: Sequence[tuple[torch.Tensor, ...]], pa
 
 
 def _weights(model: torch.nn.Module, inputs: Sequence[tuple[torch.Tensor, ...]], path: Path) -> Verified:
-    from safetensors.torch import save
-
-    from autocomp.graph.canonical import canonical
-    from autocomp.graph.structure import describe
-
-    structure, tensors = describe(canonical(model, inputs[0]))
-    write_atomically(path, save(tensors, {_STRUCTURE: json.dumps(structure)}))
+    write_model(model, inputs[0], path.parent)
     found = compare(model, load_model(path.parent), inputs, path.name)
     return Verified(True, found.errors.worst, note=found.note)
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 LONGEST_UNIT = 20
+FUSION = "fusion.json"  # in a folder whose name is a task: that of several models in one
 Evaluate = Callable[["nn.Module"], Mapping[str, Any]]
 
 
@@ -199,7 +200,7 @@ class Task:
 
 
 def load_task(spec: str, progress: Progress | None = None) -> Task:
-    """Load a task: a built-in name (``digits``), or ``package.module:function``, a function without arguments.
+    """Load a task: a built-in name (``digits``), ``package.module:function``, a function without arguments, or a folder `autocomp.fuse` wrote.
 
     The working folder is searched for modules too. Built-in tasks may train their model first and show it in ``progress``.
 
@@ -211,6 +212,9 @@ def load_task(spec: str, progress: Progress | None = None) -> Task:
         Traceback (most recent call last):
         autocomp.errors.UsageError: unknown task 'digit'. Did you mean 'digits'? Built in: digits, digits-mobile, speech, tokens; ...
     """
+    if os.path.isfile(os.path.join(spec, FUSION)):
+        fused: Task = _resolve("autocomp.fusion.stored:load_fused")(spec, progress)
+        return fused
     if ":" not in spec:
         if spec not in BUILT_IN:
             raise UsageError(
