@@ -48,7 +48,7 @@ class Shared(nn.Module):
 
 @dataclass(frozen=True)
 class Way:
-    """One way for the layers in one place: the ``modules`` of the models, ``weights`` stored in all, and the divergence it costs (nats, in all)."""
+    """One way for the layers in one place: the ``modules`` of the models, ``weights`` stored in all, and the divergence it costs (nats)."""
 
     name: str
     modules: tuple[nn.Module, ...]
