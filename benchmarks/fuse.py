@@ -188,8 +188,8 @@ def main() -> None:
     ]  # fmt: skip
     notes = [
         f"Accuracy is the mean of both tasks, validation split; compressed: the smallest that was measured within {DROP:.0%} of the models as "
-        f"given. {options.trials} told and {options.measurements} measured in each search, {options.minutes:g} minutes of training the fused model. "
-        "ms: serving both once, one after the other where they are apart."
+        f"given. {options.trials} told and {options.measurements} measured in each search; the fused model trained for {options.minutes:g} "
+        "minutes. ms: serving both once, one after the other where they are apart."
     ]
     publish("fuse", headings, rows, {"pairs": found}, load_profile(PROFILE), notes, not options.quick, "pairs")
 

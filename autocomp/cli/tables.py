@@ -8,7 +8,7 @@ from decimal import Decimal  # candidates outnumber what a float holds
 from typing import TYPE_CHECKING, Any
 
 from autocomp.config.quantities import format_bytes, format_milliseconds
-from autocomp.config.settings import Settings
+from autocomp.config.settings import Goals, Settings
 from autocomp.errors import UsageError
 from autocomp.front.goals import Judge, family
 from autocomp.hardware.profile import list_profiles, load_profile
@@ -115,10 +115,10 @@ def show_resolved(resolved: Resolved, given: Settings) -> None:
 def show_family(run: Run, settings: Settings) -> None:
     """Print the member of each speed-up that was asked for, and which have none."""
     judge, objective = Judge.of(run, settings.goals), run.task.objective
-    rows = []
+    rows, within = [], " within the goals" if settings.goals != Goals() else ""
     for name, member in family(judge, [p.evaluation for p in run.front], settings.speedups, list(run.profiles)).items():
         if member is None:
-            rows.append([name, "no point of the front reaches it", "", ""])
+            rows.append([name, f"no point of the front reaches it{within}", "", ""])
         else:
             value, lost = member.metrics[objective], judge.drop(member)
             rows.append([name, member.candidate.id, _figure(value), _figure(lost, "+")])

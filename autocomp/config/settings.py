@@ -248,8 +248,14 @@ def load_settings(
 
 
 def read_settings(path: Path) -> Settings:
-    """Read what `dump_settings` wrote, as it stands: no variables, no flags. UsageError as `load_settings`."""
-    return validated(Settings, _unversioned(read_mapping(path), path), f"{path}: ")
+    """Read what `dump_settings` wrote, as it stands: no variables, no flags. UsageError as `load_settings`, or if its end is missing."""
+    data = read_mapping(path)
+    if KEY not in data:
+        raise UsageError(
+            f"{path} is not whole: its last line, {KEY}: {FORMAT_VERSION}, is missing, and settings before it may be. Nothing was touched: put "
+            "the whole file back"
+        )
+    return validated(Settings, _unversioned(data, path), f"{path}: ")
 
 
 def settings_schema() -> dict[str, Any]:
@@ -258,8 +264,8 @@ def settings_schema() -> dict[str, Any]:
 
 
 def dump_settings(settings: Settings) -> str:
-    """Return the YAML of resolved settings, with its format version; `load_settings` reads it back."""
-    return yaml.safe_dump({"format_version": FORMAT_VERSION, **settings.model_dump()}, sort_keys=False)
+    """Return the YAML of resolved settings; `load_settings` reads it back. The format version stands last: a file that was cut has none."""
+    return yaml.safe_dump({**settings.model_dump(), KEY: FORMAT_VERSION}, sort_keys=False)
 
 
 def differences(old: Settings, new: Settings) -> list[str]:

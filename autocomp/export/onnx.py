@@ -119,6 +119,9 @@ def run_session(session: Any, *inputs: torch.Tensor) -> torch.Tensor | tuple[tor
     return outputs[0] if len(outputs) == 1 else outputs
 
 
+_TURNS = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity")  # which a runtime does to the weight itself, once
+
+
 def _write_zero_points(model: Any) -> None:
     """Give every 8-bit weight's DequantizeLinear the zeros it means, each its own: a runtime that is asked for `EXACT` makes unsigned numbers of
     weight and zeros, in place. A weight with several readers it would make such of twice, and fail: that one is unsigned from the start."""
@@ -132,7 +135,7 @@ def _write_zero_points(model: Any) -> None:
             readers.setdefault(weight, []).append(node)
     for weight, nodes in readers.items():
         decoded, zero = weight, np.int8(0)
-        if len(nodes) > 1 or len(list(nodes[0].outputs[0].uses())) > 1:
+        if len(nodes) > 1 or _readers(nodes[0].outputs[0]) > 1:
             values = (weight.const_value.numpy().astype(np.int16) + 128).astype(np.uint8)
             decoded, zero = _initializer(graph, f"{weight.name}_unsigned", values), np.uint8(128)  # type: ignore[assignment]
         for index, node in enumerate(nodes):
@@ -142,6 +145,12 @@ def _write_zero_points(model: Any) -> None:
             node.replace_input_with(2, _initializer(graph, f"{weight.name}_zero_{index}", zeros))
         if decoded is not weight:
             graph.initializers.pop(weight.name)
+
+
+def _readers(value: Any) -> int:
+    """How many nodes compute with a value, however often it is turned around on the way to them."""
+    uses = [use.node for use in value.uses()]
+    return sum(_readers(node.outputs[0]) if node.op_type in _TURNS else 1 for node in uses)
 
 
 def _initializer(graph: Any, name: str, values: np.ndarray) -> Any:

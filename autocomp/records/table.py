@@ -54,7 +54,10 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
             check_version(int(version), path, FORMAT_VERSION)
         return [_evaluation({str(k): v for k, v in row.items() if not _missing(v)}) for row in table.to_dict("records")]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise CorruptError(f"{path} does not read as a table of evaluations: {shown(error)}") from error
+        raise CorruptError(
+            f"{path} does not read as a table of evaluations ({shown(error)}): put it back, or let `autocomp search --resume --out {folder}` "
+            "write it again"
+        ) from error
 
 
 _COLUMN_ORDER = [

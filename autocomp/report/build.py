@@ -222,5 +222,5 @@ def _read(path: Path, read: Callable[[Path], Any]) -> Mapping[str, Any] | None:
     except FileNotFoundError:
         return None
     except UsageError as error:
-        raise CorruptError(str(error)) from error
+        raise CorruptError(f"{error}: put it back, or take it away, and the report is made without it") from error
     return current(data, path, FORMAT_VERSION)

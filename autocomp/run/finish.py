@@ -20,7 +20,7 @@ from autocomp.records.evaluation import Evaluation, as_searched, untrained
 from autocomp.records.run import FrontPoint, LayerInfo, Run, Summary, TaskInfo, write_front
 from autocomp.records.table import write_evaluations
 from autocomp.run.expect import expected_of
-from autocomp.run.folder import CONFIG
+from autocomp.run.folder import CONFIG, WRITTEN
 from autocomp.run.found import Found
 from autocomp.run.halving import RECIPES
 from autocomp.run.held_out import HeldOut
@@ -50,7 +50,8 @@ def finish(prepared: Prepared, found: Found) -> Run:
         )
     run = _make_run(prepared, found)
     write_evaluations(folder, found.told)
-    write_provenance(prepared)
+    found.search.set_attr(WRITTEN, written := found.search.get_attr(WRITTEN, 0) + 1)
+    write_provenance(prepared, written)
     write_front(folder, run)
     shown = {point.evaluation.candidate.id for point in (run.dense, *run.front)}
     for evaluation in found.told:  # of points that were on the front when the run was last at its end, and until here

@@ -22,6 +22,7 @@ PROVENANCE = "provenance.json"
 STUDY = "study.journal"  # where no other storage is asked for
 OLD_STUDY = "study.db"  # where version 0.1 kept it
 PLACE = "folder"  # the attribute of a study in a database of the user's: the run folder that it is of
+WRITTEN = "results written"  # the attribute that says how often they were: an older copy of a study has a lower number
 LOST = "lost weights"  # the attribute with files of weights that were learnt, and were not there when the run went on
 _NAME = "run.json"
 _RESULTS = ("front.json", "report.html", "evaluations.csv")
@@ -164,7 +165,10 @@ def _refuse_older(found: Recorded, folder: Path) -> None:
         told = len(read_evaluations(folder))
     except AutocompError:  # there are none, or they are damaged: they are written anew
         told = 0
-    if told > found.finished or study_bytes(folder) < _bytes_then(folder):
+    earlier = study_bytes(folder) < _then(folder, "study_bytes") or found.attrs.get(WRITTEN, 0) < _then(
+        folder, "results_written"
+    )
+    if told > found.finished or earlier:
         raise UsageError(
             f"the study of the run in {folder} holds less than its results say: it was cut, or is a copy of an earlier time. Nothing was "
             "touched: put the whole study back, or choose another --out for a new run"
@@ -177,10 +181,10 @@ def study_bytes(folder: Path) -> int:
     return file.stat().st_size if file.exists() else 0
 
 
-def _bytes_then(folder: Path) -> int:
-    """That size when the results were written; 0 where they do not say."""
+def _then(folder: Path, what: str) -> int:
+    """A number that the results have of the study when they were written; 0 where they do not say."""
     try:
-        return int(json.loads((folder / PROVENANCE).read_text())["study_bytes"])
+        return int(json.loads((folder / PROVENANCE).read_text())[what])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
 

@@ -114,7 +114,8 @@ class Stage:
                 known = self._enter(teaching)
             if known is None:
                 progress.warn(
-                    "no candidate promises to be worth training: none diverges from the uncompressed model and is faster"
+                    "no candidate promises to be worth training: none that diverges from the uncompressed model is faster by so much that, "
+                    "trained, it would be expected beyond what is measured"
                 )
                 return
             search.set_attr(f"{self.key}:entered", known)
@@ -287,7 +288,7 @@ class Stage:
             span = Span(steps=max(1, round(self._steps(teaching) * share)), seconds=seconds)
         return [
             Job(
-                f"{e.candidate.id}-{self.mark}-{index}.pt",
+                f"{e.candidate.id}-{self.mark}-{index}",
                 e.trial,
                 e.candidate,
                 index,

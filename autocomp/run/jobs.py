@@ -75,7 +75,7 @@ def trained(
                 recipe, wide = recipe.on_chosen_channels(), None
         done = train(model, teaching, recipe, job.span, rate, shared, folder / f"{name}.part", begun, stop.is_set, wide)
         if not done.failure:
-            stored.write(folder / name, {stored.FORM: done.weights})
+            name = stored.write_by_content(folder, job.name, done.weights)
         return Outcome(
             Done(
                 f"{FOLDER}/{name}",

@@ -21,8 +21,11 @@ from autocomp.run.prepare import Prepared
 PACKAGES = ("autocomp", "torch", "apache-tvm", "apache-tvm-ffi", "onnxruntime", "optuna", "numpy")
 
 
-def write_provenance(prepared: Prepared) -> Path:
-    """Write what the numbers depend on: versions, processor, governor, seed, git, and the fits of the latency models."""
+def write_provenance(prepared: Prepared, written: int) -> Path:
+    """Write what the numbers depend on: versions, processor, governor, seed, git, and the fits of the latency models.
+
+    ``written`` is how often the run's results were, this time included: a study that knows of fewer is of an earlier time.
+    """
     data = {
         "format_version": FORMAT_VERSION,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -38,6 +41,7 @@ def write_provenance(prepared: Prepared) -> Path:
         "load_average": os.getloadavg()[0],
         "seed": prepared.settings.seed,
         "study_bytes": study_bytes(prepared.folder),
+        "results_written": written,
         "git": _git(),
         "space_size": str(prepared.space.size),
         "kernels": {

@@ -77,6 +77,31 @@ def test_a_shared_8_bit_weight_opens_with_the_options_of_the_manifest(tmp_path: 
     assert len(weights) == 2, "it is stored once"
 
 
+class Loop(nn.Module):
+    """A dense layer that is called in a loop: its weight is turned around once, for all calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(32, 32), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = self.layer(x).relu()
+        return self.head(x)
+
+
+def test_an_8_bit_weight_that_is_turned_around_for_several_opens_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 32)
+    with torch.no_grad():
+        model = quantise_all(Loop().eval(), x)
+        expected = model(x)
+    path = export_onnx(model, (x,), tmp_path / "model.onnx")
+    for everywhere in (False, True):
+        answer = run_session(onnx_session(path, exact=True, everywhere=everywhere), x)
+        assert float((answer - expected).norm() / expected.norm()) < 1e-3
+
+
 @pytest.mark.board
 def test_the_options_of_the_manifest_keep_products_exact(tmp_path: Path) -> None:
     import numpy as np

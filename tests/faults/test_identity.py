@@ -30,12 +30,13 @@ from autocomp.graph.analyse import analyse
 from autocomp.hardware.profile import load_profile
 from autocomp.records.run import speedup
 from autocomp.records.table import read_evaluations
+from autocomp.run import folder as folder_module
 from autocomp.run import found as found_module
 from autocomp.run import judged as judged_module
 from autocomp.run.identity import first_widths, identity_of, source_of
 from autocomp.space.build import build_space
 from autocomp.space.file import SpaceFile
-from autocomp.study.storage import Claim, open_storage, read_study
+from autocomp.study.storage import Claim, Recorded, open_storage, read_study
 from autocomp.study.study import Choices, open_search
 
 pytestmark = pytest.mark.usefixtures("short_tuning", "without_exports")
@@ -721,3 +722,25 @@ def test_a_study_of_an_earlier_time_is_refused(run: Path, resume: Callable[..., 
     study.write_bytes(b"".join(lines[: len(lines) * 2 // 3]))
     with pytest.raises(UsageError, match=r"it was cut, or is a copy of an earlier time"):
         resume()
+
+
+def test_a_database_put_back_from_before_the_last_results_is_refused(run: Path) -> None:
+    provenance = json.loads((run / "provenance.json").read_text())
+    assert provenance["results_written"] == 1
+    found = Recorded({folder_module.WRITTEN: 1}, finished=1000)
+    folder_module._refuse_older(found, run)
+    (run / "provenance.json").write_text(
+        json.dumps({**provenance, "results_written": 2})
+    )  # a training told no new trial
+    with pytest.raises(UsageError, match=r"it was cut, or is a copy of an earlier time"):
+        folder_module._refuse_older(found, run)
+
+
+@pytest.mark.parametrize("lines", [1, 12, -1])
+def test_settings_whose_end_is_missing_are_refused(lines: int, run: Path, resume: Callable[..., Any]) -> None:
+    config = run / "config.yaml"
+    config.write_text("".join(config.read_text().splitlines(keepends=True)[:lines]))
+    before = contents(run)
+    with pytest.raises(UsageError, match=r"config\.yaml is not whole: its last line"):
+        resume()
+    assert contents(run) == before

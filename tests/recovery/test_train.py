@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -165,6 +166,19 @@ def test_weights_come_back_from_their_file_and_from_no_other(tmp_path: Path) -> 
     assert same(done.model.state_dict(), back.state_dict())
     with pytest.raises(CorruptError, match="another candidate"):
         stored.restored(made.teacher, tmp_path / "w.pt")
+
+
+def test_weights_are_known_by_their_content(tmp_path: Path) -> None:
+    made = teaching(task())
+    model = damaged(made.teacher)
+    first, second = (train(model, made, PLAIN, Span(steps=steps), 3e-3).weights for steps in (3, 5))
+    names = [stored.write_by_content(tmp_path, "abc-f00-0", weights) for weights in (first, second)]
+    assert names[0] != names[1]
+    assert stored.write_by_content(tmp_path, "abc-f00-0", first) == names[0]
+    assert same(stored.read(tmp_path / names[1])[stored.FORM], second)
+    shutil.copy(tmp_path / names[1], tmp_path / names[0])  # as from another run
+    with pytest.raises(CorruptError, match="another training"):
+        stored.read(tmp_path / names[0])
 
 
 def test_a_stage_without_rounding_ends_in_what_is_delivered() -> None:
