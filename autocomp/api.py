@@ -163,6 +163,7 @@ def fuse(
     *,
     length: str | None = None,
     train: bool = True,
+    same_inputs: bool = False,
     progress: Progress | None = None,
 ) -> Fused:
     """Make one model of related ones: of one architecture, each with its own task. What it holds once, all of them use.
@@ -172,8 +173,9 @@ def fuse(
     the models together take ``smaller`` times less room. Then it is trained to answer as the models did, for ``minutes`` (10 unless given) or a
     ``length`` such as ``500steps``, by a ``recipe``; ``train=False`` leaves that out.
 
-    ``tasks`` are `Task` objects or names. With ``out`` the model is written into that folder, whose name is a task from then on:
-    ``autocomp.search(task="runs/fused")`` compresses it. That takes names.
+    ``tasks`` are `Task` objects or names. With ``same_inputs`` the model takes one set of inputs and all models answer about it: layers at its
+    beginning that all share are run once. It is then trained without labels, since nobody knows those of all. With ``out`` the model is written
+    into that folder, whose name is a task from then on: ``autocomp.search(task="runs/fused")`` compresses it. That takes names.
 
     Raises:
         UsageError: The models are not of one architecture or not judged alike, the folder is not empty, or the training cannot be as asked.
@@ -215,7 +217,7 @@ def fuse(
     span = (Span(seconds=amount) if unit == "seconds" else Span(steps=int(amount))) if train else None
     with alone(), one_thread(), in_float32(), caught(None, progress.console):
         loaded = [task if isinstance(task, Task) else load_task(task, progress) for task in tasks]
-        fused = fused_of(loaded, factor, read, span, progress)
+        fused = fused_of(loaded, factor, read, span, progress, same_inputs)
         if folder is not None:
             write_fused(fused, [str(task) for task in tasks], folder)
     return fused

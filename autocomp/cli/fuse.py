@@ -24,6 +24,9 @@ from autocomp.progress import Progress
 @click.option("--minutes", type=Finite(min=0.0), help="How long to train; 10 unless given, 0: not at all.")
 @click.option("--length", help="The same in steps, such as 2000steps.")
 @click.option(
+    "--same-inputs", is_flag=True, help="All models answer about the same inputs; what they share first is run once."
+)
+@click.option(
     "--recipe", default="default", show_default=True, help="A recipe or its YAML file: see `autocomp recipes`."
 )
 @common_options
@@ -33,6 +36,7 @@ def fuse(
     smaller: str,
     minutes: float | None,
     length: str | None,
+    same_inputs: bool,
     recipe: str,
     as_json: bool,
 ) -> None:
@@ -48,7 +52,7 @@ def fuse(
     train = minutes != 0.0
     fused = api.fuse(
         tasks, out, smaller, minutes if train else None, recipe, length=length, train=train,
-        progress=Progress(Console(stderr=True)),
+        same_inputs=same_inputs, progress=Progress(Console(stderr=True)),
     )  # fmt: skip
     said = described(fused, tasks)
     if as_json:

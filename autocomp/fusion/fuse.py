@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -46,6 +47,7 @@ class Fused:
     training: Recovered | None = None
     notes: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    same_inputs: bool = False
 
 
 def fuse(
@@ -54,11 +56,13 @@ def fuse(
     recipe: Recipe,
     span: Span | None,
     progress: Progress,
+    same_inputs: bool = False,
     samples: int = 256,
 ) -> Fused:
     """Fuse the models of two or more tasks. UsageError where they are not of one architecture, or not judged alike.
 
-    Their weights together become ``smaller`` so many times, as far as layers that are alike allow; ``span`` is how long is trained (None: not).
+    With ``same_inputs`` all answer about the same ones. Their weights together become ``smaller`` so many times, as far as layers that are alike
+    allow; ``span`` is how long is trained (None: not).
     """
     names = _names(tasks)
     refuse_unlike(tasks, names)
@@ -71,10 +75,10 @@ def fuse(
             same = aligned(task.model, first, graphs[0], task.example_inputs) if models else first
             models.append(settled(same, task.calibration, task.batch_axes))
             stage.advance()
-    whole = joint(tasks, names)
-    given, inputs = whole.model, [len(task.example_inputs) for task in tasks]
+    whole = joint(tasks, names, same_inputs=same_inputs)
+    given, inputs = whole.model, None if same_inputs else [len(task.example_inputs) for task in tasks]
     metrics, sizes = {"apart": evaluate_task(whole, given)}, {"apart": dense_bytes(given)}
-    averaged = _together(_averaged(models, alike), tasks)
+    averaged = _together(_averaged(models), tasks, inputs)
     metrics["averaged"] = evaluate_task(whole, averaged, names=metrics["apart"])
     seen = []
     with progress.stage("calibrating", len(tasks)) as stage:
@@ -84,25 +88,22 @@ def fuse(
     with progress.stage("ways to share a layer", len(alike)) as stage:
         found: dict[str, list[Way]] = {}
         for name in alike:
-            found[name] = ways(name, graphs, models, seen)
+            found[name] = ways(name, graphs[0], models, seen)
             stage.advance()
-    kept = sum(graph.layers[name].weights for graph in graphs for name in alike)
-    rest = sizes["apart"] // 4 - kept  # numbers that stay with each model
+    rest = sizes["apart"] // 4 - sum(each[0].weights for each in found.values())  # numbers that stay with each model
     chosen = choose(found, max(0, int(sizes["apart"] / 4 / smaller) - rest))
     sharing = [
         replaced(model, {name: way.modules[index] for name, way in chosen.items() if way.name != OWN})
         for index, model in enumerate(models)
     ]
-    for model, task in zip(sharing, tasks, strict=True):
-        reestimate_batchnorm(model, task.calibration, task.batch_axes)
-    joined: nn.Module = Together(sharing, inputs).eval()
+    joined = _together(sharing, tasks, inputs)
     metrics["shared"] = evaluate_task(whole, joined, names=metrics["apart"])
     training = None
     if span is not None:
         with progress.stage("training"):
             training = recovered(joined, whole, recipe, span)
         joined = training.model
-    fused = joint(tasks, names, joined)
+    fused = joint(tasks, names, joined, same_inputs)
     metrics["fused"] = evaluate_task(fused, fused.model, names=metrics["apart"])
     sizes["fused"] = dense_bytes(fused.model)
     notes = [*(training.notes if training else ())]
@@ -111,7 +112,14 @@ def fuse(
             f"{sizes['apart'] / sizes['fused']:.2f}x smaller in all, not {smaller:g}x: what layers can share is not more"
         )
     return Fused(
-        fused, {name: way.name for name, way in chosen.items()}, metrics, sizes, training, tuple(notes), tuple(names)
+        fused,
+        {name: way.name for name, way in chosen.items()},
+        metrics,
+        sizes,
+        training,
+        tuple(notes),
+        tuple(names),
+        same_inputs,
     )
 
 
@@ -140,6 +148,7 @@ def _alike(graphs: Sequence[Graph], models: Sequence[nn.Module], names: Sequence
         }
         if len(shapes) == 1 and len(kinds) == 1:
             found.append(name)
+    found += _tables(models)
     if not found:
         raise UsageError(
             f"models of one architecture are fused: no layer of {', '.join(names)} has the same shape in all"
@@ -147,7 +156,22 @@ def _alike(graphs: Sequence[Graph], models: Sequence[nn.Module], names: Sequence
     return found
 
 
-def _averaged(models: Sequence[nn.Module], alike: Sequence[str]) -> list[nn.Module]:
+def _tables(models: Sequence[nn.Module]) -> list[str]:
+    """The embeddings that all models have in the same shape, each for itself: one that is a head's weight too stays so."""
+    found: list[set[str]] = []
+    for model in models:
+        tensors = Counter(id(tensor) for _, tensor in model.named_parameters(remove_duplicate=False))
+        found.append(
+            {
+                f"{name} {tuple(module.weight.shape)}"
+                for name, module in model.named_modules()
+                if isinstance(module, nn.Embedding) and tensors[id(module.weight)] == 1 and module.max_norm is None
+            }
+        )
+    return sorted(text.partition(" ")[0] for text in set.intersection(*found))
+
+
+def _averaged(models: Sequence[nn.Module]) -> list[nn.Module]:
     """The models with the mean of all that they have in the same shape: what sharing everything costs without any more."""
     found = [copy.deepcopy(model) for model in models]
     states = [model.state_dict() for model in found]
@@ -161,10 +185,11 @@ def _averaged(models: Sequence[nn.Module], alike: Sequence[str]) -> list[nn.Modu
     return found
 
 
-def _together(models: Sequence[nn.Module], tasks: Sequence[Task]) -> nn.Module:
+def _together(models: Sequence[nn.Module], tasks: Sequence[Task], inputs: Sequence[int] | None) -> nn.Module:
+    """The models in one, the statistics of their norms taken anew."""
     for model, task in zip(models, tasks, strict=True):
         reestimate_batchnorm(model, task.calibration, task.batch_axes)
-    return Together(models, [len(task.example_inputs) for task in tasks]).eval()
+    return Together(models, inputs).eval()
 
 
 def _with_model(task: Task, model: nn.Module) -> Task:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,14 +19,19 @@ MEAN = "mean"  # the objective of a joint task: of the objectives of its parts
 
 
 class Together(nn.Module):
-    """Models side by side: takes the inputs of the first, then of the second, and so on; returns a tuple of what each returns."""
+    """Models side by side: takes the inputs of the first, then of the second, and so on; returns a tuple of what each returns.
 
-    def __init__(self, models: Sequence[nn.Module], inputs: Sequence[int]) -> None:
+    Without ``inputs``, how many each takes, all take the same ones.
+    """
+
+    def __init__(self, models: Sequence[nn.Module], inputs: Sequence[int] | None) -> None:
         super().__init__()
         self.models = nn.ModuleList(models)
-        self.inputs = tuple(inputs)
+        self.inputs = inputs
 
     def forward(self, *inputs: Tensor) -> tuple[Any, ...]:
+        if self.inputs is None:
+            return tuple(model(*inputs) for model in self.models)
         given = iter(inputs)
         return tuple(
             model(*itertools.islice(given, take)) for model, take in zip(self.models, self.inputs, strict=True)
@@ -34,7 +39,7 @@ class Together(nn.Module):
 
 
 class Alone(nn.Module):
-    """One of the models in a joint one: the others get their example inputs, as many samples as it gets itself."""
+    """One of the models in a joint one: the others get their ``examples``, as many samples as it gets itself; without these the same."""
 
     def __init__(
         self, whole: nn.Module, index: int, examples: Sequence[tuple[Tensor, ...]], axes: Sequence[Axes | None]
@@ -43,6 +48,8 @@ class Alone(nn.Module):
         self.whole, self.index, self.examples, self.axes = whole, index, tuple(examples), tuple(axes)
 
     def forward(self, *inputs: Tensor) -> Any:
+        if not self.examples:
+            return self.whole(*inputs)[self.index]
         samples = count(inputs, self.axes[self.index])
         each = [
             inputs if index == self.index else _so_many(example, axes, samples)
@@ -51,31 +58,39 @@ class Alone(nn.Module):
         return self.whole(*itertools.chain(*each))[self.index]
 
 
-def joint(tasks: Sequence[Task], names: Sequence[str], model: nn.Module | None = None) -> Task:
-    """The task of all of these at once, by ``model`` or the tasks' own side by side.
+def joint(
+    tasks: Sequence[Task], names: Sequence[str], model: nn.Module | None = None, same_inputs: bool = False
+) -> Task:
+    """The task of all of these at once, by ``model`` or the tasks' own side by side; with ``same_inputs`` all answer about the same.
 
     Its metrics are named ``NAME/METRIC``, its objective is ``mean``, of their objectives. It has training data and a held-out test where all of
-    them have. UsageError where the metrics cannot be averaged.
+    them have. Of the same inputs nobody knows all labels: it is trained without. UsageError where the metrics cannot be averaged.
     """
     refuse_unlike(tasks, names)
-    first = tasks[0]
-    trains, losses, tests = ([getattr(task, name) for task in tasks] for name in ("train", "loss", "test"))
-    labelled = all(value is not None for value in (*trains, *losses))
+    if same_inputs:
+        _refuse_other_inputs(tasks, names)
+    first, inputs = tasks[0], None if same_inputs else [len(task.example_inputs) for task in tasks]
+    taught, losses = (
+        all(task.train is not None for task in tasks),
+        [task.loss for task in tasks if task.loss is not None],
+    )
+    labelled = taught and len(losses) == len(tasks) and not same_inputs
     axes = [axes_of(task.example_inputs, task.batch_axes) for task in tasks]
+    read = partial(_evaluated, tasks=tasks, names=names, same_inputs=same_inputs)
     return Task(
-        model=Together([task.model for task in tasks], _inputs(tasks)) if model is None else model,
-        example_inputs=tuple(itertools.chain(*(task.example_inputs for task in tasks))),
-        calibration=list(_side_by_side([task.calibration for task in tasks], tasks)),
-        evaluate=partial(_evaluated, tasks=tasks, names=names, split="validation"),
-        test=partial(_evaluated, tasks=tasks, names=names, split="test") if all(tests) else None,
-        train=Training(tasks) if labelled else None,
+        model=Together([task.model for task in tasks], inputs).eval() if model is None else model,
+        example_inputs=first.example_inputs if same_inputs else _row(task.example_inputs for task in tasks),
+        calibration=_in_turn(tasks) if same_inputs else _side_by_side(tasks),
+        evaluate=partial(read, split="validation"),
+        test=partial(read, split="test") if all(task.test for task in tasks) else None,
+        train=Training(tasks, same_inputs) if taught and (labelled or same_inputs) else None,
         loss=partial(_loss, losses=losses) if labelled else None,
         objective=MEAN,
         higher_is_better=first.higher_is_better,
         unit=first.unit,
         name="+".join(names),
         description=f"{', '.join(names)} by one model",
-        batch_axes=tuple(itertools.chain(*axes)),
+        batch_axes=axes[0] if same_inputs else _row(axes),
     )
 
 
@@ -90,23 +105,40 @@ def refuse_unlike(tasks: Sequence[Task], names: Sequence[str]) -> None:
                 )
 
 
+def _refuse_other_inputs(tasks: Sequence[Task], names: Sequence[str]) -> None:
+    kinds = [[(tuple(tensor.shape), tensor.dtype) for tensor in task.example_inputs] for task in tasks]
+    for kind, name in zip(kinds, names, strict=True):
+        if kind != kinds[0]:
+            raise UsageError(
+                f"the same inputs are asked for, but {name} and {names[0]} take others: {kind} and {kinds[0]}"
+            )
+
+
+def _row(each: Iterable[tuple[Any, ...]]) -> tuple[Any, ...]:
+    return tuple(itertools.chain(*each))
+
+
 @dataclass
 class Training:
-    """Batches of all tasks side by side, as many as the task with the fewest has in a pass."""
+    """Batches of all tasks side by side, as many as the task with the fewest has in a pass; of the ``same_inputs`` in turn."""
 
     tasks: Sequence[Task]
+    same_inputs: bool = False
 
     def __iter__(self) -> Iterator[tuple[tuple[Tensor, ...], Any]]:
         for drawn in zip(*(task.train for task in self.tasks if task.train is not None), strict=False):
+            if self.same_inputs:
+                yield from drawn
+                continue
             inputs = [tuple(batch) for batch, _ in drawn]
             samples = [count(batch, task.batch_axes) for batch, task in zip(inputs, self.tasks, strict=True)]
-            if len(set(samples)) > 1:
-                least = min(samples)
-                inputs = [
-                    part(batch, 0, least, task.batch_axes) for batch, task in zip(inputs, self.tasks, strict=True)
-                ]
-                drawn = [(None, _first_of(target, least)) for _, target in drawn]  # type: ignore[assignment]
-            yield tuple(itertools.chain(*inputs)), tuple(target for _, target in drawn)
+            least = min(samples)
+            inputs = [part(batch, 0, least, task.batch_axes) for batch, task in zip(inputs, self.tasks, strict=True)]
+            targets = [
+                target if have == least else _first_of(target, least)
+                for (_, target), have in zip(drawn, samples, strict=True)
+            ]
+            yield _row(inputs), tuple(targets)
 
 
 def _first_of(target: Any, samples: int) -> Any:
@@ -123,8 +155,10 @@ def _loss(outputs: Sequence[Any], targets: Sequence[Any], losses: Sequence[Calla
     return torch.stack([one.reshape(()) for one in each]).mean()
 
 
-def _evaluated(model: nn.Module, tasks: Sequence[Task], names: Sequence[str], split: str) -> dict[str, Any]:
-    examples, axes = [task.example_inputs for task in tasks], [task.batch_axes for task in tasks]
+def _evaluated(
+    model: nn.Module, tasks: Sequence[Task], names: Sequence[str], same_inputs: bool, split: str
+) -> dict[str, Any]:
+    examples, axes = [] if same_inputs else [task.example_inputs for task in tasks], [task.batch_axes for task in tasks]
     found: dict[str, Any] = {}
     objectives = []
     for index, (task, name) in enumerate(zip(tasks, names, strict=True)):
@@ -143,17 +177,18 @@ def _evaluated(model: nn.Module, tasks: Sequence[Task], names: Sequence[str], sp
     return {MEAN: found.pop(MEAN), **found}
 
 
-def _side_by_side(
-    calibrations: Sequence[Sequence[tuple[Tensor, ...]]], tasks: Sequence[Task]
-) -> Iterator[tuple[Tensor, ...]]:
-    """Batches of all tasks side by side, as many samples of each as of the one with the fewest."""
-    for batches in zip(*calibrations, strict=False):
+def _side_by_side(tasks: Sequence[Task]) -> list[tuple[Tensor, ...]]:
+    """Calibration batches of all tasks side by side, as many samples of each as of the one with the fewest."""
+    found = []
+    for batches in zip(*(task.calibration for task in tasks), strict=False):
         least = min(count(batch, task.batch_axes) for batch, task in zip(batches, tasks, strict=True))
-        yield tuple(
-            itertools.chain(
-                *(part(batch, 0, least, task.batch_axes) for batch, task in zip(batches, tasks, strict=True))
-            )
-        )
+        found.append(_row(part(batch, 0, least, task.batch_axes) for batch, task in zip(batches, tasks, strict=True)))
+    return found
+
+
+def _in_turn(tasks: Sequence[Task]) -> list[tuple[Tensor, ...]]:
+    """Calibration batches of one task after those of another."""
+    return [batch for batches in zip(*(task.calibration for task in tasks), strict=False) for batch in batches]
 
 
 def _so_many(example: tuple[Tensor, ...], axes: Axes | None, samples: int) -> tuple[Tensor, ...]:
@@ -166,7 +201,3 @@ def _so_many(example: tuple[Tensor, ...], axes: Axes | None, samples: int) -> tu
         tensor if axis is None else tensor.index_select(axis, index)
         for tensor, axis in zip(example, axes_of(example, axes), strict=True)
     )
-
-
-def _inputs(tasks: Sequence[Task]) -> list[int]:
-    return [len(task.example_inputs) for task in tasks]

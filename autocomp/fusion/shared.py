@@ -22,6 +22,7 @@ from autocomp.compress.batchnorm import reestimate_batchnorm
 from autocomp.compress.hessian import add_to_diagonal, diagonal
 from autocomp.database.calibrate import LayerStatistics, Statistics
 from autocomp.graph.graph import Graph, Layer
+from autocomp.graph.program import tensor_at
 from autocomp.layers.convolution import outputs_first
 from autocomp.layers.narrow import with_weights
 
@@ -56,17 +57,20 @@ class Way:
     error: float = 0.0
 
 
-def ways(name: str, graphs: Sequence[Graph], models: Sequence[nn.Module], seen: Sequence[Statistics]) -> list[Way]:
-    """The ways for one layer, their errors read from the models with only it changed; ``own`` first. None but that where it cannot be shared."""
-    layer, modules = graphs[0].layers[name], tuple(model.get_submodule(name) for model in models)
-    own = Way(OWN, modules, len(models) * layer.weights)
-    # a bias, or the statistics of a norm, take the mean of what is left out
-    centred = layer.norm is not None or all(getattr(module, "bias", None) is not None for module in modules)
-    found = [own]
-    for way in _ways(layer, modules, [one.layers[name] for one in seen], centred):
-        error = 0.0
-        for model, module, statistics in zip(models, way.modules, seen, strict=True):
-            error += divergence(replaced(model, {name: module}), statistics)
+def ways(name: str, graph: Graph, models: Sequence[nn.Module], seen: Sequence[Statistics]) -> list[Way]:
+    """The ways for one layer or embedding, their errors read from the models with only it changed; ``own`` first."""
+    modules = tuple(model.get_submodule(name) for model in models)
+    found = [Way(OWN, modules, sum(tensor_at(model, f"{name}.weight").numel() for model in models))]
+    if name in graph.layers:
+        layer = graph.layers[name]
+        # a bias, or the statistics of a norm, take the mean of what is left out
+        centred = layer.norm is not None or all(getattr(module, "bias", None) is not None for module in modules)
+        offered = _ways(layer, modules, [one.layers[name] for one in seen], centred)
+    else:
+        offered = _of_tables(modules)
+    for way in offered:
+        changed = [replaced(model, {name: module}) for model, module in zip(models, way.modules, strict=True)]
+        error = sum(divergence(model, statistics) for model, statistics in zip(changed, seen, strict=True))
         found.append(Way(way.name, way.modules, way.weights, max(error, 0.0)))
     return found
 
@@ -139,6 +143,27 @@ def _ways(layer: Layer, modules: Sequence[nn.Module], seen: Sequence[LayerStatis
         size = rank * columns + len(flat) * rank * outputs
         if size < len(flat) * layer.weights:
             yield Way(f"basis {rank}", _basis(modules, flat, moments, seen, rank), size)
+
+
+def _of_tables(modules: Sequence[nn.Module]) -> Iterator[Way]:
+    """The ways for embeddings: one mean table; one table [N, R], and for each model what makes its own rows of that."""
+    tables = [module.weight.detach().double() for module in modules]  # type: ignore[operator]
+    rows, columns = tables[0].shape
+    yield Way(SHARED, (_table(modules[0], torch.stack(tables).mean(0)),) * len(tables), rows * columns)
+    u, s, v = torch.linalg.svd(torch.cat(tables, dim=1), full_matrices=False)
+    for rank in _ranks(BASES, rows, columns):
+        shared = _table(modules[0], u[:, :rank] * s[:rank])
+        own = [_onto(nn.Linear(1, 1), factor.T, None) for factor in v[:rank].split(columns, dim=1)]
+        yield Way(
+            f"basis {rank}", tuple(nn.Sequential(shared, one) for one in own), rank * (rows + len(tables) * columns)
+        )
+
+
+def _table(module: nn.Module, weight: Tensor) -> nn.Embedding:
+    assert isinstance(module, nn.Embedding)
+    made = nn.Embedding(weight.shape[0], weight.shape[1], module.padding_idx, device="meta")
+    made.weight = nn.Parameter(weight.float())
+    return made
 
 
 def _ranks(shares: Sequence[float], outputs: int, columns: int) -> list[int]:

@@ -36,6 +36,7 @@ def described(fused: Fused, tasks: Sequence[str]) -> dict[str, Any]:
     return {
         "tasks": list(tasks),
         "names": list(fused.names),
+        "same_inputs": fused.same_inputs,
         "ways": dict(fused.ways),
         "metrics": {which: dict(metrics) for which, metrics in fused.metrics.items()},
         "errors": {which: metrics.errors() for which, metrics in fused.metrics.items()},
@@ -74,5 +75,5 @@ def load_fused(folder: str, progress: Progress | None = None) -> Task:
     if checksum(place / WEIGHTS) != digest:
         raise UsageError(f"{place / WEIGHTS} is not the file that {FUSION} was written for. Fuse the models again")
     tasks = [load_task(spec, progress) for spec in specs]
-    found = joint(tasks, names, model.requires_grad_(True))
+    found = joint(tasks, names, model.requires_grad_(True), bool(said.get("same_inputs")))
     return replace(found, name=place.resolve().name)

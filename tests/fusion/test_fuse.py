@@ -151,6 +151,55 @@ def test_training_makes_up_for_what_is_shared(tmp_path: Path) -> None:
     assert any(name != "own" for name in done.ways.values())
 
 
+def test_of_the_same_inputs_what_all_share_first_is_run_once() -> None:
+    model = Net()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.head.weight.neg_()
+    tasks = [task_of(model, 0, "one"), task_of(other, 1, "two")]
+    done = autocomp.fuse(tasks, smaller=1.8, train=False, same_inputs=True)
+    assert len(done.task.example_inputs) == 1
+    assert done.metrics["fused"][MEAN] == done.metrics["apart"][MEAN] == 1.0
+    x = data(3)[0][:1]
+    first, second = done.task.model(x)
+    assert torch.allclose(first, model(x), atol=1e-3)
+    assert torch.allclose(second, other(x), atol=1e-3)
+    compiled = autocomp.compile(done.task.model, (x,))
+    convolutions = [kernel for kernel in compiled.kernels if "conv" in kernel.operator]
+    assert len(convolutions) < 2 * 3, "each of the three is run once for both where nothing before it differs"
+
+
+class Reader(nn.Module):
+    """An embedding, a dense layer, a classifier of sequences."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.table, self.dense, self.head = nn.Embedding(64, 32), nn.Linear(32, 32), nn.Linear(32, 3)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.dense(self.table(x)).relu().mean(1))
+
+
+def test_embeddings_are_shared_too() -> None:
+    x = torch.randint(0, 64, (96, 6), generator=torch.Generator().manual_seed(0))
+
+    def reader(model: nn.Module, name: str) -> Task:
+        told = model(x).argmax(1)
+        return Task(
+            model=model, example_inputs=(x[:1],), calibration=[(x[:64],)], outputs="classes@1", name=name,
+            evaluate=lambda m: {"accuracy": (m(x).argmax(1) == told).float()},
+        )  # fmt: skip
+
+    same = Reader(0)
+    done = autocomp.fuse([reader(same, "one"), reader(copy.deepcopy(same), "two")], smaller=1.9, train=False)
+    assert done.ways["table"] == "shared"
+    assert done.metrics["fused"][MEAN] == 1.0
+    other = autocomp.fuse([reader(same, "one"), reader(Reader(1), "two")], smaller=1.5, train=False)
+    assert other.bytes["apart"] / other.bytes["fused"] > 1.49
+
+
 @pytest.mark.parametrize(
     ("tasks", "more", "message"),
     [
@@ -161,6 +210,7 @@ def test_training_makes_up_for_what_is_shared(tmp_path: Path) -> None:
         (lambda: [task_of(Net(), 0, "a")] * 2, {"smaller": 0.5}, "at least 1x"),
         (lambda: [task_of(Net(), 0, "a")] * 2, {"out": "x"}, "Give names"),
         (lambda: [task_of(Net(), 0, "a")] * 2, {"length": "3epochs"}, "minutes or steps"),
+        (lambda: [task_of(Net(), 0, "a"), tiny_task.task()], {"same_inputs": True}, "one architecture|the same inputs"),
         (lambda: ["digits", "nothing"], {"train": False}, "unknown task 'nothing'"),
     ],
 )  # fmt: skip
