@@ -10,7 +10,7 @@ DEVELOPED := 2.13
 TORCH ?= 2.15
 TORCH_VENV := .venv-torch-$(TORCH)
 
-.PHONY: demo test test-slow test-browser test-board test-corpus test-sweep test-torch corpus coverage pretrained docs lint clean
+.PHONY: demo test test-slow test-browser test-postgres test-board test-corpus test-sweep test-torch corpus coverage pretrained docs lint clean
 
 demo: $(VENV)/.ready
 	rm -rf $(OUT)
@@ -25,6 +25,10 @@ test-slow: $(VENV)/.ready-dev
 
 test-browser: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m browser
+
+# a study in a PostgreSQL that the test starts; Debian's package postgresql
+test-postgres: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m postgres
 
 test-board: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m board

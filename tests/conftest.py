@@ -177,7 +177,7 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-ON_REQUEST = ("slow", "browser", "board", "sweep", "corpus")
+ON_REQUEST = ("slow", "browser", "postgres", "board", "sweep", "corpus")
 # the files that take longest, first: side by side, no worker is left alone with one of them at the end
 LONGEST = (
     "test_operations", "test_search_stopped", "test_kills", "test_corpus", "test_search", "test_identity", "test_faults", "test_rpc",

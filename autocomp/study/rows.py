@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from autocomp.errors import UsageError
 from autocomp.records.candidate import Candidate
 from autocomp.records.evaluation import Evaluation, Source, evaluation_from_json, evaluation_to_json, sound
 from autocomp.study.parameters import Parameters
-from autocomp.study.storage import Claim, close_storage, storage_errors
+from autocomp.study.storage import Claim, close_storage, storage_errors, whatever_is_lost
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial, TrialState
 
+T = TypeVar("T")
 _UPDATE = "evaluation:"  # study attribute by trial number: Optuna lets no finished trial's own attributes change
 
 
@@ -53,37 +53,46 @@ class Rows:
             self._parameters.distributions,
             user_attrs={"source": source, "candidate": candidate.id},
         )
-        with self._writing():
-            row = self._storage.create_new_trial(self._study_id, template)
-            return row, self._storage.get_trial_number_from_id(row)
+        row = self._write(lambda: self._storage.create_new_trial(self._study_id, template))
+        return row, self._write(lambda: self._storage.get_trial_number_from_id(row))
 
     def claim(self, row: int) -> bool:
         """Begin a waiting row; False if another process did."""
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
-        with self._writing():
-            try:
-                return self._storage.set_trial_state_values(row, TrialState.RUNNING)
-            except UpdateFinishedTrialError:
-                return False
+        try:
+            return self._write(lambda: self._storage.set_trial_state_values(row, TrialState.RUNNING))
+        except UpdateFinishedTrialError:
+            return False
 
     def tell(self, row: int, evaluation: Evaluation, system_attrs: Mapping[str, Any]) -> None:
         """Store what came of a running row, before it is finished."""
-        with self._writing():
+
+        def write() -> None:
             for key, value in system_attrs.items():
                 self._storage.set_trial_system_attr(row, key, value)
             self._storage.set_trial_user_attr(row, "evaluation", evaluation_to_json(evaluation))
 
+        self._write(write)
+
     def finish(self, row: int, values: Sequence[float] | None) -> None:
         """End a row: with its values, or as failed."""
+        from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
-        with self._writing():
-            if values is not None:
-                self._storage.set_trial_state_values(row, TrialState.COMPLETE, values)
-            else:
-                self._storage.set_trial_state_values(row, TrialState.FAIL)
+        state = TrialState.FAIL if values is None else TrialState.COMPLETE
+
+        def write() -> None:
+            try:
+                self._storage.set_trial_state_values(row, state, values)
+            except UpdateFinishedTrialError:
+                if (
+                    self._storage.get_trial(row).state != state
+                ):  # else it was written, and the connection lost before that was said
+                    raise
+
+        self._write(write)
 
     def update(self, evaluation: Evaluation) -> None:
         """Store what is known by now of a finished row, in one statement."""
@@ -91,8 +100,7 @@ class Rows:
 
     def set_attr(self, key: str, value: Any) -> None:
         """Store a record of the whole study; ``value`` is what JSON can hold."""
-        with self._writing():
-            self._storage.set_study_user_attr(self._study_id, key, value)
+        self._write(lambda: self._storage.set_study_user_attr(self._study_id, key, value))
 
     def get_attr(self, key: str, default: Any = None) -> Any:
         """Read what ``set_attr`` stored."""
@@ -119,8 +127,7 @@ class Rows:
 
     def close(self) -> None:
         """Let go of the study and its storage."""
-        with self._writing():
-            self._claim.release()
+        self._write(self._claim.release)
         close_storage(self._storage)
 
     def _row(self, trial: FrozenTrial, updates: Mapping[str, Any]) -> Row:
@@ -137,8 +144,9 @@ class Rows:
             trial._trial_id, trial.number, candidate, source, trial.state, evaluation, values, trial.system_attrs
         )
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _write(self, work: Callable[[], T]) -> T:
+        """Do what writes, once more where the connection was lost meanwhile, and give a sign of life."""
         with storage_errors(self._url, "be written"):
-            yield
-            self._claim.sign()
+            value = whatever_is_lost(work)
+            whatever_is_lost(self._claim.sign)
+        return value

@@ -6,10 +6,10 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from filelock import Timeout
 
@@ -27,6 +27,11 @@ _SIGN = 60.0  # seconds between two signs
 # free to writing its own claim. A database of many users takes longer than a file. Chosen by hand, not measured.
 SETTLES_IN_A_FILE, SETTLES = 0.05, 1.0
 _OWNER = "owner"
+T = TypeVar("T")
+PATIENCE = 30.0  # seconds that a database's server may be away while a search runs, as when it is started again
+TRIES = 2  # of what a lost connection cut off, beside the last
+# At most three connections of one search, each looked at before it is used: PostgreSQL has 100 for all, unless told otherwise.
+CONNECTIONS = {"pool_size": 1, "max_overflow": 2, "pool_pre_ping": True}
 
 
 def open_storage(url: str) -> BaseStorage:
@@ -67,21 +72,52 @@ def close_storage(storage: BaseStorage) -> None:
 
 
 def _database(url: str) -> RDBStorage:
-    """An RDB storage; SQLite writes ahead, so that a commit waits for no disk and a kill loses none."""
+    """An RDB storage; SQLite writes ahead, so that a commit waits for no disk and a kill loses none, a server may be started again meanwhile."""
     from optuna.storages import RDBStorage
     from sqlalchemy import event
 
-    storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None)
-    if url.startswith("sqlite"):
+    local = url.startswith("sqlite")
+    storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}} if local else dict(CONNECTIONS))
+    if not local:
+        event.listen(storage.engine, "do_connect", _patiently)
+        return storage
 
-        @event.listens_for(storage.engine, "connect")
-        def write_ahead(connection: Any, _record: object) -> None:
-            connection.execute("PRAGMA journal_mode=WAL")
-            # with WAL: safe against kills; a power cut may cost seconds
-            connection.execute("PRAGMA synchronous=NORMAL")
+    @event.listens_for(storage.engine, "connect")
+    def write_ahead(connection: Any, _record: object) -> None:
+        connection.execute("PRAGMA journal_mode=WAL")
+        # with WAL: safe against kills; a power cut may cost seconds
+        connection.execute("PRAGMA synchronous=NORMAL")
 
-        storage.engine.dispose()  # the connections made so far know nothing of it
+    storage.engine.dispose()  # the connections made so far know nothing of it
     return storage
+
+
+def _patiently(dialect: Any, _record: object, arguments: Any, parameters: Any) -> Any:
+    """Connect to a database; where its server is away, try again for `PATIENCE` seconds."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return dialect.connect(*arguments, **parameters)
+        except Exception:  # of whichever driver
+            if time.monotonic() > end:
+                raise
+            time.sleep(1.0)
+
+
+def whatever_is_lost(work: Callable[[], T]) -> T:
+    """Do something that may be done twice; once more where a connection was lost in its midst. The new one is waited for (`PATIENCE`)."""
+    from sqlalchemy.exc import DBAPIError
+
+    for _ in range(TRIES):
+        try:
+            return work()
+        except Exception as error:
+            lost = (
+                error if isinstance(error, DBAPIError) else error.__cause__
+            )  # Optuna passes it on in an error of its own
+            if not isinstance(lost, DBAPIError) or not lost.connection_invalidated:
+                raise
+    return work()
 
 
 def check_storage(url: str) -> None:
@@ -227,7 +263,8 @@ def storage_errors(url: str, what: str) -> Iterator[None]:
             getattr(error, "orig", None) or getattr(error, "strerror", None) or error.__cause__ or error
         )
         reason = (reason.splitlines() or [type(error).__name__])[0]
+        what_to_check = "the path and the free space" if url.startswith(("sqlite", JOURNAL)) else "that its server runs"
         raise UsageError(
             f"the study's storage {masked(url)} cannot {what}: {cut(reason, 500)}; what was told before is kept. "
-            "Check the path and the free space, or name another with --storage"
+            f"Check {what_to_check}, or name another with --storage"
         ) from error

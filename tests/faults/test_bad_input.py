@@ -766,13 +766,15 @@ def test_run_folders(refused: Refused, tmp_path: Path, name: str) -> None:
 
 
 RESUMED = [
-    ("", "the run in run had other settings"),
+    ("", "config.yaml is not whole"),
+    ("task: digits\nout: run", "config.yaml is not whole"),
+    ("format_version: 1", "the run in run had other settings"),
     ("[]", "must hold keys and values"),
     ("format_version: 2", "has format_version 2"),
-    ("trials: many", "trials: must be a number"),
+    ("trials: many\nformat_version: 1", "trials: must be a number"),
     (BOMB, "aliases written out"),
-    ("task: other", "task: other -> digits"),
-    ("task: digits\nout: run\nseed: 1", "seed: 1 -> 0"),
+    ("task: other\nformat_version: 1", "task: other -> digits"),
+    ("task: digits\nout: run\nseed: 1\nformat_version: 1", "seed: 1 -> 0"),
 ]
 
 
