@@ -14,7 +14,7 @@ from autocomp.compress.batchnorm import reestimate_batchnorm, settled
 from autocomp.database.calibrate import collect
 from autocomp.errors import UsageError
 from autocomp.fusion.align import aligned
-from autocomp.fusion.joint import Together, joint, refuse_unlike
+from autocomp.fusion.joint import Together, joint
 from autocomp.fusion.shared import OWN, Way, choose, replaced, ways
 from autocomp.graph.analyse import analyse
 from autocomp.graph.fold import dense_bytes
@@ -27,7 +27,8 @@ from autocomp.recovery.schedules import Span
 from autocomp.tasks.reading import Metrics
 from autocomp.tasks.task import Task, evaluate_task
 
-SMALLER = 1.6  # times, in all: half is shared and a fourth of each is its own
+FLOAT = 4  # bytes of a number
+NEAR = 1.005  # of the room that was asked for: layers are shared whole
 
 
 @dataclass(frozen=True)
@@ -65,62 +66,79 @@ def fuse(
     allow; ``span`` is how long is trained (None: not).
     """
     names = _names(tasks)
-    refuse_unlike(tasks, names)
-    with progress.stage("reading the models", len(tasks)) as stage:
-        graphs = [analyse(task.model, task.example_inputs) for task in tasks]
-        alike = _alike(graphs, [task.model for task in tasks], names)
-        first = tasks[0].model
-        models: list[nn.Module] = []
-        for task in tasks:
-            same = aligned(task.model, first, graphs[0], task.example_inputs) if models else first
-            models.append(settled(same, task.calibration, task.batch_axes))
-            stage.advance()
     whole = joint(tasks, names, same_inputs=same_inputs)
-    given, inputs = whole.model, None if same_inputs else [len(task.example_inputs) for task in tasks]
-    metrics, sizes = {"apart": evaluate_task(whole, given)}, {"apart": dense_bytes(given)}
-    averaged = _together(_averaged(models), tasks, inputs)
-    metrics["averaged"] = evaluate_task(whole, averaged, names=metrics["apart"])
+    with progress.stage("reading the models", len(tasks)) as stage:
+        graphs = []
+        for task in tasks:
+            graphs.append(analyse(task.model, task.example_inputs))
+            stage.advance()
+    alike = _alike(graphs, [task.model for task in tasks], names)
+    models = _in_one_order(tasks, graphs[0])
+    metrics, sizes = {"apart": evaluate_task(whole, whole.model)}, {"apart": dense_bytes(whole.model)}
+
+    def read(which: str, those: Sequence[nn.Module]) -> nn.Module:
+        for model, task in zip(those, tasks, strict=True):
+            reestimate_batchnorm(model, task.calibration, task.batch_axes)
+        together = Together(those, None if same_inputs else [len(task.example_inputs) for task in tasks]).eval()
+        metrics[which] = evaluate_task(whole, together, names=metrics["apart"])
+        return together
+
+    read("averaged", _averaged(models))
+    chosen = _chosen(tasks, graphs, models, alike, sizes["apart"] / smaller, samples, progress)
+    model = read("shared", [_with_ways(model, chosen, index) for index, model in enumerate(models)])
+    training = None
+    if span is not None:
+        with progress.stage("training"):
+            training = recovered(model, whole, recipe, span)
+        model = training.model
+    fused = joint(tasks, names, model, same_inputs)
+    metrics["fused"], sizes["fused"] = (
+        evaluate_task(fused, fused.model, names=metrics["apart"]),
+        dense_bytes(fused.model),
+    )
+    notes = list(training.notes) if training else []
+    if sizes["fused"] > sizes["apart"] / smaller * NEAR:
+        notes.append(
+            f"{sizes['apart'] / sizes['fused']:.2f}x smaller in all, not {smaller:g}x: what layers can share is not more"
+        )
+    ways_taken = {name: way.name for name, way in chosen.items()}
+    return Fused(fused, ways_taken, metrics, sizes, training, tuple(notes), tuple(names), same_inputs)
+
+
+def _in_one_order(tasks: Sequence[Task], graph: Graph) -> list[nn.Module]:
+    """The models with their channels in the order of the first one's."""
+    first = tasks[0].model
+    found = [first, *(aligned(task.model, first, graph, task.example_inputs) for task in tasks[1:])]
+    return [settled(model, task.calibration, task.batch_axes) for model, task in zip(found, tasks, strict=True)]
+
+
+def _chosen(
+    tasks: Sequence[Task],
+    graphs: Sequence[Graph],
+    models: Sequence[nn.Module],
+    alike: Sequence[str],
+    most: float,
+    samples: int,
+    progress: Progress,
+) -> dict[str, Way]:
+    """For each layer that is alike the way it is shared, such that all models take so many bytes at most."""
     seen = []
     with progress.stage("calibrating", len(tasks)) as stage:
         for task, model, graph in zip(tasks, models, graphs, strict=True):
             seen.append(collect(_with_model(task, model), graph, samples))
             stage.advance()
+    found: dict[str, list[Way]] = {}
     with progress.stage("ways to share a layer", len(alike)) as stage:
-        found: dict[str, list[Way]] = {}
         for name in alike:
             found[name] = ways(name, graphs[0], models, seen)
             stage.advance()
-    rest = sizes["apart"] // 4 - sum(each[0].weights for each in found.values())  # numbers that stay with each model
-    chosen = choose(found, max(0, int(sizes["apart"] / 4 / smaller) - rest))
-    sharing = [
-        replaced(model, {name: way.modules[index] for name, way in chosen.items() if way.name != OWN})
-        for index, model in enumerate(models)
-    ]
-    joined = _together(sharing, tasks, inputs)
-    metrics["shared"] = evaluate_task(whole, joined, names=metrics["apart"])
-    training = None
-    if span is not None:
-        with progress.stage("training"):
-            training = recovered(joined, whole, recipe, span)
-        joined = training.model
-    fused = joint(tasks, names, joined, same_inputs)
-    metrics["fused"] = evaluate_task(fused, fused.model, names=metrics["apart"])
-    sizes["fused"] = dense_bytes(fused.model)
-    notes = [*(training.notes if training else ())]
-    if sizes["fused"] > sizes["apart"] / smaller * 1.005:
-        notes.append(
-            f"{sizes['apart'] / sizes['fused']:.2f}x smaller in all, not {smaller:g}x: what layers can share is not more"
-        )
-    return Fused(
-        fused,
-        {name: way.name for name, way in chosen.items()},
-        metrics,
-        sizes,
-        training,
-        tuple(notes),
-        tuple(names),
-        same_inputs,
-    )
+    own = sum(each[0].weights for each in found.values())
+    rest = sum(dense_bytes(task.model) for task in tasks) // FLOAT - own  # numbers that stay with each model
+    return choose(found, max(0, int(most / FLOAT) - rest))
+
+
+def _with_ways(model: nn.Module, chosen: Mapping[str, Way], index: int) -> nn.Module:
+    return replaced(model, {name: way.modules[index] for name, way in chosen.items() if way.name != OWN})
 
 
 def _names(tasks: Sequence[Task]) -> list[str]:
@@ -183,13 +201,6 @@ def _averaged(models: Sequence[nn.Module]) -> list[nn.Module]:
                 for other in others:
                     other.copy_(mean)
     return found
-
-
-def _together(models: Sequence[nn.Module], tasks: Sequence[Task], inputs: Sequence[int] | None) -> nn.Module:
-    """The models in one, the statistics of their norms taken anew."""
-    for model, task in zip(models, tasks, strict=True):
-        reestimate_batchnorm(model, task.calibration, task.batch_axes)
-    return Together(models, inputs).eval()
 
 
 def _with_model(task: Task, model: nn.Module) -> Task:
