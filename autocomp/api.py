@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from autocomp.run.result import SearchResult as SearchResult
 from autocomp.run.start import check_names, length_of, searched, trained_run
 from autocomp.run.verdict import SLOWER
 from autocomp.study.samplers import GIVEN
+from autocomp.tasks import BUILT_IN
 from autocomp.tasks.task import Task, checked_batch, load_task
 
 if TYPE_CHECKING:
@@ -183,7 +185,7 @@ def fuse(
     Examples:
         >>> import autocomp
         >>> done = autocomp.fuse(["digits", "my_tasks:rotated"], "runs/fused")  # doctest: +SKIP
-        >>> done.metrics["apart"]["mean"], done.metrics["fused"]["mean"]  # doctest: +SKIP
+        >>> done.metrics["apart"]["accuracy"], done.metrics["fused"]["accuracy"]  # doctest: +SKIP
         >>> autocomp.fuse(["digits"])
         Traceback (most recent call last):
         autocomp.errors.UsageError: two tasks at least are fused, got 1
@@ -210,6 +212,8 @@ def fuse(
             f"out: a folder is a task by the names of those that were fused; {nameless[0]!r} was given as an object. Give names, or no folder"
         )
     folder = None if out is None else Path(out).expanduser().absolute()
+    if out is not None and os.sep not in str(out) and (":" in str(out) or str(out) in BUILT_IN):
+        raise UsageError(f"out: {shown(str(out))} is the name of another task: give a path, such as runs/fused")
     if folder is not None:
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise UsageError(f"out: {cut(str(folder))} is there already: name another folder, or take that away")

@@ -135,13 +135,13 @@ def compared(name: str, options: argparse.Namespace, folder: Path) -> dict[str, 
     for smaller in options.smaller:
         fused = autocomp.fuse(tasks, smaller=smaller, minutes=options.minutes)
         whole, evaluations = measured(fused.task, folder / f"{name}-fused-{smaller}", options)
-        good = [one for one in evaluations if one.metrics["mean"] >= given - DROP]
+        good = [one for one in evaluations if one.metrics["accuracy"] >= given - DROP]
         best = min(good, key=lambda one: one.bytes, default=whole)
         found[f"fused {smaller:g}x"] = {
             "bytes": whole.bytes, "seconds": seconds([whole], [whole]), "compressed": best.bytes,
-            "compressed_seconds": seconds([best], [whole]), "accuracy": best.metrics["mean"],
-            "metrics": {which: metrics["mean"] for which, metrics in fused.metrics.items()},
-            "error": fused.metrics["fused"].errors().get("mean"), "ways": dict(fused.ways),
+            "compressed_seconds": seconds([best], [whole]), "accuracy": best.metrics["accuracy"],
+            "metrics": {which: metrics["accuracy"] for which, metrics in fused.metrics.items()},
+            "error": fused.metrics["fused"].errors().get("accuracy"), "ways": dict(fused.ways),
         }  # fmt: skip
     return found
 

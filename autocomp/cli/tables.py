@@ -77,7 +77,7 @@ def show_plan(plan: Plan) -> None:
             *(f"{point.speedup[profile]:.2f}x" for profile in profiles),
             f"{point.smaller:.1f}x",
             f"{point.divergence:.3g}",
-            "" if point.read is None else f"{point.read:.3g}",
+            "" if point.read is None else f"{point.read:.3g}" if point.read or not point.divergence else "≈ 0",
             "" if point.meets else "misses the goals",
         ]
         for point in plan.points

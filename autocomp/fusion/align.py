@@ -69,7 +69,7 @@ def _best(group: Group, model: nn.Module, like: nn.Module) -> list[int] | None:
         places = _places(units, group.width)
         if len({len(at) for at in places}) != 1:
             return None
-        if places[0]:
+        if places[0] and ours.shape == theirs.shape:  # heads of other sizes say nothing
             index = torch.tensor(places)
             # scaled, so that a layer counts by how alike its channels are, not by how large
             a, b = (_unit(x.double()[index].flatten(1)) for x in (theirs, ours))

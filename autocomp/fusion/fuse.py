@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +20,7 @@ from autocomp.fusion.joint import Together, joint
 from autocomp.fusion.shared import OWN, Way, choose, replaced, ways
 from autocomp.graph.analyse import analyse
 from autocomp.graph.fold import dense_bytes
-from autocomp.graph.graph import Graph
+from autocomp.graph.graph import Graph, Layer
 from autocomp.graph.program import tensor_at
 from autocomp.progress import Progress
 from autocomp.recovery.one import Recovered, recovered
@@ -97,6 +99,8 @@ def fuse(
         dense_bytes(fused.model),
     )
     notes = list(training.notes) if training else []
+    if training is not None and not training.better:
+        notes.append("training made the fused model no better on validation: it is as it was shared")
     if sizes["fused"] > sizes["apart"] / smaller * NEAR:
         notes.append(
             f"{sizes['apart'] / sizes['fused']:.2f}x smaller in all, not {smaller:g}x: what layers can share is not more"
@@ -145,8 +149,11 @@ def _names(tasks: Sequence[Task]) -> list[str]:
     """The tasks' names, numbered where they are the same."""
     if len(tasks) < 2:
         raise UsageError(f"two tasks at least are fused, got {len(tasks)}")
-    given = [task.name for task in tasks]
-    return [f"{name}{given[: k + 1].count(name)}" if given.count(name) > 1 else name for k, name in enumerate(given)]
+    given, found = [task.name for task in tasks], []
+    for name in given:
+        numbered = (f"{name}{number}" for number in itertools.count(1))
+        found.append(name if given.count(name) == 1 else next(n for n in numbered if n not in given and n not in found))
+    return found
 
 
 def _alike(graphs: Sequence[Graph], models: Sequence[nn.Module], names: Sequence[str]) -> list[str]:
@@ -162,7 +169,7 @@ def _alike(graphs: Sequence[Graph], models: Sequence[nn.Module], names: Sequence
     for name in first.layers:
         shapes = {tensor_at(model, f"{name}.weight").shape for model in models}
         kinds = {
-            (graph.layers[name].kind, graph.layers[name].stride, graph.layers[name].conv_groups) for graph in graphs
+            _reads(graph.layers[name], model.get_submodule(name)) for graph, model in zip(graphs, models, strict=True)
         }
         if len(shapes) == 1 and len(kinds) == 1:
             found.append(name)
@@ -172,6 +179,12 @@ def _alike(graphs: Sequence[Graph], models: Sequence[nn.Module], names: Sequence
             f"models of one architecture are fused: no layer of {', '.join(names)} has the same shape in all"
         )
     return found
+
+
+def _reads(layer: Layer, module: nn.Module) -> tuple[Any, ...]:
+    """How a layer reads its input, whatever its weights are."""
+    sizes = (layer.kernel, layer.stride, layer.padding, layer.dilation, layer.conv_groups, layer.output_padding)
+    return (layer.kind, *sizes, getattr(module, "padding_mode", ""))
 
 
 def _tables(models: Sequence[nn.Module]) -> list[str]:

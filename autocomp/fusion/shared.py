@@ -234,8 +234,11 @@ def _basis(
 
 def _bias(module: nn.Module, lack: Tensor, seen: LayerStatistics) -> Tensor | None:
     """The bias with what the weights lack at the mean of the inputs; none where there was none."""
-    bias = module.bias
-    return None if bias is None else (bias.detach().double() + lack @ seen.mean).float()  # type: ignore[operator]
+    bias, groups = module.bias, getattr(module, "groups", 1)
+    if bias is None:
+        return None
+    mean = torch.einsum("gok,gk->go", lack.unflatten(0, (groups, -1)), seen.mean.view(groups, -1)).flatten()
+    return (bias.detach().double() + mean).float()  # type: ignore[operator]
 
 
 def _like(module: nn.Module, weight: Tensor) -> nn.Module:

@@ -212,7 +212,8 @@ def load_task(spec: str, progress: Progress | None = None) -> Task:
         Traceback (most recent call last):
         autocomp.errors.UsageError: unknown task 'digit'. Did you mean 'digits'? Built in: digits, digits-mobile, speech, tokens; ...
     """
-    if os.path.isfile(os.path.join(spec, FUSION)):
+    path = os.sep in spec or (":" not in spec and spec not in BUILT_IN)  # what names a task otherwise is that task
+    if path and os.path.isfile(os.path.join(spec, FUSION)):
         fused: Task = _resolve("autocomp.fusion.stored:load_fused")(spec, progress)
         return fused
     if ":" not in spec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import autocomp
 from autocomp.cli.main import main
 from autocomp.errors import UsageError
 from autocomp.fusion.align import aligned
+from autocomp.fusion.fuse import _names
 from autocomp.fusion.joint import MEAN, joint
 from autocomp.fusion.shared import Way, choose
 from autocomp.graph.analyse import analyse
@@ -94,8 +96,8 @@ def test_what_computes_the_same_is_shared_for_nothing(tmp_path: Path) -> None:
     model = Net()
     done = autocomp.fuse([task_of(model, 0, "one"), task_of(shuffled(model), 1, "two")], smaller=1.9, train=False)
     assert done.bytes["apart"] / done.bytes["fused"] > 1.8
-    assert done.metrics["fused"][MEAN] == done.metrics["apart"][MEAN] == 1.0
-    assert done.metrics["averaged"][MEAN] == 1.0
+    assert done.metrics["fused"]["accuracy"] == done.metrics["apart"]["accuracy"] == 1.0
+    assert done.metrics["averaged"]["accuracy"] == 1.0
     assert set(done.ways.values()) <= {"own", "shared"}
 
 
@@ -109,10 +111,10 @@ def test_the_joint_task_is_judged_as_its_parts_are() -> None:
     with torch.no_grad():
         both.model.get_submodule("models.1.head").weight.zero_()
     found = evaluate_task(both, both.model)
-    assert found["one/accuracy"] == 1.0
-    assert found["two/accuracy"] < 1.0
-    assert found[MEAN] == pytest.approx((found["one/accuracy"] + found["two/accuracy"]) / 2)
-    assert found.errors()[MEAN] > 0
+    assert found["accuracy/one"] == 1.0
+    assert found["accuracy/two"] < 1.0
+    assert found["accuracy"] == pytest.approx((found["accuracy/one"] + found["accuracy/two"]) / 2)
+    assert found.errors()["accuracy"] == pytest.approx(found.errors()["accuracy/two"] / 2, rel=0.02, abs=1e-9)
 
 
 @given(
@@ -147,7 +149,7 @@ def test_training_makes_up_for_what_is_shared(tmp_path: Path) -> None:
     assert done.bytes["apart"] / done.bytes["fused"] > 1.49
     assert done.training is not None
     assert done.training.steps == 60
-    assert done.metrics["fused"][MEAN] >= done.metrics["shared"][MEAN]
+    assert done.metrics["fused"]["accuracy"] >= done.metrics["shared"]["accuracy"]
     assert any(name != "own" for name in done.ways.values())
 
 
@@ -159,7 +161,7 @@ def test_of_the_same_inputs_what_all_share_first_is_run_once() -> None:
     tasks = [task_of(model, 0, "one"), task_of(other, 1, "two")]
     done = autocomp.fuse(tasks, smaller=1.8, train=False, same_inputs=True)
     assert len(done.task.example_inputs) == 1
-    assert done.metrics["fused"][MEAN] == done.metrics["apart"][MEAN] == 1.0
+    assert done.metrics["fused"]["accuracy"] == done.metrics["apart"]["accuracy"] == 1.0
     x = data(3)[0][:1]
     first, second = done.task.model(x)
     assert torch.allclose(first, model(x), atol=1e-3)
@@ -195,9 +197,113 @@ def test_embeddings_are_shared_too() -> None:
     same = Reader(0)
     done = autocomp.fuse([reader(same, "one"), reader(copy.deepcopy(same), "two")], smaller=1.9, train=False)
     assert done.ways["table"] == "shared"
-    assert done.metrics["fused"][MEAN] == 1.0
+    assert done.metrics["fused"]["accuracy"] == 1.0
     other = autocomp.fuse([reader(same, "one"), reader(Reader(1), "two")], smaller=1.5, train=False)
     assert other.bytes["apart"] / other.bytes["fused"] > 1.49
+
+
+def with_batches(sizes: list[int], seed: int, name: str, **more: Any) -> Task:
+    task, x = task_of(Net(seed=seed), seed, name, **more), data(seed)[0]
+    return replace(task, calibration=[(batch,) for batch in x[: sum(sizes)].split(sizes)])
+
+
+def test_all_calibration_data_are_taken_however_they_are_batched() -> None:
+    both = joint([with_batches([96], 0, "one"), with_batches([16] * 4, 1, "two")], ["one", "two"])
+    assert sum(len(first) for first, _ in both.calibration) == 96
+    assert all(len(first) == len(second) for first, second in both.calibration)
+    assert torch.equal(torch.cat([first for first, _ in both.calibration]), data(0)[0])
+    assert torch.equal(torch.cat([second for _, second in both.calibration])[:64], data(1)[0][:64])
+
+
+def test_training_batches_of_other_sizes_are_gone_through_in_parts() -> None:
+    def taught(sizes: list[int], seed: int, name: str) -> Task:
+        x, y = data(seed)
+        pairs = [((a,), b) for a, b in zip(x.split(sizes), y.split(sizes), strict=True)]
+        return task_of(Net(seed=seed), seed, name, train=pairs, loss=nn.functional.cross_entropy)
+
+    both = joint([taught([96], 0, "one"), taught([32] * 3, 1, "two")], ["one", "two"])
+    assert both.train is not None
+    seen = list(both.train)
+    assert [len(inputs[0]) for inputs, _ in seen] == [32] * 3
+    assert torch.equal(torch.cat([targets[0] for _, targets in seen]), data(0)[1])
+    uneven = replace(taught([96], 0, "one"), train=[((data(0)[0],), {"labels": data(0)[1]})])
+    with pytest.raises(UsageError, match="cannot be taken apart"):
+        list(joint([uneven, taught([32] * 3, 1, "two")], ["one", "two"]).train or ())
+
+
+def test_the_error_of_the_mean_is_that_of_the_means() -> None:
+    def judged(values: list[float], name: str) -> Task:
+        return replace(task_of(Net(), 0, name), evaluate=lambda m: {"accuracy": torch.tensor(values)})
+
+    both = joint([judged([1.0] * 200, "one"), judged([0.0] * 50, "two")], ["one", "two"])
+    found = evaluate_task(both, both.model)
+    assert found["accuracy"] == pytest.approx(0.5)
+    assert found.errors()["accuracy"] == pytest.approx(0.0, abs=1e-9), "neither varies"
+    noisy = joint([judged([0.0, 1.0] * 100, "one"), judged([0.0, 1.0] * 25, "two")], ["one", "two"])
+    read = evaluate_task(noisy, noisy.model).errors()
+    expected = (read["accuracy/one"] ** 2 + read["accuracy/two"] ** 2) ** 0.5 / 2
+    assert read["accuracy"] == pytest.approx(expected, rel=0.02)
+
+
+def test_objectives_of_other_names_have_a_mean() -> None:
+    other = replace(task_of(Net(), 1, "two"), evaluate=lambda m: {"f1": 0.5, "f1/hard": 0.25, "seconds": 3.0})
+    both = joint([task_of(Net(), 0, "one"), other], ["one", "two"])
+    found = evaluate_task(both, both.model)
+    assert list(found) == [MEAN, "mean/one", "mean/two", "mean/two/hard", "two/seconds"]
+    assert found[MEAN] == pytest.approx(0.75)
+
+
+def test_what_a_task_states_is_kept() -> None:
+    x = data(0)[0]
+    stated = replace(task_of(Net(), 0, "one"), outputs="regression@1", augment=lambda batch: (batch[0] + 1.0,))
+    both = joint([stated, task_of(Net(), 1, "two")], ["one", "two"])
+    assert both.outputs == ("regression@1", "classes@1")
+    assert both.augment is not None
+    first, second = both.augment((x, x))
+    assert torch.equal(first, x + 1.0)
+    assert torch.equal(second, x)
+
+
+def test_every_name_is_another() -> None:
+    tasks = [replace(task_of(Net(), 0, "x"), name=name) for name in ("a", "a", "a1", "b")]
+    assert _names(tasks) == ["a2", "a3", "a1", "b"]
+
+
+def test_heads_of_other_sizes_stay_their_own() -> None:
+    done = autocomp.fuse(
+        [task_of(Net(), 0, "one"), task_of(Net(classes=7, seed=9), 2, "two")], smaller=1.2, train=False
+    )
+    assert "head" not in done.ways
+    assert done.metrics["apart"]["accuracy"] == 1.0
+    assert done.task.model(data(0)[0][:2], data(2)[0][:2])[1].shape == (2, 7)
+
+
+class Grouped(nn.Module):
+    """Depthwise, grouped, transposed and dilated convolutions with biases."""
+
+    def __init__(self, seed: int, dilation: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.into, self.deep = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.four = nn.Conv2d(16, 16, 3, padding=dilation, dilation=dilation, groups=4)
+        self.up, self.head = nn.ConvTranspose2d(16, 12, 2, stride=2), nn.Linear(12, 4)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.four(self.deep(self.into(x).relu()).relu()).relu()
+        return self.head(self.up(x).relu().mean((2, 3)))
+
+
+def test_convolutions_of_all_kinds_are_shared() -> None:
+    tasks = [task_of(Grouped(0), 0, "one"), task_of(Grouped(1), 1, "two")]
+    done = autocomp.fuse(tasks, smaller=10.0, train=False)
+    assert done.bytes["apart"] / done.bytes["fused"] > 1.7
+    assert any("not 10x" in note for note in done.notes)
+    assert {done.ways[name] for name in ("deep", "four", "up")} == {"shared"}
+    unlike = autocomp.fuse(
+        [task_of(Grouped(0), 0, "one"), task_of(Grouped(1, dilation=2), 1, "two")], smaller=1.7, train=False
+    )
+    assert "four" not in unlike.ways, "they read their inputs otherwise"
 
 
 @pytest.mark.parametrize(
@@ -211,6 +317,8 @@ def test_embeddings_are_shared_too() -> None:
         (lambda: [task_of(Net(), 0, "a")] * 2, {"out": "x"}, "Give names"),
         (lambda: [task_of(Net(), 0, "a")] * 2, {"length": "3epochs"}, "minutes or steps"),
         (lambda: [task_of(Net(), 0, "a"), tiny_task.task()], {"same_inputs": True}, "one architecture|the same inputs"),
+        (lambda: ["digits", "digits"], {"out": "digits"}, "is the name of another task"),
+        (lambda: ["digits", "digits"], {"out": "tk:a"}, "is the name of another task"),
         (lambda: ["digits", "nothing"], {"train": False}, "unknown task 'nothing'"),
     ],
 )  # fmt: skip
@@ -245,6 +353,6 @@ def test_a_fused_model_is_searched(tmp_path: Path) -> None:
     autocomp.fuse(["tiny_task:task"] * 2, tmp_path / "both", smaller=1.5, length="30steps")
     result = autocomp.search(str(tmp_path / "both"), out=tmp_path / "run", trials=8, measurements=2, references=False)
     point = result.best()
-    assert point.metrics.keys() >= {MEAN, "tiny1/accuracy", "tiny2/accuracy"}
+    assert point.metrics.keys() >= {"accuracy", "accuracy/tiny1", "accuracy/tiny2"}
     model, x = point.load(), tiny_task.task().example_inputs[0]
     assert len(model(x, x)) == 2
