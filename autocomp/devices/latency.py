@@ -223,7 +223,7 @@ class LatencyModel:
         return sum(self.kernel_seconds(item) for item in work), len(work)
 
     def module_seconds(self, total: float, count: int) -> float:
-        """Predicted seconds of a whole module from the sum of its layers' kernels and their number; never nothing, where all layers are left out."""
+        """Predicted seconds of a whole module from the sum of its layers' kernels and their number; of one without layers those of a call."""
         alpha, beta, gamma = self._module
         return max(float(alpha * total + beta * count + gamma), CALL)
 

@@ -255,8 +255,8 @@ def agrees(
 ) -> dict[str, Any]:
     """Whether ``run`` computes what torch does: ``equal``, ``error`` (largest, of the output's range), ``why`` not.
 
-    Twice what torch's own output moves when its inputs change by a millionth, up or down at random, is allowed, and 1e-3; with ``rounds``, for models that round to
-    integers, a mean error of 5 % of the spread of the output: a value near a step may fall to either side.
+    Twice what torch's own output moves when its inputs change by a millionth, up or down at random, is allowed, and 1e-3. With ``rounds``, for
+    models that round to integers, a mean error of 5 % of the spread of the output: a value near a step may fall to either side.
     """
     worst, mean, moved, integers = 0.0, 0.0, 0.0, 0
     for batch in batches:
