@@ -22,7 +22,7 @@ from autocomp.records.run import FRONT
     "--point",
     "points",
     multiple=True,
-    help="Id of a measured candidate; may be repeated. The whole front unless given.",
+    help="Id of a measured candidate; may be repeated. Unless given, the front as it was before any training.",
 )
 @click.option("--minutes", type=Finite(min=0.0, min_open=True), help="How long; 10 unless given.")
 @click.option("--length", help="The same of each point in steps or epochs, such as 500steps or 5epochs.")

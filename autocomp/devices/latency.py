@@ -36,8 +36,6 @@ _LOOP_PRIOR = np.array([4.0, 1.0, 1.0, 5e-8])
 _ENOUGH = 8  # kernels of a class before its own fit is trusted over the prior
 _STORE_RATE = 16e9  # elements a second that one core reads or writes, a scale for the features only
 
-CALL = 1e-6  # seconds that a module takes at least: to be called. Chosen by hand
-
 
 @dataclass(frozen=True)
 class Work:
@@ -223,9 +221,9 @@ class LatencyModel:
         return sum(self.kernel_seconds(item) for item in work), len(work)
 
     def module_seconds(self, total: float, count: int) -> float:
-        """Predicted seconds of a whole module from the sum of its layers' kernels and their number; of one without layers those of a call."""
+        """Predicted seconds of a whole module from the sum of its layers' kernels and their number."""
         alpha, beta, gamma = self._module
-        return max(float(alpha * total + beta * count + gamma), CALL)
+        return float(alpha * total + beta * count + gamma)
 
     def _features(self, work: Work) -> np.ndarray:
         outputs = math.prod(work.spatial)

@@ -23,8 +23,6 @@ from autocomp.front.pareto import knee, pareto_set, settled
 from autocomp.records.evaluation import Evaluation
 from autocomp.records.run import Run, comparable, speedup
 
-_NOTHING = 1e-9  # of a metric, in its units
-
 
 class Held(NamedTuple):
     """One limit and what an evaluation comes to: ``subject`` is a metric or a profile, empty for a size; ``slack`` is what rounding may add."""
@@ -137,7 +135,7 @@ class Judge:
         return [
             f"max_drop {limit} of {metric}"
             for metric, limit in self.goals.drops(self.objective).items()
-            if isinstance(limit, str) and parse_share(limit) > 0 and self.max_drops[metric] <= _NOTHING
+            if isinstance(limit, str) and parse_share(limit) > 0 and self.max_drops[metric] <= 0
         ]
 
     def met_by_dense(self) -> list[str]:
@@ -178,9 +176,8 @@ class Judge:
 
     def held(self, evaluation: Evaluation) -> list[Held]:
         """Each limit beside what an evaluation comes to; of latencies those of the profiles that were measured."""
-        # 0.98 - 0.97 is a little more than 0.01 in binary
         found = [
-            Held("max_drop", metric, limit, self.drop(evaluation, metric), 1e-12)
+            Held("max_drop", metric, limit, self.drop(evaluation, metric), self._rounding(metric, limit))
             for metric, limit in self.max_drops.items()
         ]
         for profile in evaluation.latency:
@@ -197,6 +194,10 @@ class Judge:
             if (most := self.max_memory(profile)) is not None and latency.memory is not None:
                 found.append(Held("max_memory", profile, most, latency.memory))
         return found
+
+    def _rounding(self, metric: str, limit: float) -> float:
+        """What a drop may be off by, in the last digits of what is subtracted: 0.98 - 0.97 is a little more than 0.01 in binary."""
+        return 1e-12 * max(abs(self.dense.metrics.get(metric, 0.0)), abs(limit))
 
     def misses(self, evaluation: Evaluation) -> list[Miss]:
         """The goals an evaluation misses; none if it is feasible. What was never measured is a miss."""

@@ -56,7 +56,7 @@ def train_candidates(prepared: Prepared, found: Found) -> None:
 def train_points(
     prepared: Prepared, found: Found, points: Sequence[str], recipe: str, length: tuple[float, str]
 ) -> None:
-    """Train points of a finished run by their ids (none: its whole front) for so long. UsageError if there is none of such an id."""
+    """Train points of a finished run by their ids (none: its untrained front) for so long. UsageError if there is none of such an id."""
     prepared.measurer.names = tuple(found.dense().metrics)
     found.judge_again(later=True, refuse=True)
     measured = {e.candidate.id: e for e in found.told if e.state == "measured" and e.source != "dense"}

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from autocomp.database.database import LayerTable
     from autocomp.graph.graph import Graph, Group, Layer
 
+LEAST = 1e-12  # seconds of a candidate whose layers are all left out: its logarithm is asked for
+
 
 class Costs:
     """The layer tables joined with the devices' latency models; both sides are refitted to what was told and measured.
@@ -75,7 +77,7 @@ class Costs:
         """Predicted seconds of each candidate over dense's, by profile."""
         dense = self.predict(self.space.dense())
         predicted = [self.predict(candidate) for candidate in candidates]
-        return {name: [ours[name] / dense[name] for ours in predicted] for name in dense}
+        return {name: [max(ours[name], LEAST) / dense[name] for ours in predicted] for name in dense}
 
     def observe(self, candidates: Sequence[Candidate], divergences: Sequence[float]) -> None:
         """Take in the KL of candidates that were stitched to fit tier 0 and are no trials; the next ``fit`` uses them."""

@@ -85,6 +85,15 @@ def test_a_violation_is_never_written_as_if_it_were_within_its_limit() -> None:
     assert missed == ["0.2 ms on x86-host, more than max_latency 0.1999 ms", "50 kB, more than max_size 49.96 kB"]
 
 
+@pytest.mark.parametrize("unit", [1e-12, 1e-6, 1.0, 1e9])
+def test_a_goal_means_the_same_in_any_unit(unit: float) -> None:
+    dense = replace(DENSE, metrics={"accuracy": 0.9 * unit})
+    judge = Judge(dense, Goals(max_drop="1%"), "accuracy", higher_is_better=False)
+    assert judge.that_allow_nothing() == []
+    assert judge.violations(replace(RUN[1], metrics={"accuracy": 0.909 * unit})) == []
+    assert len(judge.violations(replace(RUN[1], metrics={"accuracy": 0.92 * unit}))) == 1
+
+
 def test_what_was_not_measured_or_failed_is_not_feasible() -> None:
     assert Judge(DENSE, Goals(max_latency=1.0), "accuracy").violations(evaluation(4, 0.98, None))
     assert Judge(DENSE, Goals(max_drop=0.01), "accuracy").violations(evaluation(4, None, 0.1))
