@@ -117,8 +117,8 @@ def recover(
     ``what`` is a compressed model or a `Point`: a `Recovered` is returned, with the ``model`` and how it went. Or it is a run, by its folder or
     its `SearchResult`: its front as it was before any training, or the ``points`` of these ids, are trained, their files written again and
     verified, front and report renewed, and the `SearchResult` returned. ``task`` is a `Task` or a name; of a run it is needed where no name
-    leads to it. ``recipe`` is a name or a YAML file; ``minutes`` (10 unless given) is how long, or ``length``, such as ``500steps`` or ``5epochs`` of
-    each.
+    leads to it. ``recipe`` is a name or a YAML file; ``minutes`` (10 unless given) is how long, or ``length``, such as ``500steps`` or
+    ``5epochs`` of each.
 
     Raises:
         UsageError: The task has no data or loss to train with, nothing can be trained, the time is too short, or there is no such point.
