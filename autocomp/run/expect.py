@@ -37,7 +37,7 @@ WHOLE = 3.0
 # Times what the rehearsal took to write the dense model's files: a candidate is compiled and timed, others beside it, and shares kernels with
 # them. 0.4 to 0.6 of its whole rehearsal on digits with two cores (reports/digits); a guess for others.
 MEASURED = 0.5
-CALL = 1e-6  # seconds that a module takes at least, to be called: of one whose layers are all left out. Chosen by hand
+LEAST = 1e-9  # seconds of a candidate whose layers are all left out, which the layer tables know nothing of: others are divided by them
 
 
 def expected_front(costs: Costs, count: int = POINTS) -> list[Evaluation]:
@@ -57,7 +57,7 @@ def thought(costs: Costs, candidate: Candidate) -> Evaluation:
     tables."""
     cost, predicted = costs.problem().cost(candidate), costs.predict(candidate)
     latency = {
-        name: Latency(max(seconds, CALL), 0.0, "estimated", name, watts=costs.devices[name].profile.watts)
+        name: Latency(max(seconds, LEAST), 0.0, "estimated", name, watts=costs.devices[name].profile.watts)
         for name, seconds in predicted.items()
     }
     return Evaluation(0, candidate, "solver", "told", cost.error, cost.bytes, predicted, latency=latency)
