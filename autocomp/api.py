@@ -153,8 +153,7 @@ def recover(
         model = what.load() if isinstance(what, Point) else what
         if amount[1] == "epochs":
             return recovered(model, found, read, Span(steps=None), epochs=int(amount[0]))
-        span = Span(seconds=amount[0]) if amount[1] == "seconds" else Span(steps=int(amount[0]))
-        return recovered(model, found, read, span)
+        return recovered(model, found, read, Span.of(*amount))
 
 
 def fuse(
@@ -219,7 +218,7 @@ def fuse(
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise UsageError(f"out: {cut(str(folder))} is there already: name another folder, or take that away")
         probe(folder)
-    span = (Span(seconds=amount) if unit == "seconds" else Span(steps=int(amount))) if train else None
+    span = Span.of(amount, unit) if train else None
     with alone(), one_thread(), in_float32(), caught(None, progress.console):
         loaded = [task if isinstance(task, Task) else load_task(task, progress) for task in tasks]
         fused = fused_of(loaded, factor, read, span, progress, same_inputs)

@@ -16,6 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from autocomp.graph.graph import Graph, Group
+from autocomp.graph.program import tensor_at, tensors_of
 from autocomp.layers.convolution import AnyLayer, Layers, Transposed, outputs_first, turned
 from autocomp.layers.narrow import Norms
 
@@ -42,7 +43,7 @@ def aligned(model: nn.Module, like: nn.Module, graph: Graph, inputs: tuple[Tenso
 
 
 def movable(group: Group) -> bool:
-    """Whether a group's units may change their places: each is held by as many rows or columns as any other of its segment."""
+    """Whether a group's units may change their places without changing what is computed."""
     return group.prunable and not group.approximate
 
 
@@ -138,8 +139,7 @@ def _apply(model: nn.Module, group: Group, order: list[int]) -> None:
             if isinstance(module, Layers) and getattr(module, "groups", 1) == 1:
                 set_weight(module, outputs_first(module)[:, _index(units, order)])
         for slab in group.slabs:
-            owner, _, name = slab.path.rpartition(".")
-            tensor = getattr(model.get_submodule(owner), name)
+            tensor = tensor_at(model, slab.path)
             tensor.copy_(tensor.index_select(slab.axis, _index(slab.units, order)).clone())
 
 
@@ -167,8 +167,6 @@ def _rescale(layer: nn.Module, norm: nn.Module, like: nn.Module) -> None:
 
 
 def _same(first: nn.Module, second: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
-    from autocomp.graph.program import tensors_of
-
     with torch.no_grad():
         pairs = zip(tensors_of(first(*inputs)), tensors_of(second(*inputs)), strict=True)
         return all(float((a - b).abs().max()) <= SAME * float((a.amax() - a.amin()).clamp_min(1e-6)) for a, b in pairs)

@@ -16,6 +16,11 @@ class Span(NamedTuple):
     steps: int | None = None
     seconds: float | None = None
 
+    @classmethod
+    def of(cls, amount: float, unit: str) -> Span:
+        """So many ``seconds``, or else whole steps."""
+        return cls(seconds=amount) if unit == "seconds" else cls(steps=int(amount))
+
     def along(self, step: int, elapsed: float) -> float:
         """The share that is done, 0 to 1."""
         by_steps = 0.0 if self.steps is None else step / max(1, self.steps)

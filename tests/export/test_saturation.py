@@ -52,6 +52,13 @@ def test_each_8_bit_weight_has_zero_points_of_its_own(tmp_path: Path) -> None:
     assert len({inputs[2] for inputs in decoded}) == 3
 
 
+def check_answers(path: Path, x: Tensor, expected: Tensor) -> None:
+    """The file opens with and without the options of the manifest, and computes what torch did."""
+    for everywhere in (False, True):
+        answer = run_session(onnx_session(path, exact=True, everywhere=everywhere), x)
+        assert float((answer - expected).norm() / expected.norm()) < 1e-3
+
+
 class Twice(nn.Module):
     """One convolution that is called twice, as in Siamese networks."""
 
@@ -70,9 +77,7 @@ def test_a_shared_8_bit_weight_opens_with_the_options_of_the_manifest(tmp_path: 
         model = quantise_all(Twice().eval(), x)
         expected = model(x)
     path = export_onnx(model, (x,), tmp_path / "model.onnx")
-    for everywhere in (False, True):
-        answer = run_session(onnx_session(path, exact=True, everywhere=everywhere), x)
-        assert float((answer - expected).norm() / expected.norm()) < 1e-3
+    check_answers(path, x, expected)
     weights = [value for value in onnx.load(path).graph.initializer if "weight" in value.name and len(value.dims) == 4]
     assert len(weights) == 2, "it is stored once"
 
@@ -97,9 +102,7 @@ def test_an_8_bit_weight_that_is_turned_around_for_several_opens_too(tmp_path: P
         model = quantise_all(Loop().eval(), x)
         expected = model(x)
     path = export_onnx(model, (x,), tmp_path / "model.onnx")
-    for everywhere in (False, True):
-        answer = run_session(onnx_session(path, exact=True, everywhere=everywhere), x)
-        assert float((answer - expected).norm() / expected.norm()) < 1e-3
+    check_answers(path, x, expected)
 
 
 @pytest.mark.board
